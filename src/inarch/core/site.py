@@ -1,0 +1,225 @@
+"""What is known of a model's residual branches, as plain data: the four records that everything else reads.
+
+    Tap         one place where a tensor can be read or replaced: a side of a module, and which of its values
+    Projection  one linear map inside a branch, or some output features of a fused one
+    Site        one residual branch of one layer
+    Sites       all of them, with where the knowledge comes from
+
+No torch here: a `Sites` can be printed, stored as JSON, compared and shipped.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import SiteError, join_problems, nearest
+
+Kind = Literal["self_attention", "cross_attention", "mlp", "mixer"]
+KINDS: tuple[Kind, ...] = ("self_attention", "cross_attention", "mlp", "mixer")
+
+Arrangement = Literal["pre", "post", "sandwich", "branch", "none"]
+"""Where the layer normalises: before the branch, after the sum, before the branch and on its output, only on its
+output, or not at all."""
+ARRANGEMENTS: tuple[Arrangement, ...] = ("pre", "post", "sandwich", "branch", "none")
+
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """A tensor at the boundary of a module.
+
+    `path` is relative to the layer ("" is the layer itself). `key` is the way into the call's arguments (a position or
+    a keyword) or into its result: () for a result that is the tensor itself, (0,) for the first item of a tuple.
+    """
+
+    path: str
+    side: Literal["in", "out"]
+    key: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """A linear map `y = W x + b` inside a branch; `path` is relative to the layer.
+
+    `rows` are the output features that play the role, as half-open ranges, for a projection that computes several roles
+    at once (fused q, k, v); None means all of them. `transposed` marks weights stored as (in, out).
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    rows: tuple[tuple[int, int], ...] | None = None
+    transposed: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """How many output features play the role."""
+        return self.out_features if self.rows is None else sum(stop - start for start, stop in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One residual branch: the stream `x` enters, the branch gives `h`, and the layer adds them.
+
+    `stack` names the tower by modality and ordinal ("image0"), `layer` counts its layers, `role` is the kind, numbered
+    from the second of its kind in a layer ("mlp_2"): together they are the site's key, which survives a renaming of
+    modules in the host library. `layer_path` is the layer's place in this model; all other paths are relative to it.
+    """
+
+    stack: str
+    layer: int
+    role: str
+    kind: Kind
+    layer_path: str
+    layer_class: str
+    width: int
+    arrangement: Arrangement
+    output: Tap
+    """Where `h` appears, as close to the sum as a module boundary allows."""
+    stream: Tap | None = None
+    """Where `x` can be read before `h` is there; None where no module of the layer sees it."""
+    pre_norm: str | None = None
+    post_norm: str | None = None
+    branch_norm: str | None = None
+    same_layout: bool = True
+    """Whether `x` and `h` have the same shape, token by token (not so for window partitions)."""
+    exact: bool = True
+    """Whether `output` is the very operand of the sum; False where a scale or a gate follows it."""
+    shared_sum: bool = False
+    """Whether other branches of the layer are added in the same sum (parallel attention and MLP)."""
+    projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)
+    """By role: q, k, v, o of an attention; up, gate, down of an MLP."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.stack}.{self.layer}.{self.role}"
+
+    def absolute(self, path: str) -> str:
+        """A path inside the layer, from the root of the model."""
+        return ".".join(part for part in (self.layer_path, path) if part)
+
+    def signature(self) -> tuple[Any, ...]:
+        """All that equal sites of different layers share: everything but the layer's place, in hashable form."""
+        return tuple(
+            tuple(sorted((k, v) for k, v in value.items())) if isinstance(value, Mapping) else value
+            for field in dataclasses.fields(self)
+            if field.name not in ("layer", "layer_path")
+            for value in (getattr(self, field.name),)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sites:
+    """The residual sites of one model, in the order in which they run."""
+
+    sites: tuple[Site, ...]
+    model_class: str
+    model_type: str = ""
+    source: Literal["layout", "golden", "meta", "forward"] = "meta"
+    """Where the knowledge comes from: the user's layout, a shipped one, a probe without weights, or a real forward."""
+    refused: tuple[str, ...] = ()
+    """What looks like a residual branch but cannot be adapted, each with its reason."""
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, key: str) -> Site:
+        for site in self.sites:
+            if site.key == key:
+                return site
+        raise SiteError(f"`{key}` is not a site of {self.model_class}. {nearest(key, [s.key for s in self.sites])}")
+
+    @property
+    def num_layers(self) -> dict[str, int]:
+        """Layers by stack."""
+        counts: dict[str, set[int]] = {}
+        for site in self.sites:
+            counts.setdefault(site.stack, set()).add(site.layer)
+        return {stack: len(layers) for stack, layers in counts.items()}
+
+    def groups(self) -> list[list[Site]]:
+        """Sites that differ only by their layer, together; in the order of their first appearance."""
+        found: dict[tuple[Any, ...], list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.signature(), []).append(site)
+        return list(found.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A layout: JSON data that `from_dict` and `inarch.attach(layout=...)` read."""
+        rows = []
+        for group in self.groups():
+            row = {k: v for k, v in dataclasses.asdict(group[0]).items() if k not in ("layer", "layer_path")}
+            row["layers"] = {str(site.layer): site.layer_path for site in group}
+            rows.append(row)
+        return {
+            "format": LAYOUT_VERSION,
+            "model_class": self.model_class,
+            "model_type": self.model_type,
+            "sites": json.loads(json.dumps(rows)),
+            "order": [site.key for site in self.sites],
+            "refused": list(self.refused),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Sites":
+        """The sites a layout describes. Raises `SiteError` that names every malformed row."""
+        if data.get("format") != LAYOUT_VERSION:
+            raise SiteError(
+                f"A layout has `format` {LAYOUT_VERSION}; got {data.get('format')!r}. "
+                "Make one with `inarch.probe(model).to_dict()`."
+            )
+        sites: list[Site] = []
+        problems: list[str] = []
+        for number, row in enumerate(data.get("sites", ())):
+            try:
+                sites += _sites_of_row(dict(row))
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                problems.append(f"a row of a layout describes one kind of site; row {number} does not: {error}")
+        if problems:
+            raise SiteError(join_problems(problems) + " Compare with `inarch.probe(model).to_dict()`.")
+        order = {key: place for place, key in enumerate(data.get("order", ()))}
+        sites.sort(key=lambda site: order.get(site.key, len(order)))
+        return cls(
+            sites=tuple(sites),
+            model_class=str(data.get("model_class", "")),
+            model_type=str(data.get("model_type", "")),
+            source="layout",
+            refused=tuple(data.get("refused", ())),
+        )
+
+
+def _tap(data: Mapping[str, Any] | None) -> Tap | None:
+    return None if data is None else Tap(path=data["path"], side=data["side"], key=tuple(data["key"]))
+
+
+def _projection(data: Mapping[str, Any]) -> Projection:
+    rows = data.get("rows")
+    fields = {**data, "rows": None if rows is None else tuple((int(a), int(b)) for a, b in rows)}
+    return Projection(**fields)
+
+
+def _sites_of_row(row: dict[str, Any]) -> list[Site]:
+    layers = row.pop("layers")
+    output = _tap(row["output"])
+    if output is None:
+        raise ValueError("`output` is required")
+    if row["kind"] not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {row['kind']!r}")
+    if row["arrangement"] not in ARRANGEMENTS:
+        raise ValueError(f"`arrangement` must be one of {', '.join(ARRANGEMENTS)}; got {row['arrangement']!r}")
+    row |= {
+        "output": output,
+        "stream": _tap(row.get("stream")),
+        "projections": {
+            role: tuple(_projection(part) for part in parts) for role, parts in row.get("projections", {}).items()
+        },
+        "notes": tuple(row.get("notes", ())),
+    }
+    return [Site(layer=int(layer), layer_path=path, **row) for layer, path in layers.items()]
