@@ -1,0 +1,191 @@
+"""Setups: trees of composition blocks over adapter names. Pure data; no tensor, no module.
+
+Stack        one after the other, each on the result of the one before
+Fuse         all on the same input, combined by a learned attention (AdapterFusion, arXiv 2005.00247)
+Split        each on its own tokens
+BatchSplit   each on its own rows of the batch
+Parallel     each on its own copy of the batch
+Average      all on the same input, combined by fixed weights
+MultiTask    each on the rows of its task
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union
+
+from ..core.errors import SetupError, nearest
+
+Setup = Union[str, "Block"]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Block:
+    """A composition of adapters. `children` are adapter names and blocks."""
+
+    children: tuple[Setup, ...]
+    allowed: ClassVar[tuple[str, ...]] = ()
+    """The blocks that may stand inside; adapter names always may."""
+
+    def __init__(self, *children: Setup) -> None:
+        object.__setattr__(self, "children", _checked(type(self), children))
+
+    def __str__(self) -> str:
+        inner = [repr(child) if isinstance(child, str) else str(child) for child in self.children]
+        inner += [f"{key}={value!r}" for key, value in self.settings().items()]
+        return f"{type(self).__name__}({', '.join(inner)})"
+
+    def settings(self) -> dict[str, Any]:
+        """What the block has besides children, as JSON data."""
+        return {}
+
+    def names(self) -> tuple[str, ...]:
+        """Adapter names, in order of first appearance."""
+        found: dict[str, None] = {}
+        for child in self.children:
+            for name in names(child):
+                found[name] = None
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Stack(Block):
+    """Adapters one after the other: `Stack("language", "task")`."""
+
+    allowed = ("Fuse", "Split", "Parallel", "BatchSplit", "Average", "MultiTask")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Fuse(Block):
+    """Adapters side by side, combined by a trained attention over their outputs."""
+
+    allowed = ("Stack",)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Parallel(Block):
+    """Each child sees its own copy of the batch; the output has one copy for each."""
+
+    allowed = ("Stack", "BatchSplit", "Average")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class MultiTask(Block):
+    """Each child sees the rows whose task id is its position."""
+
+    allowed = ("Stack", "Average", "Fuse")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Split(Block):
+    """Each child sees its own tokens: `Split("a", "b", splits=[4, 13])`, or one number for equal parts."""
+
+    splits: tuple[int, ...]
+    allowed = ("Split", "Stack", "BatchSplit", "Average")
+
+    def __init__(self, *children: Setup, splits: int | list[int] | tuple[int, ...]) -> None:
+        object.__setattr__(self, "children", _checked(Split, children))
+        object.__setattr__(self, "splits", _sizes("Split", "splits", splits, len(children)))
+
+    def settings(self) -> dict[str, Any]:
+        return {"splits": list(self.splits)}
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class BatchSplit(Block):
+    """Each child sees its own rows of the batch: `BatchSplit("a", "b", batch_sizes=[2, 6])`."""
+
+    batch_sizes: tuple[int, ...]
+    allowed = ("Stack", "Split", "BatchSplit", "Average")
+
+    def __init__(self, *children: Setup, batch_sizes: int | list[int] | tuple[int, ...]) -> None:
+        object.__setattr__(self, "children", _checked(BatchSplit, children))
+        object.__setattr__(self, "batch_sizes", _sizes("BatchSplit", "batch_sizes", batch_sizes, len(children)))
+
+    def settings(self) -> dict[str, Any]:
+        return {"batch_sizes": list(self.batch_sizes)}
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Average(Block):
+    """The weighted mean of the children's outputs; weights are divided by their sum."""
+
+    weights: tuple[float, ...]
+    allowed = ("Stack", "Split", "BatchSplit")
+
+    def __init__(self, *children: Setup, weights: list[float] | tuple[float, ...] | None = None) -> None:
+        object.__setattr__(self, "children", _checked(Average, children))
+        chosen = tuple(weights) if weights is not None else (1.0,) * len(children)
+        if len(chosen) != len(children) or not sum(chosen):
+            raise SetupError(
+                f"`weights` of an `Average` must be one number for each child, with a sum other than zero; got "
+                f"{list(chosen)} for {len(children)} children. Give {len(children)} weights."
+            )
+        object.__setattr__(self, "weights", tuple(weight / sum(chosen) for weight in chosen))
+
+    def settings(self) -> dict[str, Any]:
+        return {"weights": list(self.weights)}
+
+
+BLOCKS: dict[str, Callable[..., Block]] = {
+    block.__name__: block for block in (Stack, Fuse, Split, BatchSplit, Parallel, Average, MultiTask)
+}
+
+
+def names(setup: Setup) -> tuple[str, ...]:
+    """The adapter names of a setup."""
+    return (setup,) if isinstance(setup, str) else setup.names()
+
+
+def walk(setup: Setup) -> Iterator[Block]:
+    """Every block of a setup, outermost first."""
+    if isinstance(setup, Block):
+        yield setup
+        for child in setup.children:
+            yield from walk(child)
+
+
+def to_data(setup: Setup | None) -> Any:
+    """A setup as JSON data."""
+    if setup is None or isinstance(setup, str):
+        return setup
+    return {"block": type(setup).__name__, "children": [to_data(c) for c in setup.children], **setup.settings()}
+
+
+def from_data(data: Any) -> Setup | None:
+    """The setup that `to_data` wrote. Raises `SetupError` for anything else."""
+    if data is None or isinstance(data, str):
+        return data
+    if not isinstance(data, Mapping) or data.get("block") not in BLOCKS or not isinstance(data.get("children"), list):
+        raise SetupError(
+            f"A stored setup is a name or {{'block': ..., 'children': [...]}}; got {str(data)[:80]}. "
+            f"Blocks: {', '.join(BLOCKS)}."
+        )
+    settings = {key: value for key, value in data.items() if key not in ("block", "children")}
+    children = [from_data(child) for child in data["children"]]
+    try:
+        return BLOCKS[data["block"]](*children, **settings)
+    except TypeError as error:
+        raise SetupError(f"A stored `{data['block']}` must have its own settings; got {settings}: {error}.") from None
+
+
+def _checked(block: type[Block], children: tuple[Any, ...]) -> tuple[Setup, ...]:
+    if not children:
+        raise SetupError(f"A `{block.__name__}` composes at least one adapter; got none. Give it adapter names.")
+    for child in children:
+        inner = type(child).__name__
+        if not isinstance(child, str) and inner not in block.allowed:
+            raise SetupError(
+                f"A `{block.__name__}` may hold adapter names and {', '.join(block.allowed)}; got `{inner}`. "
+                f"{nearest(inner, block.allowed) if isinstance(child, Block) else 'Give the name of an adapter.'}"
+            )
+    return children
+
+
+def _sizes(block: str, field: str, sizes: Any, count: int) -> tuple[int, ...]:
+    chosen = (sizes,) * count if isinstance(sizes, int) else tuple(sizes)
+    if len(chosen) != count or not all(isinstance(size, int) and size > 0 for size in chosen):
+        raise SetupError(
+            f"`{field}` of a `{block}` must be one positive integer for each child; got {list(chosen)} for "
+            f"{count} children. Give {count} sizes."
+        )
+    return chosen

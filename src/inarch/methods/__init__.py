@@ -1,0 +1,13 @@
+"""The adapter methods: one file each."""
+
+from .method import AbstractMethod as AbstractMethod
+from .method import LinearMethod as LinearMethod
+from .method import Placement as Placement
+from .method import SublayerMethod as SublayerMethod
+from .method import layer_number as layer_number
+from .registry import AdapterConfig as AdapterConfig
+from .registry import ConfigLike as ConfigLike
+from .registry import method_of as method_of
+from .registry import methods as methods
+from .registry import presets as presets
+from .registry import read_config as read_config

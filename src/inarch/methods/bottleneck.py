@@ -1,0 +1,252 @@
+"""Bottleneck adapters: down-projection, activation, up-projection, beside or after a residual branch.
+
+Houlsby et al. 2019 (arXiv 1902.00751), Pfeiffer et al. 2020 (arXiv 2005.00247), He et al. 2022 (parallel and scaled
+parallel, arXiv 2110.04366), Steitz and Roth 2024 (Adapter+, arXiv 2406.06820).
+
+    A(z) = s · drop(W_up · act(W_down · z + b_down) + b_up)
+
+Tensors: B batch, L tokens, D width of the site, R bottleneck.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import Config, config_class, option
+from ..core.errors import ConfigError
+from ..core.site import Kind, Sites
+from ..core.wiring import Carry
+from .method import Branch, Placement, SublayerMethod, activation, check_layers, layer_number
+
+
+@config_class
+class BottleneckConfig(Config):
+    """A bottleneck adapter at some residual sites of every layer."""
+
+    mh_adapter: bool = option(False, "Adapt the self-attention (or other token mixer) of every layer.")
+    output_adapter: bool = option(True, "Adapt the MLP of every layer.")
+    cross_adapter: bool = option(False, "Adapt the cross-attention of every layer that has one.")
+    reduction_factor: float | Mapping[str, float] = option(
+        16.0,
+        "Width of the site divided by the width of the bottleneck; a mapping gives it by layer number and `default`.",
+        more_than=0,
+    )
+    non_linearity: str = option("relu", "Activation between the two projections, by its name in transformers.")
+    original_ln_before: bool = option(False, "Add the stream, and apply the layer's own norm, before the adapter.")
+    original_ln_after: bool = option(True, "Let the layer add the stream, and apply its own norm, after the adapter.")
+    residual_before_ln: bool | Literal["post_add"] = option(
+        True,
+        "The adapter's own residual where `original_ln_before` holds: true takes the branch output, false the "
+        "normalised sum, `post_add` the sum itself.",
+    )
+    adapter_residual_before_ln: bool = option(False, "Add the adapter's own residual before `ln_after`'s norm.")
+    ln_before: bool = option(False, "A new norm on the input of the adapter.")
+    ln_after: bool = option(False, "A new norm on the output of the adapter.")
+    is_parallel: bool = option(False, "Read the stream instead of the branch output: an adapter beside the branch.")
+    scaling: float | Literal["learned", "channel"] = option(
+        1.0, "Factor on the adapter's output: a number, one `learned` number, or one per `channel`, from 1."
+    )
+    use_gating: bool = option(False, "Multiply the adapter's output by a learned gate, one number per sequence.")
+    dropout: float = option(0.0, "Dropout probability on the adapter's output.", at_least=0, less_than=1)
+    stochastic_depth: float = option(
+        0.0, "Probability of dropping the adapter for a whole sample in training.", at_least=0, less_than=1
+    )
+    init_weights: Literal["bert", "mam_adapter", "houlsby"] = option(
+        "bert", "Initial weights: normal 0.02; Kaiming down and zero up; or truncated normal 0.01."
+    )
+    init_weights_seed: int | None = option(None, "Seed of the initial weights; none takes the global generator.")
+    leave_out: tuple[int, ...] = option((), "Numbers of the layers without an adapter, counted from 0.")
+
+    def problems(self) -> list[str]:
+        found = []
+        if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
+            found.append(
+                "At least one of `mh_adapter`, `output_adapter` and `cross_adapter` must be true; got none at "
+                "`BottleneckConfig`. Set `output_adapter=True`."
+            )
+        if isinstance(self.reduction_factor, Mapping):
+            wrong = [key for key in self.reduction_factor if key != "default" and not key.isdigit()]
+            if wrong:
+                found.append(
+                    f"The keys of `BottleneckConfig.reduction_factor` are layer numbers or `default`; got "
+                    f"{', '.join(map(repr, wrong))}. Write {{'0': 8, 'default': 16}}."
+                )
+        return found
+
+    def kinds(self) -> dict[Kind, str]:
+        """The kinds of site asked for, each with the field that asks."""
+        wishes: list[tuple[bool, Kind, str]] = [
+            (self.mh_adapter, "self_attention", "mh_adapter"),
+            (self.mh_adapter, "mixer", "mh_adapter"),
+            (self.output_adapter, "mlp", "output_adapter"),
+            (self.cross_adapter, "cross_attention", "cross_adapter"),
+        ]
+        return {kind: field for wanted, kind, field in wishes if wanted}
+
+    def bottleneck_width(self, width: int, layer: int) -> int:
+        """R for a site of D `width` in the layer of that number. Raises `ConfigError` where a mapping has no entry."""
+        factor = self.reduction_factor
+        if isinstance(factor, Mapping):
+            chosen = factor.get(str(layer), factor.get("default"))
+            if chosen is None:
+                raise ConfigError(
+                    f"`BottleneckConfig.reduction_factor` needs an entry for every layer; got none for layer {layer}. "
+                    "Add it, or a `default`."
+                )
+            factor = chosen
+        return max(1, int(width // factor))
+
+
+class Bottleneck(SublayerMethod):
+    """The adapter of one site."""
+
+    name = "bottleneck"
+    config_class = BottleneckConfig
+    presets: ClassVar[dict[str, Config]] = {
+        "bottleneck": BottleneckConfig(),
+        "seq_bn": BottleneckConfig(original_ln_before=True),
+        "double_seq_bn": BottleneckConfig(mh_adapter=True, non_linearity="swish"),
+        "par_bn": BottleneckConfig(reduction_factor=2.0, init_weights="mam_adapter", is_parallel=True, scaling=4.0),
+        "scaled_par_bn": BottleneckConfig(
+            reduction_factor=2.0, init_weights="mam_adapter", is_parallel=True, scaling="learned"
+        ),
+        "adapter_plus": BottleneckConfig(
+            original_ln_before=True,
+            original_ln_after=False,
+            residual_before_ln=False,
+            non_linearity="gelu",
+            reduction_factor=96.0,
+            stochastic_depth=0.1,
+            init_weights="houlsby",
+            scaling="channel",
+        ),
+    }
+    aliases: ClassVar[dict[str, str]] = {
+        "pfeiffer": "seq_bn",
+        "houlsby": "double_seq_bn",
+        "parallel": "par_bn",
+        "scaled_parallel": "scaled_par_bn",
+    }
+
+    @classmethod
+    def placements(cls, config: BottleneckConfig, sites: Sites) -> list[Placement]:
+        check_layers("leave_out", config.leave_out, sites)
+        if isinstance(config.reduction_factor, Mapping):
+            numbers = tuple(int(key) for key in config.reduction_factor if key != "default")
+            check_layers("reduction_factor", numbers, sites)
+        kinds = config.kinds()
+        present = {site.kind for site in sites}
+        wished = set(kinds.values())
+        unmet = [f for f in sorted(wished) if not any(kinds.get(kind) == f for kind in present)]
+        if unmet:
+            raise ConfigError(
+                "Every kind of site a configuration asks for must exist; got "
+                f"{', '.join(f'`{f}=True`' for f in unmet)} for {sites.model_class}, whose sites are "
+                f"{', '.join(sorted(present))}. "
+                f"Set {'them' if len(unmet) > 1 else 'it'} to false"
+                f"{' and `mh_adapter` to true' if 'mh_adapter' not in wished else ''}."
+            )
+        found = [
+            Placement(site=site, port="sublayer")
+            for site in sites
+            if site.kind in kinds and layer_number(site, sites) not in config.leave_out
+        ]
+        if not found:
+            raise ConfigError(
+                f"A configuration must reach at least one site; got `leave_out={list(config.leave_out)}` with every "
+                f"layer of {sites.model_class}. Leave fewer layers out."
+            )
+        for placement in found:
+            config.bottleneck_width(placement.site.width, layer_number(placement.site, sites))
+        return found
+
+    @staticmethod
+    def wire(
+        config: BottleneckConfig, x: Any, h: Carry[Any], norm: Callable[[Any], Any] | None, branch: Branch[Any]
+    ) -> Carry[Any]:
+        if config.is_parallel:
+            w = branch.branch(x)
+            return Carry(h.rest + (branch.norm_branch(w) if config.ln_after else w), h.count)
+        residual, z = h, h.value(x) if not config.original_ln_before else None
+        if config.original_ln_before:
+            summed = Carry(h.rest, h.count + 1)
+            z = summed.value(x) if norm is None else norm(summed.value(x))
+            if config.residual_before_ln == "post_add":
+                residual = summed
+            elif not config.residual_before_ln:
+                residual = summed if norm is None else Carry(z)
+        w = branch.branch(z)
+        if config.ln_after and config.adapter_residual_before_ln:
+            return Carry(branch.norm_branch(residual.value(x) + w))
+        if config.ln_after:
+            w = branch.norm_branch(w)
+        return Carry(residual.rest + w, residual.count)
+
+    @staticmethod
+    def keeps_sum(config: BottleneckConfig) -> bool:
+        return config.original_ln_after
+
+    def __init__(self, config: BottleneckConfig, placement: Placement, layer: int, generator: Any = None) -> None:
+        super().__init__()
+        width = placement.site.width
+        bottleneck = config.bottleneck_width(width, layer)
+        self.norm_before = nn.LayerNorm(width) if config.ln_before else None
+        self.down = nn.Linear(width, bottleneck)
+        self.activation = activation(config.non_linearity)
+        self.up = nn.Linear(bottleneck, width)
+        self.norm_after = nn.LayerNorm(width) if config.ln_after else None
+        self.gate = nn.Linear(width, 1) if config.use_gating else None
+        self.scaling = config.scaling if not isinstance(config.scaling, str) else 1.0
+        shape = {"learned": (1,), "channel": (width,)}.get(str(config.scaling))
+        self.scale = nn.Parameter(torch.ones(shape)) if shape else None
+        self.dropout = config.dropout
+        # Only sequential adapters of the reference drop whole samples; a parallel one ignores the field.
+        self.stochastic_depth = 0.0 if config.is_parallel else config.stochastic_depth
+        _initialise(self, config.init_weights, generator)
+
+    def branch(self, z: Tensor) -> Tensor:
+        """A(z), (B, L, D) -> (B, L, D)."""
+        u = z.to(self.down.weight.dtype)
+        if self.norm_before is not None:
+            u = self.norm_before(u)
+        w: Tensor = self.up(self.activation(self.down(u))).to(z.dtype)
+        if self.training and self.stochastic_depth:
+            w = _drop_samples(w, self.stochastic_depth)
+        if self.scale is not None:
+            w = w * self.scale
+        elif self.scaling != 1.0:
+            w = w * self.scaling
+        if self.training and self.dropout:
+            w = nn.functional.dropout(w, self.dropout)
+        if self.gate is not None:
+            w = w * torch.sigmoid(self.gate(z)).mean(dim=1, keepdim=True)
+        return w
+
+    def norm_branch(self, w: Tensor) -> Tensor:
+        """The adapter's own norm, `ln_after`."""
+        assert self.norm_after is not None
+        normed: Tensor = self.norm_after(w)
+        return normed
+
+
+def _drop_samples(w: Tensor, probability: float) -> Tensor:
+    """Stochastic depth by sample (Huang et al. 2016, arXiv 1603.09382), survivors scaled up."""
+    keep = 1.0 - probability
+    alive = torch.rand((w.shape[0],) + (1,) * (w.dim() - 1), device=w.device) < keep
+    return w * alive.to(w.dtype) / keep
+
+
+def _initialise(module: Bottleneck, scheme: str, generator: torch.Generator | None) -> None:
+    linears = [module.down, module.up] + ([module.gate] if module.gate is not None else [])
+    for linear in linears:
+        nn.init.zeros_(linear.bias)
+        if scheme == "houlsby":
+            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02, generator=generator)
+        else:
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    if scheme == "mam_adapter":
+        # LoRA's scheme: a random down-projection and a zero up-projection, so that training starts at the base model.
+        nn.init.kaiming_uniform_(module.down.weight, a=5**0.5, generator=generator)
+        nn.init.zeros_(module.up.weight)

@@ -1,0 +1,126 @@
+"""LoRA: a low-rank update beside a frozen linear map.
+
+Hu et al. 2021 (arXiv 2106.09685), section 4.1:
+
+    y = W x + (alpha / r) · B A drop(x)        A (r, in), B (out, r)
+
+Tensors: (..., in) and (..., out), with B batch and L tokens in front; R rank.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.config import Config, config_class, option
+from ..core.errors import ConfigError
+from ..core.site import Sites
+from .method import LinearMethod, Placement, check_layers, layer_number
+
+_ATTENTION = ("self_attention", "cross_attention", "mixer")
+
+
+@config_class
+class LoRAConfig(Config):
+    """Low-rank updates of some projections of every layer."""
+
+    selfattn_lora: bool = option(True, "Adapt projections of the attentions, those of `attn_matrices`.")
+    attn_matrices: tuple[Literal["q", "k", "v", "o"], ...] = option(
+        ("q", "v"), "Which projections of an attention: query, key, value, output."
+    )
+    intermediate_lora: bool = option(False, "Adapt the up-projection of the MLPs.")
+    gate_lora: bool = option(False, "Adapt the gate projection of the MLPs that have one.")
+    output_lora: bool = option(False, "Adapt the down-projection of the MLPs.")
+    r: int = option(8, "Rank of the update.", at_least=1)
+    alpha: float = option(8.0, "The update is multiplied by alpha / r.", more_than=0)
+    dropout: float = option(0.0, "Dropout probability on the input of the update.", at_least=0, less_than=1)
+    use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha / r.")
+    init_weights: Literal["lora", "bert"] = option(
+        "lora", "Initial weights: Kaiming A and zero B, so that training starts at the base model; or normal 0.02."
+    )
+    init_weights_seed: int | None = option(None, "Seed of the initial weights; none takes the global generator.")
+    leave_out: tuple[int, ...] = option((), "Numbers of the layers without an update, counted from 0.")
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.selfattn_lora and not self.attn_matrices:
+            found.append(
+                "`LoRAConfig.attn_matrices` must name a projection where `selfattn_lora` is true; got an empty list. "
+                "Write attn_matrices=['q','v'] or selfattn_lora=False."
+            )
+        if not (self.selfattn_lora or self.intermediate_lora or self.gate_lora or self.output_lora):
+            found.append(
+                "At least one of `selfattn_lora`, `intermediate_lora`, `gate_lora` and `output_lora` must be true; "
+                "got none at `LoRAConfig`. Set `selfattn_lora=True`."
+            )
+        return found
+
+    def roles(self) -> dict[str, str]:
+        """The projections asked for by role, each with the field that asks."""
+        wishes = dict.fromkeys(self.attn_matrices, "attn_matrices") if self.selfattn_lora else {}
+        flags = {"intermediate_lora": "up", "gate_lora": "gate", "output_lora": "down"}
+        return wishes | {role: flag for flag, role in flags.items() if getattr(self, flag)}
+
+
+class LoRA(LinearMethod):
+    """The update of one projection, or of the rows of a fused one that play one role."""
+
+    name = "lora"
+    config_class = LoRAConfig
+    presets: ClassVar[dict[str, Config]] = {"lora": LoRAConfig()}
+
+    @classmethod
+    def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
+        check_layers("leave_out", config.leave_out, sites)
+        roles = config.roles()
+        present = {role for site in sites for role in site.projections}
+        unmet = [role for role in roles if role not in present]
+        if unmet:
+            raise ConfigError(
+                f"Every projection a configuration asks for must exist; got {', '.join(f'`{role}`' for role in unmet)} "
+                f"from `{roles[unmet[0]]}` for {sites.model_class}, which has "
+                f"{', '.join(f'`{role}`' for role in sorted(present)) or 'no known projection'}. Ask for those it has."
+            )
+        found = [
+            Placement(site=site, port="linear", role=role, part=part)
+            for site in sites
+            if layer_number(site, sites) not in config.leave_out
+            for role in roles
+            if (site.kind in _ATTENTION) == (role in ("q", "k", "v", "o"))
+            for part in range(len(site.projections.get(role, ())))
+        ]
+        if not found:
+            raise ConfigError(
+                f"A configuration must reach at least one projection; got `leave_out={list(config.leave_out)}` for "
+                f"{sites.model_class}. Leave fewer layers out."
+            )
+        return found
+
+    def __init__(self, config: LoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
+        super().__init__()
+        projection = placement.site.projections[placement.role][placement.part]
+        self.A = nn.Parameter(torch.zeros(config.r, projection.in_features))
+        self.B = nn.Parameter(torch.zeros(projection.num_rows, config.r))
+        self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
+        self.scaling = config.alpha / config.r
+        self.dropout = config.dropout
+        if config.init_weights == "lora":
+            nn.init.kaiming_uniform_(self.A, a=5**0.5, generator=generator)
+        else:
+            nn.init.normal_(self.A, std=0.02, generator=generator)
+            nn.init.normal_(self.B, std=0.02, generator=generator)
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
+            nn.init.zeros_(self.gate.bias)
+
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """(..., in), (..., rows) -> (..., rows)."""
+        x = inputs.to(self.A.dtype)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        delta = F.linear(F.linear(x, self.A), self.B).to(output.dtype)
+        if self.gate is None:
+            return torch.add(output, delta, alpha=self.scaling)
+        gate = torch.sigmoid(self.gate(inputs)).mean(dim=1, keepdim=True)
+        return output + delta * gate

@@ -1,0 +1,131 @@
+"""What a method is: a configuration, the places it wants, and a small module for each of them.
+
+A method is one file of this folder with one leaf class. Its port says where it plugs in:
+
+    SublayerMethod   receives the stream x and the branch output h of a site, gives a new site output
+    LinearMethod     receives the input and the output of one projection, gives a new output
+
+Tensors: B batch, L tokens, D width, R rank or bottleneck.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from ..core.config import Config
+from ..core.errors import ConfigError
+from ..core.site import Site, Sites
+from ..core.wiring import Carry, Summable
+
+V = TypeVar("V", bound=Summable)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """One module a method wants: at which site, through which port, and, for a projection, in which role."""
+
+    site: Site
+    port: Literal["sublayer", "linear"]
+    role: str = ""
+    part: int = 0
+    """Which of the projections that share the role (an attention may compute k in two steps)."""
+
+
+class Branch(Protocol[V]):
+    """The adapter as the wiring sees it; a module when tensors run, a pair of symbols in a proof."""
+
+    def branch(self, z: V) -> V: ...
+    def norm_branch(self, w: V) -> V: ...
+
+
+class AbstractMethod(nn.Module, ABC):
+    """The common part of both ports.
+
+    A method is made as `Method(config, placement, layer, generator)`: one module for one placement, where `layer`
+    is the layer's number through all stacks and `generator` draws the initial weights (None: the global one).
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[Config]]
+    presets: ClassVar[dict[str, Config]]
+    aliases: ClassVar[dict[str, str]] = {}
+    """Older names of presets, found in existing checkpoints."""
+
+    @classmethod
+    @abstractmethod
+    def placements(cls, config: Any, sites: Sites) -> list[Placement]:
+        """Every module this configuration asks for. Raises `ConfigError` if a wish matches nothing."""
+
+
+class SublayerMethod(AbstractMethod):
+    """A method that plugs into `SublayerPort`."""
+
+    @staticmethod
+    @abstractmethod
+    def wire(
+        config: Any, x: Summable, h: Carry[Summable], norm: Callable[[Any], Any] | None, branch: Branch[Any]
+    ) -> Carry[Any]:
+        """The site output as a function of the stream, the branch output and the norm that follows the sum, if any.
+
+        Must use nothing but `+`, `*` by an integer and calls, so that it runs on tensors and on symbols alike.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def keeps_sum(config: Any) -> bool:
+        """Whether the layer's own sum (and norm) is wanted after the adapter."""
+
+
+class LinearMethod(AbstractMethod):
+    """A method that plugs into `LinearPort`."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """The new output (..., rows) of a projection, from its input (..., in) and its output (..., rows)."""
+
+
+def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:
+    """Raise `ConfigError` for layer numbers the model does not have."""
+    total = sum(sites.num_layers.values())
+    unknown = [layer for layer in layers if not 0 <= layer < total]
+    if unknown:
+        raise ConfigError(
+            f"`{name}` names layers of the model, 0 to {total - 1}; got {', '.join(map(str, unknown))} "
+            f"for {sites.model_class}. Remove {'them' if len(unknown) > 1 else 'it'}."
+        )
+
+
+def layer_number(site: Site, sites: Sites) -> int:
+    """The layer's number through all stacks, as `leave_out` and per-layer settings count (encoder, then decoder)."""
+    offset = 0
+    for stack, count in sites.num_layers.items():
+        if stack == site.stack:
+            return offset + site.layer
+        offset += count
+    raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
+
+
+def activation(name: str) -> nn.Module:
+    """The activation function of that name, by transformers' names. Raises `ConfigError` for an unknown one."""
+    name = name.lower()
+    common: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
+        "gelu": nn.GELU,
+        "swish": nn.SiLU,
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+        "leakyrelu": nn.LeakyReLU,
+        "linear": nn.Identity,
+    }
+    if name in common:
+        return common[name]()
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    if name not in ACT2CLS:
+        known = sorted({*common, *ACT2CLS})
+        raise ConfigError(f"`non_linearity` must be an activation by name; got {name!r}. Known: {', '.join(known)}.")
+    found: nn.Module = ACT2FN[name]
+    return found

@@ -1,0 +1,159 @@
+"""Finds the methods, and reads what a user may write for a configuration.
+
+Every module of this folder that defines a leaf class of `AbstractMethod` is a method; nothing else has to be edited.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..core import grammar
+from ..core.config import Config, thaw
+from ..core.errors import ConfigError, join_problems, nearest
+from .method import AbstractMethod
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The configuration of one adapter: one or more method configurations, each of another method."""
+
+    parts: tuple[Config, ...]
+
+    def __post_init__(self) -> None:
+        names = [method_of(part).name for part in self.parts]
+        if not names:
+            raise ConfigError("An adapter consists of at least one method; got none. Write for example `seq_bn`.")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"The methods of one adapter must differ; got {', '.join(f'`{n}`' for n in twice)} twice. "
+                "Join both into one configuration, or add two adapters and activate a `Stack` of them."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, read back by `read_config`."""
+        return {"methods": [{"method": method_of(part).name, **part.to_dict()} for part in self.parts]}
+
+    def __str__(self) -> str:
+        return "|".join(_part_text(part) for part in self.parts)
+
+
+def _part_text(part: Config) -> str:
+    """The preset that needs the fewest changes, with those changes."""
+    values = part.to_dict()
+    choices = []
+    for name, preset in method_of(part).presets.items():
+        changes = {key: value for key, value in values.items() if value != preset.to_dict()[key]}
+        choices.append((len(changes), name, changes))
+    _, name, changes = min(choices, key=lambda choice: choice[0])
+    return grammar.write(name, changes)
+
+
+@cache
+def methods() -> dict[str, type[AbstractMethod]]:
+    """Every method by name. Raises `TypeError` if two files claim one name."""
+    found: dict[str, type[AbstractMethod]] = {}
+    for module in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
+        for value in vars(importlib.import_module(f"{__package__}.{module.name}")).values():
+            if not inspect.isclass(value) or not issubclass(value, AbstractMethod) or inspect.isabstract(value):
+                continue
+            if found.setdefault(value.name, value) is not value:
+                raise TypeError(f"Two methods are called `{value.name}`: {found[value.name]} and {value}.")
+    return found
+
+
+@cache
+def presets() -> dict[str, Config]:
+    """Every preset by name, older names included. Raises `TypeError` if two methods claim one name."""
+    found: dict[str, Config] = {}
+    for method in methods().values():
+        named = method.presets | {old: method.presets[new] for old, new in method.aliases.items()}
+        clash = found.keys() & named.keys()
+        if clash:
+            raise TypeError(f"The presets {sorted(clash)} of `{method.name}` are taken by another method.")
+        found |= named
+    return found
+
+
+def method_of(config: Config) -> type[AbstractMethod]:
+    """The method a configuration configures."""
+    for method in methods().values():
+        if isinstance(config, method.config_class):
+            return method
+    raise ConfigError(f"A configuration must be of a known method; got {type(config).__name__}.")
+
+
+ConfigLike = str | Config | AdapterConfig | Mapping[str, Any] | os.PathLike[str]
+
+
+def read_config(config: ConfigLike) -> AdapterConfig:
+    """An adapter configuration from whatever describes one.
+
+    Arguments: `config` is a string such as `"seq_bn[reduction_factor=8]|lora"`, a method's configuration, an
+    `AdapterConfig`, a mapping as made by `AdapterConfig.to_dict`, or the path of a JSON file with such a mapping.
+
+    Raises `ConfigError` that lists all that is wrong, with the nearest valid names.
+    """
+    if isinstance(config, AdapterConfig):
+        return config
+    if isinstance(config, Config):
+        return AdapterConfig((config,))
+    if isinstance(config, Mapping):
+        return _from_mapping(config)
+    text = os.fspath(config)
+    if text.endswith(".json"):
+        try:
+            data = json.loads(Path(text).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"A configuration file must be readable JSON; got `{text}`: {error}. Give a preset such as `seq_bn`, "
+                "or the path of such a file."
+            ) from None
+        return _from_mapping(data)
+    return AdapterConfig(_collect(grammar.parse(text), _from_phrase))
+
+
+def _collect(items: list[Any], read: Any) -> tuple[Config, ...]:
+    parts, problems = [], []
+    for item in items:
+        try:
+            parts.append(read(item))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return tuple(parts)
+
+
+def _from_phrase(phrase: grammar.Phrase) -> Config:
+    known = presets()
+    if phrase.name not in known:
+        raise ConfigError(
+            f"A configuration begins with a preset or a method; got `{phrase.name}`. {nearest(phrase.name, known)}"
+        )
+    return known[phrase.name].replace(**phrase.values)
+
+
+def _from_mapping(data: Any) -> AdapterConfig:
+    rows = data.get("methods") if isinstance(data, Mapping) else None
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise ConfigError(
+            "A configuration mapping has the form {'methods': [{'method': 'bottleneck', ...}]}; got "
+            f"{str(thaw(data))[:120]}. Make one with `read_config('seq_bn').to_dict()`."
+        )
+    return AdapterConfig(_collect(list(rows), _from_row))
+
+
+def _from_row(row: Mapping[str, Any]) -> Config:
+    values = dict(row)
+    name = values.pop("method", None)
+    if name not in methods():
+        raise ConfigError(f"`method` must name a method; got {name!r}. {nearest(str(name), methods())}")
+    return methods()[name].config_class.from_dict(values)
