@@ -1,0 +1,25 @@
+"""Graft trainable adapters onto any unmodified PyTorch Transformer."""
+
+from .check import Finding as Finding
+from .check import Report as Report
+from .compose import Average as Average
+from .compose import BatchSplit as BatchSplit
+from .compose import Fuse as Fuse
+from .compose import MultiTask as MultiTask
+from .compose import Parallel as Parallel
+from .compose import Split as Split
+from .compose import Stack as Stack
+from .core.errors import ConfigError as ConfigError
+from .core.errors import DataError as DataError
+from .core.errors import InarchError as InarchError
+from .core.errors import SetupError as SetupError
+from .core.errors import SiteError as SiteError
+from .core.errors import StateError as StateError
+from .core.site import Site as Site
+from .core.site import Sites as Sites
+from .handle import Adapters as Adapters
+from .handle import attach as attach
+from .handle import check as check
+from .plan import Plan as Plan
+from .sites import probe as probe
+from .version import __version__ as __version__

@@ -1,0 +1,218 @@
+"""Grafts slots onto a model and arms their hooks. The only file that touches a model's modules.
+
+Hooks exist only where an adapter is active, at most two or three a site: one where h appears, one where x can be read
+if the wiring reads it, one on the norm after the sum if the adapter ends behind it.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .bank import (
+    CHILD,
+    LayerSlot,
+    Modules,
+    ProjectionSlot,
+    SiteSlot,
+    WiredAdapter,
+    layer_home,
+    module_key,
+    slot_name,
+    tap_module,
+)
+from .compose import Setup, keep_only, names
+from .core.errors import SiteError
+from .core.site import Site, Sites, Tap
+from .methods import AdapterConfig, LinearMethod, layer_number, method_of
+from .plan import formula, sublayer_part
+
+
+def graft(model: nn.Module, sites: Sites) -> None:
+    """Give every layer its empty slots. Raises `SiteError` if the model already has some."""
+    for site in sites:
+        home = layer_home(model, site)
+        if not hasattr(home, CHILD):
+            home.add_module(CHILD, LayerSlot())
+        layer_slot = getattr(home, CHILD)
+        if not isinstance(layer_slot, LayerSlot) or slot_name(site) in layer_slot:
+            raise SiteError(
+                f"A layer's child `{CHILD}` belongs to inarch; got one already at `{site.layer_path}` of "
+                f"{sites.model_class}. Use the handle of the model that was attached first, or `detach()` it."
+            )
+        post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
+        layer_slot[slot_name(site)] = SiteSlot(site, post_norm)
+
+
+def ungraft(model: nn.Module, sites: Sites) -> None:
+    """Remove every slot."""
+    for site in sites:
+        home = layer_home(model, site)
+        if hasattr(home, CHILD):
+            delattr(home, CHILD)
+
+
+def slot_of(model: nn.Module, site: Site) -> SiteSlot:
+    """The slot of a site."""
+    found = getattr(layer_home(model, site), CHILD)[slot_name(site)]
+    assert isinstance(found, SiteSlot)
+    return found
+
+
+def build(
+    model: nn.Module, sites: Sites, config: AdapterConfig, dtype: torch.dtype | None = None
+) -> dict[str, dict[str, nn.Module]]:
+    """The modules of one adapter, by site key and module key, on each site's device and dtype; not yet in the model."""
+    built: dict[str, dict[str, nn.Module]] = {}
+    for part in config.parts:
+        method = method_of(part)
+        for number, placement in enumerate(method.placements(part, sites)):
+            seed = getattr(part, "init_weights_seed", None)
+            # One stream of random numbers for each module: equal weights in every layer would be no random start.
+            generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
+            module = method(part, placement, layer_number(placement.site, sites), generator)
+            module.train(model.training)
+            like = _like(model, placement.site)
+            built.setdefault(placement.site.key, {})[module_key(method.name, placement)] = module.to(
+                device=like.device, dtype=dtype or like.dtype
+            )
+    return built
+
+
+def _like(model: nn.Module, site: Site) -> Tensor:
+    """A tensor whose device and dtype fit the site: a floating parameter near the branch output."""
+    for module in (tap_module(model, site, site.output), model.get_submodule(site.layer_path), model):
+        for parameter in module.parameters():
+            if parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                return parameter
+    return torch.empty(0)
+
+
+def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Put the modules of one adapter into the slots, in the place of any of that name."""
+    discard(model, sites, name)
+    for key, modules in built.items():
+        holder = Modules()
+        for module_name, module in modules.items():
+            holder.put(module_name, module)
+        slot_of(model, sites[key]).adapters.put(name, holder)
+
+
+def discard(model: nn.Module, sites: Sites, name: str) -> None:
+    """Remove the modules of one adapter."""
+    for site in sites:
+        slot_of(model, site).adapters.drop(name)
+
+
+def modules_at(slot: SiteSlot, name: str) -> Modules | None:
+    """The modules of one adapter at one site."""
+    found = slot.adapters.find(name)
+    assert found is None or isinstance(found, Modules)
+    return found
+
+
+def arm(
+    model: nn.Module,
+    sites: Sites,
+    setup: Setup,
+    configs: Mapping[str, AdapterConfig],
+    handles: list[RemovableHandle],
+) -> None:
+    """Register the hooks a setup needs, adding what removes them to `handles`."""
+    for site in sites:
+        handles += _arm_projections(model, site, setup, configs)
+    # After the projections': where both hook one module, the projection is part of the branch.
+    for site in sites:
+        handles += _arm_sum(model, site, setup, configs)
+    forget_compiled()
+
+
+def disarm(handles: list[RemovableHandle]) -> None:
+    """Remove hooks."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Make compiled models see a change of hooks, which their guards do not cover by default."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _arm_sum(model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> list[RemovableHandle]:
+    slot = slot_of(model, site)
+    wired: dict[str, WiredAdapter] = {}
+    for name in names(setup):
+        part, modules = sublayer_part(configs[name]), modules_at(slot, name)
+        branch = modules.find(method_of(part).name) if part is not None and modules is not None else None
+        if branch is not None:
+            wired[name] = WiredAdapter(part, method_of(part), branch)  # type: ignore[arg-type]
+    kept = keep_only(setup, lambda name: name in wired)
+    if kept is None:
+        return []
+    found = formula(site, kept, {name: configs[name] for name in wired})
+    assert found is not None
+    slot.arm(kept, wired, found.reads_stream)
+    handles = [tap_module(model, site, site.output).register_forward_hook(slot.rewrite)]
+    if found.reads_stream:
+        handles.append(_hold_stream(model, site, slot))
+    if site.post_norm is not None:
+        handles.append(model.get_submodule(site.absolute(site.post_norm)).register_forward_hook(slot.close))
+    return handles
+
+
+def _hold_stream(model: nn.Module, site: Site, slot: SiteSlot) -> RemovableHandle:
+    if site.stream is None or not site.same_layout:
+        raise SiteError(
+            "An adapter that reads the stream needs a place where the layer's stream can be read in the layout of the "
+            f"branch output; got {'none' if site.stream is None else 'another layout'} at site `{site.key}` "
+            f"(`{site.layer_path}`). Use `original_ln_before=False` and `is_parallel=False`."
+        )
+    return watch_stream(model, site, site.stream, slot)
+
+
+def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> RemovableHandle:
+    """Register the hook that lets a slot hold the stream. Returns what removes it."""
+    module = tap_module(model, site, tap)
+    if tap.side == "out":
+        return module.register_forward_hook(slot.hold_result)
+    if isinstance(tap.key[0], int):
+        return module.register_forward_pre_hook(slot.hold_argument)
+    return module.register_forward_pre_hook(slot.hold_any_argument, with_kwargs=True)
+
+
+def _arm_projections(
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> list[RemovableHandle]:
+    slot = slot_of(model, site)
+    programs: dict[str, list[Any]] = {}
+    for role, projections in site.projections.items():
+        for part, projection in enumerate(projections):
+            modules = _linear_modules(slot, names(setup), configs, f"{role}{part or ''}")
+            kept = keep_only(setup, lambda name, modules=modules: name in modules)  # type: ignore[misc]
+            if kept is not None:
+                programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
+    handles = []
+    for path, program in programs.items():
+        hook = ProjectionSlot(site.key, path)
+        hook.arm(program)
+        handles.append(model.get_submodule(site.absolute(path)).register_forward_hook(hook.adapt))
+    return handles
+
+
+def _linear_modules(
+    slot: SiteSlot, order: tuple[str, ...], configs: Mapping[str, AdapterConfig], role: str
+) -> dict[str, LinearMethod]:
+    found: dict[str, LinearMethod] = {}
+    for name in order:
+        modules = modules_at(slot, name)
+        for config in configs[name].parts if modules is not None else ():
+            module = modules.find(f"{method_of(config).name}.{role}")  # type: ignore[union-attr]
+            if isinstance(module, LinearMethod):
+                found[name] = module
+    return found

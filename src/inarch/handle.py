@@ -1,0 +1,495 @@
+"""The handle on a model with adapters: adds, trains, activates, saves and removes them.
+
+All state of a handle is part of the model's object tree, so a deep copy or a pickle of the model has a handle of its
+own, found by `inarch.attach(copy)`. Forward passes may run in several threads at once; what changes the model (`add`,
+`train`, `activate`, `load`, ...) takes a lock, and holds for every thread: do not switch adapters while another thread
+runs a forward of the same model.
+"""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import attach as grafting
+from . import pretrained, state
+from .bank import SiteSlot
+from .check import Report, report
+from .compose import Block, Setup, check_runnable, names
+from .core.errors import ConfigError, SetupError, SiteError, StateError, nearest
+from .core.site import Sites
+from .core.table import render
+from .heads import id2label, task_head
+from .methods import AdapterConfig, ConfigLike, read_config
+from .plan import Plan, plan
+from .sites import probe, synthesise
+from .version import __version__
+from .witness import verify
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_inarch_handle"
+_LOCK = threading.RLock()
+_NAME = re.compile(r"[^./,|\[\]\s](?:[^./,|\[\]\n]*[^./,|\[\]\s])?")
+
+Unsound = Literal["refuse", "allow"]
+
+
+def attach(
+    model: nn.Module, *, layout: Mapping[str, Any] | Sites | str | None = None, example_inputs: Any = None
+) -> "Adapters":
+    """Find the residual sites of a model and make it ready for adapters. The model computes what it did.
+
+    Arguments: `model` is any PyTorch Transformer; `layout` gives its sites instead of finding them, as data or as a
+    JSON file (see `Sites.to_dict`); `example_inputs`, a mapping of forward arguments, is
+    needed where none can be made up.
+
+    Returns the model's handle, the same one each time. Raises `SiteError` if a residual branch cannot be found, reached
+    or trusted; the model is then as it was.
+    """
+    model = unwrap(model)
+    with _LOCK:
+        handle = model.__dict__.get(_ATTRIBUTE)
+        if isinstance(handle, Adapters):
+            return handle
+        if any(isinstance(module, SiteSlot) for module in model.modules()):
+            raise SiteError(
+                "A model has one handle, at the module it was attached to; got a part of an attached model, or a model "
+                f"around one: {type(model).__name__}. Use the handle of the whole model, or `detach()` it first."
+            )
+        sites = probe(model, layout=layout, example_inputs=example_inputs)
+        inputs = example_inputs if example_inputs is not None else synthesise(model)
+        if inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
+            verify(model, sites, inputs)
+        return Adapters(model, sites)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def check(
+    model: nn.Module, config: ConfigLike | None = None, *, layout: Any = None, example_inputs: Any = None
+) -> Report:
+    """Prove what adapters make of a model's function; the model is left untouched.
+
+    Arguments: `config` is a configuration to judge; without one, the active setup of the model is judged.
+    """
+    model = unwrap(model)
+    handle = model.__dict__.get(_ATTRIBUTE)
+    if config is None:
+        if not isinstance(handle, Adapters):
+            raise SetupError(
+                f"There must be something to check; got no configuration and no adapters on {type(model).__name__}. "
+                "Pass a configuration, as in `inarch.check(model, 'seq_bn')`."
+            )
+        return handle.check()
+    sites = handle.sites if isinstance(handle, Adapters) else probe(model, layout=layout, example_inputs=example_inputs)
+    return report(sites, "adapter", {"adapter": read_config(config)})
+
+
+class Adapters:
+    """The adapters of one model. Made by `inarch.attach`."""
+
+    def __init__(self, model: nn.Module, sites: Sites) -> None:
+        self._trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        grafting.graft(model, sites)
+        self.model = model
+        self.sites = sites
+        self._configs: dict[str, AdapterConfig] = {}
+        self._unsound: set[str] = set()
+        self._heads: dict[str, tuple[str, ...]] = {}
+        self._setup: Setup | None = None
+        self._handles: list[RemovableHandle] = []
+        setattr(model, _ATTRIBUTE, self)
+        self._pretrained = pretrained.Door(self)
+
+    # What there is
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters, in the order in which they came."""
+        return tuple(self._configs)
+
+    @property
+    def setup(self) -> Setup | None:
+        """What is active: a name, a composition, or None."""
+        return self._setup
+
+    def config(self, name: str) -> AdapterConfig:
+        """The configuration of one adapter."""
+        self._require(name)
+        return self._configs[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._configs
+
+    def __getitem__(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, by their key in an adapter file."""
+        self._require(name)
+        return {
+            f"{site.key}.{key}": parameter
+            for site in self.sites
+            if (modules := grafting.modules_at(grafting.slot_of(self.model, site), name)) is not None
+            for key, parameter in modules.named_parameters()
+        }
+
+    def head(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of the task head that was trained with an adapter, by their key in an adapter file."""
+        self._require(name)
+        return self._head_parameters(self._heads.get(name, ()))
+
+    def plan(self, setup: Setup | None = None) -> Plan:
+        """Every module of the adapters in a setup (all adapters by default), with the formulas of the sites."""
+        chosen = self.names if setup is None else names(setup)
+        return plan(self.sites, {name: self.config(name) for name in chosen}, setup)
+
+    def summary(self) -> str:
+        """A table of the adapters: configuration, parameters, share of the base, state."""
+        own = {id(p) for name in self.names for p in self[name].values()}
+        base = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        rows: list[tuple[object, ...]] = []
+        for name, config in self._configs.items():
+            parameters = list(self[name].values())
+            count = sum(p.numel() for p in parameters)
+            active = self._setup is not None and name in names(self._setup)
+            trained = sum(p.requires_grad for p in parameters)
+            trainable = "yes" if trained == len(parameters) else "no" if not trained else "partly"
+            rows.append((name, str(config), count, f"{count / base:.2%}", "yes" if active else "no", trainable))
+        rows.append(("(base)", type(self.model).__name__, base, "100%", "", _trainable(self.model, own)))
+        return render(("adapter", "configuration", "parameters", "of base", "active", "trainable"), rows)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def check(self) -> Report:
+        """Prove what the active setup, or else all adapters one after the other, makes of the model's function."""
+        if self._setup is None and len(self._configs) != 1:
+            raise SetupError(
+                f"There must be one thing to check; got no active setup and {len(self._configs)} adapters. "
+                "Activate a setup first, or pass a configuration to `inarch.check`."
+            )
+        return report(self.sites, self._setup or self.names[0], self._configs)
+
+    # Adding and removing
+
+    def add(
+        self, name: str, config: ConfigLike = "seq_bn", *, overwrite: bool = False, unsound: Unsound = "refuse"
+    ) -> None:
+        """Give the model a new adapter with initial weights. It is not active and nothing is frozen yet.
+
+        Arguments: `config` is anything `read_config` reads; `unsound="allow"` accepts a configuration that
+        provably does not keep the pre-trained function.
+
+        Raises `SetupError` for a bad or taken name, `ConfigError` for a configuration that is wrong, matches
+        nothing, or is unsound; nothing is added then.
+        """
+        with _LOCK:
+            self._check_new(name, overwrite)
+            parsed = read_config(config)
+            verdict = report(self.sites, name, {name: parsed})
+            if not verdict.sound and unsound != "allow":
+                raise ConfigError(_refusal(verdict))
+            self._store(name, parsed, grafting.build(self.model, self.sites, parsed), sound=verdict.sound)
+
+    def _store(self, name: str, config: AdapterConfig, built: dict[str, dict[str, nn.Module]], *, sound: bool) -> None:
+        """Put built modules in the model, leaving what is active as it was."""
+        grafting.store(self.model, self.sites, name, built)
+        self._configs[name] = config
+        self._heads.pop(name, None)
+        self._unsound.discard(name)
+        if not sound:
+            self._unsound.add(name)
+        if self._setup is not None and name in names(self._setup):
+            self._arm(self._setup)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. Raises `SetupError` if it is active."""
+        with _LOCK:
+            self._require(name)
+            if self._setup is not None and name in names(self._setup):
+                raise SetupError(
+                    f"An active adapter cannot be removed; got `{name}`, part of {self._setup!r}. "
+                    "Call `deactivate()` or activate another setup first."
+                )
+            grafting.discard(self.model, self.sites, name)
+            del self._configs[name]
+            self._heads.pop(name, None)
+            self._unsound.discard(name)
+
+    def detach(self) -> nn.Module:
+        """Remove everything inarch added and return the model; a trained task head keeps its weights."""
+        with _LOCK:
+            self._arm(None)
+            self._pretrained.close()
+            grafting.ungraft(self.model, self.sites)
+            for key, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
+            self.model.__dict__.pop(_ATTRIBUTE, None)
+            return self.model
+
+    # Activating and training
+
+    def activate(self, setup: Setup) -> None:
+        """Run a setup in every forward from now on. Changes no `requires_grad`.
+
+        Raises `SetupError` for an unknown name, a composition that cannot run, or one that provably does not keep the
+        pre-trained function although each of its adapters does.
+        """
+        with _LOCK:
+            self._check_setup(setup)
+            self._arm(setup)
+
+    def deactivate(self) -> None:
+        """Run the base model as it is."""
+        with _LOCK:
+            self._arm(None)
+
+    @contextmanager
+    def using(self, setup: Setup | None) -> Iterator[None]:
+        """Activate a setup, or none, for the length of a `with` block."""
+        before = self._setup
+        if setup is None:
+            self.deactivate()
+        else:
+            self.activate(setup)
+        try:
+            yield
+        finally:
+            with _LOCK:
+                self._arm(before if before is None or all(name in self for name in names(before)) else None)
+
+    def train(self, setup: Setup, *, head: bool | Sequence[str] = True) -> None:
+        """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
+
+        Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up.
+        """
+        with _LOCK:
+            self._check_setup(setup)
+            heads = self._find_head(head)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            for name in names(setup):
+                for parameter in self[name].values():
+                    parameter.requires_grad_(True)
+                if heads:
+                    self._heads[name] = heads
+            for parameter in self._head_parameters(heads).values():
+                parameter.requires_grad_(True)
+            self._arm(setup)
+
+    def _find_head(self, head: bool | Sequence[str]) -> tuple[str, ...]:
+        if head is False:
+            return ()
+        if head is True:
+            return task_head(self.model)
+        paths = (head,) if isinstance(head, str) else tuple(head)
+        modules = dict(self.model.named_modules())
+        for path in paths:
+            if path not in modules:
+                raise SetupError(
+                    f"`head` names modules of the model; got `{path}` for {type(self.model).__name__}. "
+                    f"{nearest(path, [p for p, _ in self.model.named_children()])}"
+                )
+        return paths
+
+    def _head_parameters(self, paths: tuple[str, ...]) -> dict[str, nn.Parameter]:
+        return {
+            f"head.{path}.{key}": parameter
+            for path in paths
+            for key, parameter in self.model.get_submodule(path).named_parameters()
+        }
+
+    def _arm(self, setup: Setup | None) -> None:
+        """Change the hooks to those of a setup; if that fails, none is active."""
+        grafting.disarm(self._handles)
+        self._setup = None
+        if setup is None:
+            return
+        try:
+            grafting.arm(self.model, self.sites, setup, self._configs, self._handles)
+        except BaseException:
+            grafting.disarm(self._handles)
+            raise
+        self._setup = setup
+
+    # Saving and loading
+
+    def save(self, name: str, folder: str | os.PathLike[str], *, processor: Any = None, head: bool = True) -> None:
+        """Write one adapter, with the task head trained with it, as an adapter folder.
+
+        Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with
+        `to_dict`). Raises `StateError` if the folder holds something else or cannot be written.
+        """
+        self._require(name)
+        tensors: dict[str, Tensor] = dict(self[name])
+        if head:
+            tensors |= self.head(name)
+        state.write(folder, tensors, self._record(name, processor, head))
+
+    def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:
+        config = getattr(self.model, "config", None)
+        with_head = head and bool(self._heads.get(name))
+        import transformers
+
+        return {
+            "name": name,
+            "config": self._configs[name].to_dict(),
+            "base": {
+                "id": getattr(config, "_name_or_path", "") or "",
+                "revision": getattr(config, "_commit_hash", None),
+                "model_type": self.sites.model_type,
+                "model_class": self.sites.model_class,
+                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                "fingerprint": state.fingerprint(self.model, self.sites),
+            },
+            "sites": state.describe_sites(self.sites),
+            "head": {
+                "modules": list(self._heads[name]),
+                "labels": [label for _, label in sorted(id2label(self.model).items())],
+                "problem_type": getattr(config, "problem_type", None),
+            }
+            if with_head
+            else None,
+            "preprocessing": processor.to_dict() if processor is not None else None,
+            "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def load(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        overwrite: bool = False,
+        head: bool = True,
+        other_base: Literal["refuse", "allow"] = "refuse",
+    ) -> str:
+        """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
+
+        Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
+        `other_base="allow"` takes an adapter made on a base with other weights.
+
+        Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
+        """
+        with _LOCK:
+            stored = state.read(state.locate(source))
+            chosen = name or str(stored.record.get("name", ""))
+            self._check_new(chosen, overwrite)
+            difference = state.compare_bases(stored.record, self.sites, self.model)
+            if difference and other_base != "allow":
+                raise StateError(
+                    f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
+                    f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
+                    '`other_base="allow"` if the change is wanted.'
+                )
+            if difference:
+                logger.warning("Loading %s although %s.", stored.folder, difference)
+            config = read_config(stored.record["config"])
+            sound = report(self.sites, chosen, {chosen: config}).sound
+            if not sound:
+                logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
+            built = grafting.build(self.model, self.sites, config)
+            wanted = {
+                f"{site}.{key}.{leaf}": parameter
+                for site, modules in built.items()
+                for key, module in modules.items()
+                for leaf, parameter in module.named_parameters()
+            }
+            paths = self._stored_head(stored) if head else ()
+            heads = self._head_parameters(paths)
+            given = {k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")}
+            state.check_tensors(given, wanted | heads, str(stored.folder))
+            with torch.no_grad():
+                for key, parameter in (wanted | heads).items():
+                    parameter.copy_(stored.tensors[key])
+            for parameter in wanted.values():
+                parameter.requires_grad_(False)
+            self._store(chosen, config, built, sound=sound)
+            if paths:
+                self._heads[chosen] = paths
+            return chosen
+
+    def _stored_head(self, stored: state.Stored) -> tuple[str, ...]:
+        record = stored.record.get("head") or {}
+        paths = tuple(record.get("modules", ()))
+        modules = dict(self.model.named_modules())
+        absent = [path for path in paths if path not in modules]
+        if absent:
+            raise StateError(
+                f"The task head of an adapter must exist in the model; got `{absent[0]}` of `{stored.folder}` for "
+                f"{type(self.model).__name__}. Load the model with its task head, or pass `head=False`."
+            )
+        labels, own = list(record.get("labels", ())), [label for _, label in sorted(id2label(self.model).items())]
+        if paths and labels and own and len(labels) != len(own):
+            raise StateError(
+                f"The labels of an adapter's head and of the model must agree; got {len(labels)} in `{stored.folder}` "
+                f"and {len(own)} in {type(self.model).__name__}. Load the model with `num_labels={len(labels)}`."
+            )
+        return paths
+
+    # Checks
+
+    def _require(self, name: str) -> None:
+        if name not in self._configs:
+            raise SetupError(
+                f"An adapter must be added before it is used; got `{name}`. {nearest(name, self._configs)}"
+            )
+
+    def _check_new(self, name: str, overwrite: bool) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise SetupError(
+                f"An adapter's name is text without `.`, `/`, `,`, `|`, brackets or line breaks; got {name!r}. "
+                "Use letters, digits, `-` and `_`."
+            )
+        if name in self._configs and not overwrite:
+            raise SetupError(
+                f"The adapters of a model have different names; got `{name}` again. Choose another name, `remove` the "
+                "old one, or pass `overwrite=True`."
+            )
+
+    def _check_setup(self, setup: Setup) -> None:
+        if not isinstance(setup, str | Block):
+            raise SetupError(
+                f"A setup is the name of an adapter or a block of names; got {setup!r}. Write `Stack('a', 'b')`."
+            )
+        for name in names(setup):
+            self._require(name)
+        check_runnable(setup)
+        if len(names(setup)) < 2 or self._unsound & set(names(setup)):
+            return
+        verdict = report(self.sites, setup, self._configs)
+        if not verdict.sound:
+            raise SetupError(_refusal(verdict))
+
+
+def _refusal(verdict: Report) -> str:
+    details = "\n".join(f"  {finding}" for finding in verdict.findings)
+    return (
+        f"An adapter must keep the pre-trained function when its branch is zero; got {verdict.subject} for "
+        f'{verdict.model_class}.\n{details}\n  For research, pass `unsound="allow"` to `add`.'
+    )
+
+
+def _trainable(model: nn.Module, without: set[int]) -> str:
+    base = [p.requires_grad for p in model.parameters() if id(p) not in without]
+    return "yes" if base and all(base) else "partly" if any(base) else "no"
+
+
+def attached(model: nn.Module) -> "Adapters | None":
+    """The handle of a model, if it has one."""
+    found = unwrap(model).__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Adapters) else None

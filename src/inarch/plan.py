@@ -1,0 +1,151 @@
+"""What attaching and activating would do, as plain data: no tensor is made, nothing is changed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .bank import WiredAdapter, module_key, rewire
+from .compose import Setup, keep_only, names
+from .core.config import Config
+from .core.site import Site, Sites
+from .core.symbols import Expr, symbol
+from .core.table import render
+from .core.wiring import Settled, layer_output
+from .methods import AdapterConfig, Placement, SublayerMethod, layer_number, method_of
+
+X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What one site computes: y of the stream x, the branch output h, and g, other branches of the same sum."""
+
+    pretrained: Expr
+    adapted: Expr
+    at_zero: Expr
+    """`adapted` with every adapter branch zero."""
+    reads_stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One module of one adapter."""
+
+    adapter: str
+    method: str
+    placement: Placement
+    num_parameters: int
+
+    @property
+    def key(self) -> str:
+        """Its place in an adapter file: site, method and role."""
+        return f"{self.placement.site.key}.{module_key(self.method, self.placement)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every module of some adapters, and the formula of every site under a setup. Prints as a table."""
+
+    modules: tuple[PlannedModule, ...]
+    formulas: Mapping[str, Formula]
+    """By site key; sites whose sum no adapter touches are left out."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(module.num_parameters for module in self.modules)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                module.adapter,
+                module.key,
+                module.placement.port,
+                module.num_parameters,
+                f"y = {self.formulas[module.placement.site.key].adapted}"
+                if module.placement.port == "sublayer" and module.placement.site.key in self.formulas
+                else "",
+            )
+            for module in self.modules
+        ]
+        return render(("adapter", "module", "port", "parameters", "formula"), rows)
+
+
+def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | None = None) -> Plan:
+    """The modules these adapters have on these sites, and the formulas under the setup.
+
+    Raises `ConfigError` if a configuration asks for what the model does not have.
+    """
+    modules = [
+        PlannedModule(name, method_of(part).name, placement, _count(part, placement, sites))
+        for name, config in adapters.items()
+        for part in config.parts
+        for placement in method_of(part).placements(part, sites)
+    ]
+    formulas = {}
+    if setup is not None:
+        at = sublayer_sites(modules)
+        for site in sites:
+            found = formula(site, setup, {n: adapters[n] for n in names(setup) if site.key in at.get(n, ())})
+            if found is not None:
+                formulas[site.key] = found
+    return Plan(tuple(modules), formulas)
+
+
+def sublayer_sites(modules: list[PlannedModule]) -> dict[str, set[str]]:
+    """By adapter, the keys of the sites whose sum it touches."""
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        if module.placement.port == "sublayer":
+            found.setdefault(module.adapter, set()).add(module.placement.site.key)
+    return found
+
+
+def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> Formula | None:
+    """The formula of one site, where `configs` are the adapters present there; None if none touches the sum.
+
+    The function that runs in the forward is run here on symbols.
+    """
+    wired = {name: part for name in names(setup) if name in configs and (part := sublayer_part(configs[name]))}
+    kept = keep_only(setup, lambda name: name in wired)
+    if kept is None:
+        return None
+    branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
+    adapters = {name: WiredAdapter(part, method_of(part), branches[name]) for name, part in wired.items()}  # type: ignore[arg-type]
+
+    def norm(total: Expr) -> Expr:
+        return total.applied("LN")
+
+    post = norm if site.post_norm is not None else None
+    settled = rewire(kept, adapters, X, H, post)
+    stream = X + OTHERS if site.shared_sum else X
+    adapted = layer_output(settled, stream, post)
+    at_zero = adapted
+    for branch in branches.values():
+        at_zero = at_zero.vanish(branch.name)
+    handed = settled.branch if settled.output is None else settled.output
+    return Formula(layer_output(Settled(H), stream, post), adapted, at_zero, handed.mentions("x"))
+
+
+def sublayer_part(config: AdapterConfig) -> Config | None:
+    """The part of an adapter that plugs into the sum of a site."""
+    return next((part for part in config.parts if issubclass(method_of(part), SublayerMethod)), None)
+
+
+class _Symbols:
+    """The branch of an adapter in a formula: A, or A1, A2, ... where several act."""
+
+    def __init__(self, number: str) -> None:
+        self.name, self.norm_name = f"A{number}", f"N{number}"
+
+    def branch(self, z: Expr) -> Expr:
+        return z.applied(self.name)
+
+    def norm_branch(self, w: Expr) -> Expr:
+        return w.applied(self.norm_name)
+
+
+def _count(part: Config, placement: Placement, sites: Sites) -> int:
+    with torch.device("meta"):
+        module = method_of(part)(part, placement, layer_number(placement.site, sites))
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,121 @@
+"""Watches one real forward, to show that every tap is where the sites say it is."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .attach import watch_stream
+from .bank import SiteSlot, tap_module
+from .core.errors import SiteError, join_problems
+from .core.site import Site, Sites
+
+
+def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any]) -> None:
+    """Run the model once on `inputs`, in eval mode, and compare what passes at the taps with what the sites claim.
+
+    Raises `SiteError` that names every site whose branch output does not appear exactly once after its stream, whose
+    stream or width is not as claimed, or where the sum `x + h` is not what the layer goes on with.
+    """
+    witnesses = [_Witness(model, site) for site in sites]
+    handles = [handle for witness in witnesses for handle in witness.watch()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    problems = [problem for witness in witnesses if (problem := witness.problem())]
+    if not problems:
+        followers = itertools.pairwise(witnesses)
+        problems = [problem for first, second in followers if (problem := first.disagrees(second))]
+    if problems:
+        raise SiteError(join_problems(problems))
+
+
+class _Witness:
+    """What passed at the taps of one site, call by call."""
+
+    def __init__(self, model: nn.Module, site: Site) -> None:
+        self.model, self.site = model, site
+        self.outputs: list[Tensor] = []
+        self.streams: list[Tensor] = []
+        self.normed: list[Tensor] = []
+        self._slot = SiteSlot(site, None)
+
+    def watch(self) -> list[RemovableHandle]:
+        site = self.site
+        handles = [tap_module(self.model, site, site.output).register_forward_hook(self._on_output)]
+        if site.stream is not None:
+            handles.append(watch_stream(self.model, site, site.stream, self._slot))
+        if site.post_norm is not None:
+            norm = self.model.get_submodule(site.absolute(site.post_norm))
+            handles.append(norm.register_forward_pre_hook(self._on_norm))
+        return handles
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for part in self.site.output.key:
+            output = output[part]
+        self.outputs.append(output.detach().clone())
+        self.streams += [held.detach().clone() for held in self._slot.take_held()]
+
+    def _on_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.normed.append(args[0].detach().clone())
+
+    def problem(self) -> str:
+        """The first claim that is wrong, as a sentence; empty if all hold."""
+        site, place = self.site, self.site.absolute(self.site.output.path)
+        if not self.outputs:
+            return (
+                f"Every site must run; got no call of `{place}` for site `{site.key}`. "
+                "Pass `example_inputs` that reach every layer."
+            )
+        if self.outputs[0].shape[-1] != site.width:
+            return (
+                f"A branch output has the width of its site, {site.width}; got {self.outputs[0].shape[-1]} at "
+                f"`{place}`. Pass a layout with another `output`."
+            )
+        if site.stream is None or not site.same_layout:
+            return ""
+        shapes = [(tuple(x.shape), tuple(h.shape)) for x, h in zip(self.streams, self.outputs, strict=False)]
+        if len(self.streams) != len(self.outputs) or any(x != h for x, h in shapes):
+            return (
+                f"The stream is seen once before each branch output, in its shape; got {len(self.streams)} for "
+                f"{len(self.outputs)} outputs, {shapes[:1]} at site `{site.key}`. Pass a layout with another `stream`."
+            )
+        if site.exact and not site.shared_sum and site.post_norm is not None:
+            return self._compare(self.normed, "what its norm receives")
+        return ""
+
+    def disagrees(self, following: "_Witness") -> str:
+        """Whether the next site of the same layer call receives something else than this site's sum."""
+        site = self.site
+        comparable = (
+            following.site.layer_path == site.layer_path
+            and following.site.stack == site.stack
+            and following.site.layer == site.layer
+            and site.post_norm is None
+            and site.exact
+            and site.same_layout
+            and not site.shared_sum
+            and site.stream is not None
+            and following.streams
+        )
+        return self._compare(following.streams, f"the stream of `{following.site.key}`") if comparable else ""
+
+    def _compare(self, found: list[Tensor], what: str) -> str:
+        for x, h, total in zip(self.streams, self.outputs, found, strict=False):
+            tolerance = 8 * torch.finfo(total.dtype).eps * max(1.0, float(total.abs().max()))
+            if total.shape != x.shape or not torch.allclose(x + h, total, rtol=0, atol=tolerance):
+                return (
+                    f"The stream plus the branch output is what a layer goes on with; got something else in {what} at "
+                    f"site `{self.site.key}` (`{self.site.layer_path}`). Pass a layout that names the taps of the sum."
+                )
+        return ""
