@@ -35,6 +35,20 @@ class WiredAdapter:
     branch: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _SumStep:
+    """One adapter of a setup, on what the ones before it made of the branch output. (A class, because the compiler
+    cannot trace a function with annotations that is defined while it runs.)"""
+
+    adapters: Mapping[str, WiredAdapter]
+    x: Any
+    norm: Callable[[Any], Any] | None
+
+    def __call__(self, name: str, carry: Carry[Any]) -> Carry[Any]:
+        adapter = self.adapters[name]
+        return adapter.method.wire(adapter.config, self.x, carry, self.norm, adapter.branch)
+
+
 def rewire(
     setup: Setup,
     adapters: Mapping[str, WiredAdapter],
@@ -43,12 +57,7 @@ def rewire(
     norm: Callable[[Any], Any] | None,
 ) -> Settled[Any]:
     """What a site hands to its layer instead of `h`. The forward runs it on tensors, the proof on symbols."""
-
-    def step(name: str, carry: Carry[Any]) -> Carry[Any]:
-        adapter = adapters[name]
-        return adapter.method.wire(adapter.config, x, carry, norm, adapter.branch)
-
-    carry = run(setup, Carry(h), step)
+    carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
     final = adapters[last(setup)]
     return settle(carry, x, h, add=final.method.keeps_sum(final.config), post_norm=norm is not None)
 

@@ -12,6 +12,8 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import attach as grafting
-from . import pretrained, state
+from . import convert, pretrained, state
 from .bank import SiteSlot
 from .check import Report, report
 from .compose import Block, Setup, check_runnable, names
@@ -29,7 +31,7 @@ from .core.table import render
 from .heads import id2label, task_head
 from .methods import AdapterConfig, ConfigLike, read_config
 from .plan import Plan, plan
-from .sites import probe, synthesise
+from .sites import Inputs, given_inputs, probe, synthesise
 from .version import __version__
 from .witness import verify
 
@@ -48,7 +50,7 @@ def attach(
     """Find the residual sites of a model and make it ready for adapters. The model computes what it did.
 
     Arguments: `model` is any PyTorch Transformer; `layout` gives its sites instead of finding them, as data or as a
-    JSON file (see `Sites.to_dict`); `example_inputs`, a mapping of forward arguments, is
+    JSON file (see `Sites.to_dict`); `example_inputs`, what the model is called with, is
     needed where none can be made up.
 
     Returns the model's handle, the same one each time. Raises `SiteError` if a residual branch cannot be found, reached
@@ -65,9 +67,9 @@ def attach(
                 f"around one: {type(model).__name__}. Use the handle of the whole model, or `detach()` it first."
             )
         sites = probe(model, layout=layout, example_inputs=example_inputs)
-        inputs = example_inputs if example_inputs is not None else synthesise(model)
-        if inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
-            verify(model, sites, inputs)
+        inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
+        if (inputs.args or inputs.kwargs) and not any(parameter.is_meta for parameter in model.parameters()):
+            verify(model, sites, inputs.args, inputs.kwargs)
         return Adapters(model, sites)
 
 
@@ -100,6 +102,18 @@ def check(
         return handle.check()
     sites = handle.sites if isinstance(handle, Adapters) else probe(model, layout=layout, example_inputs=example_inputs)
     return report(sites, "adapter", {"adapter": read_config(config)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """An adapter folder of any format, in terms of one model."""
+
+    folder: Path
+    name: str
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    head: tuple[str, ...] = ()
+    """The modules of the task head whose tensors are among them."""
 
 
 class Adapters:
@@ -380,48 +394,74 @@ class Adapters:
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
+        Folders of the library `adapters` are read too, without a prediction head that may lie beside the adapter.
+
         Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
         `other_base="allow"` takes an adapter made on a base with other weights.
 
         Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
         """
         with _LOCK:
-            stored = state.read(state.locate(source))
-            chosen = name or str(stored.record.get("name", ""))
+            found = self._find(state.locate(source), head, other_base)
+            chosen = name or found.name
             self._check_new(chosen, overwrite)
-            difference = state.compare_bases(stored.record, self.sites, self.model)
-            if difference and other_base != "allow":
-                raise StateError(
-                    f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
-                    f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
-                    '`other_base="allow"` if the change is wanted.'
-                )
-            if difference:
-                logger.warning("Loading %s although %s.", stored.folder, difference)
-            config = read_config(stored.record["config"])
-            sound = report(self.sites, chosen, {chosen: config}).sound
+            sound = report(self.sites, chosen, {chosen: found.config}).sound
             if not sound:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
-            built = grafting.build(self.model, self.sites, config)
+            built = grafting.build(self.model, self.sites, found.config)
             wanted = {
                 f"{site}.{key}.{leaf}": parameter
                 for site, modules in built.items()
                 for key, module in modules.items()
                 for leaf, parameter in module.named_parameters()
             }
-            paths = self._stored_head(stored) if head else ()
-            heads = self._head_parameters(paths)
-            given = {k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")}
-            state.check_tensors(given, wanted | heads, str(stored.folder))
+            heads = self._head_parameters(found.head)
+            state.check_tensors(found.tensors, wanted | heads, str(found.folder))
             with torch.no_grad():
                 for key, parameter in (wanted | heads).items():
-                    parameter.copy_(stored.tensors[key])
+                    parameter.copy_(found.tensors[key])
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
-            self._store(chosen, config, built, sound=sound)
-            if paths:
-                self._heads[chosen] = paths
+            self._store(chosen, found.config, built, sound=sound)
+            if found.head:
+                self._heads[chosen] = found.head
             return chosen
+
+    def _find(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
+        """What an adapter folder of any format holds for this model."""
+        if state.is_adapter(folder):
+            return self._find_own(folder, head, other_base)
+        if convert.is_adapterhub(folder):
+            return self._find_adapterhub(folder, head, other_base)
+        raise StateError(
+            f"An adapter folder holds `{state.RECORD}`, as `save` writes it, or what the library `adapters` saves; got "
+            f"no `{state.RECORD}` and nothing of that library in `{folder}`. Give the folder of one adapter."
+        )
+
+    def _find_own(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
+        stored = state.read(folder)
+        difference = state.compare_bases(stored.record, self.sites, self.model)
+        if difference and other_base != "allow":
+            raise StateError(
+                f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
+                f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
+                '`other_base="allow"` if the change is wanted.'
+            )
+        if difference:
+            logger.warning("Loading %s although %s.", stored.folder, difference)
+        return _Found(
+            folder=folder,
+            name=str(stored.record.get("name", "")),
+            config=read_config(stored.record["config"]),
+            tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
+            head=self._stored_head(stored) if head else (),
+        )
+
+    def _find_adapterhub(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
+        read = convert.read(folder, self.sites, head=head, other_base=other_base)
+        if read.head is not None:
+            logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
+        return _Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors)
 
     def _stored_head(self, stored: state.Stored) -> tuple[str, ...]:
         record = stored.record.get("head") or {}

@@ -14,8 +14,8 @@ from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
 
 
-def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any]) -> None:
-    """Run the model once on `inputs`, in eval mode, and compare what passes at the taps with what the sites claim.
+def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once on these arguments, in eval mode, and compare what passes at the taps with what the sites claim.
 
     Raises `SiteError` that names every site whose branch output does not appear exactly once after its stream, whose
     stream or width is not as claimed, or where the sum `x + h` is not what the layer goes on with.
@@ -26,7 +26,7 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any]) -> None:
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(**inputs)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

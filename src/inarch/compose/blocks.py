@@ -120,10 +120,14 @@ class Average(Block):
                 f"`weights` of an `Average` must be one number for each child, with a sum other than zero; got "
                 f"{list(chosen)} for {len(children)} children. Give {len(children)} weights."
             )
-        object.__setattr__(self, "weights", tuple(weight / sum(chosen) for weight in chosen))
+        object.__setattr__(self, "weights", tuple(map(float, chosen)))
 
     def settings(self) -> dict[str, Any]:
         return {"weights": list(self.weights)}
+
+    def shares(self) -> tuple[float, ...]:
+        """The weights divided by their sum."""
+        return tuple(weight / sum(self.weights) for weight in self.weights)
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {

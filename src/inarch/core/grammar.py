@@ -1,7 +1,6 @@
 """The text form of an adapter configuration: `name`, `name[field=value,...]`, and several joined by `|`."""
 
 import ast
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +35,13 @@ def write(name: str, values: dict[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key!r}:{item!r}" for key, item in value.items()) + "}"
     if isinstance(value, str) and value.replace("_", "").isalnum() and _value(value) == value:
         return value
-    return repr(value).replace(", ", ",").replace(": ", ":") if not isinstance(value, str) else json.dumps(value)
+    return repr(value)
 
 
 def _phrase(part: str, whole: str) -> Phrase:

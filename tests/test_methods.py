@@ -1,0 +1,340 @@
+"""The contract every method keeps on every architecture: what it claims, at every port."""
+
+import copy
+
+import pytest
+import torch
+
+import inarch
+from inarch import Stack
+from inarch.methods import read_config
+from inarch.testing import tiny, tiny_inputs
+
+ARCHITECTURES = [
+    *("vit", "dinov2", "beit", "clip-vision", "clip", "swin", "bert", "roberta", "distilbert"),
+    *("gpt2", "llama", "qwen2", "t5", "bart", "whisper"),
+]
+
+# Configuration -> whether training starts exactly at the base model.
+CONFIGS = {
+    "seq_bn[reduction_factor=2]": False,
+    "seq_bn[init_weights=mam_adapter,reduction_factor=2]": True,
+    "double_seq_bn[reduction_factor=4,use_gating=True,scaling=learned]": False,
+    "par_bn": True,
+    "scaled_par_bn[mh_adapter=True]": True,
+    "adapter_plus[mh_adapter=True]": False,
+    "seq_bn[ln_before=True,ln_after=True,mh_adapter=True,non_linearity=gelu]": False,
+    "lora": True,
+    "lora[attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True,use_gating=True,init_weights=bert]": False,
+    "lora[alpha=16]|par_bn": True,
+}
+
+
+def output(model, name, **changes):
+    """Every tensor of the model's output that training sees, in one."""
+    found = model(**(tiny_inputs(name) | changes))
+    kept = [found[key] for key in ("last_hidden_state", "logits", "image_embeds", "text_embeds") if key in found]
+    if "encoder_last_hidden_state" in found:
+        kept.append(found["encoder_last_hidden_state"])
+    return torch.cat([tensor.flatten(1) for tensor in kept], dim=1)
+
+
+@torch.no_grad()
+def still(model, name):
+    """The output without a graph: attention kernels may differ in the last bit between the two."""
+    return output(model, name)
+
+
+def awake(adapters, name, std=0.2):
+    """Move an adapter's weights off their initial values."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters[name].values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_contract_of_every_method(name, tmp_path):
+    """Identity at the start where claimed, gradients exactly where wanted, exact save, load and detach."""
+    model = tiny(name)
+    base = still(model, name)
+    adapters = inarch.attach(model)
+    assert torch.equal(still(model, name), base)
+    for number, (config, starts_at_base) in enumerate(CONFIGS.items()):
+        adapters.add("a", config, overwrite=True)
+        adapters.train("a")
+        start = still(model, name)
+        assert torch.equal(start, base) == starts_at_base, config
+        if not starts_at_base:
+            assert (start - base).abs().max() > 0, config
+        awake(adapters, "a")
+        expected = still(model, name)
+        assert not torch.allclose(expected, base), config
+        model.zero_grad(set_to_none=True)
+        adapted = output(model, name)
+        (adapted * torch.linspace(-1, 1, adapted.shape[1])).sum().backward()
+        silent = [key for key, p in adapters["a"].items() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert silent == [], config
+        own = {id(p) for p in (*adapters["a"].values(), *adapters.head("a").values())}
+        assert [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in own] == []
+        adapters.save("a", tmp_path / str(number))
+        adapters.deactivate()
+        assert torch.equal(still(model, name), base)
+        adapters.remove("a")
+        adapters.load(tmp_path / str(number))
+        adapters.activate("a")
+        assert torch.equal(still(model, name), expected), config
+    adapters.detach()
+    assert torch.equal(still(model, name), base)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_of_a_batch_do_not_touch_each_other(name):
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn[use_gating=True]|lora[init_weights=bert,use_gating=True]")
+    adapters.activate("a")
+    awake(adapters, "a")
+    whole = output(model, name)
+    halves = [output(model, name, **{k: v[i : i + 1] for k, v in tiny_inputs(name).items()}) for i in range(2)]
+    if name == "clip":  # its logits compare every image with every text
+        return
+    assert torch.allclose(whole, torch.cat(halves), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "t5"])
+def test_a_stack_is_its_adapters_one_after_the_other(name):
+    """Against the formula: the second adapter's input is the site output after the first."""
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    for key in "ab":
+        adapters.add(key, "bottleneck[reduction_factor=4]")
+        awake(adapters, key)
+    adapters.activate(Stack("a", "b"))
+    stacked = output(model, name)
+    adapters.deactivate()
+    handles = []
+    for site in adapters.sites:
+        if site.kind != "mlp":
+            continue
+        modules = {key: _module(model, site, key) for key in "ab"}
+        handles.append(
+            model.get_submodule(site.absolute(site.output.path)).register_forward_hook(_by_hand(site, modules))
+        )
+    assert torch.allclose(output(model, name), stacked, atol=1e-6)
+    for handle in handles:
+        handle.remove()
+
+
+def _module(model, site, name):
+    from inarch.attach import modules_at, slot_of
+
+    return modules_at(slot_of(model, site), name).find("bottleneck")
+
+
+def _by_hand(site, modules):
+    def run(module, args, result):
+        h = result[0] if site.output.key else result
+        for adapter in modules.values():
+            h = h + adapter.up(torch.relu(adapter.down(h)))
+        return (h, *result[1:]) if site.output.key else h
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
+def test_lora_is_a_change_of_the_weight(name):
+    """Hu et al. 2021, section 4.1: W + (alpha / r) B A, written into the weight, gives the same output."""
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "lora[r=3,alpha=5,attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True]")
+    awake(adapters, "a")
+    adapters.activate("a")
+    expected = output(model, name)
+    adapters.deactivate()
+    with torch.no_grad():
+        for site in adapters.sites:
+            for role, projections in site.projections.items():
+                if role == "gate":
+                    continue
+                for projection in projections:
+                    weight = model.get_submodule(site.absolute(projection.path)).weight
+                    view = weight.T if projection.transposed else weight
+                    update = adapters["a"][f"{site.key}.lora.{role}.B"] @ adapters["a"][f"{site.key}.lora.{role}.A"]
+                    rows = projection.rows or ((0, projection.out_features),)
+                    place = 0
+                    for start, stop in rows:
+                        view[start:stop] += update[place : place + stop - start] * 5 / 3
+                        place += stop - start
+    assert torch.allclose(output(model, name), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapters_follow_the_model_to_another_dtype(name, dtype):
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn|lora[init_weights=bert]")
+    adapters.activate("a")
+    expected = output(model, name)
+    model.to(dtype)
+    floats = {k: v.to(dtype) for k, v in tiny_inputs(name).items() if v.is_floating_point()}
+    assert output(model, name, **floats).dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float64 else 0.2
+    assert torch.allclose(output(model, name, **floats).float(), expected, atol=tolerance)
+    adapters.add("b", "seq_bn")
+    assert {p.dtype for p in adapters["b"].values()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_adapters_of_another_dtype_than_the_base_still_run(name):
+    """Single-precision adapters on a half-precision base, as mixed-precision training without autocast wants them."""
+    model = tiny(name).to(torch.bfloat16)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn|lora[init_weights=bert]")
+    adapters.activate("a")
+    for parameter in adapters["a"].values():
+        parameter.data = parameter.data.float()
+    floats = {k: v.to(torch.bfloat16) for k, v in tiny_inputs(name).items() if v.is_floating_point()}
+    assert output(model, name, **floats).dtype == torch.bfloat16
+
+
+def test_seeded_initial_weights_repeat_and_differ_from_layer_to_layer():
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    for name in "ab":
+        adapters.add(name, "seq_bn[init_weights_seed=0]|lora[init_weights_seed=3]")
+    for key, value in adapters["a"].items():
+        assert torch.equal(value, adapters["b"][key])
+    first, second = (adapters["a"][f"image0.{layer}.mlp.bottleneck.down.weight"] for layer in (0, 1))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("scheme", "std"), [("bert", 0.02), ("houlsby", 0.0088)])
+def test_initial_weights_have_the_named_distribution(scheme, std):
+    """A normal of std 0.01 cut at two of them has std 0.0088."""
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.add("a", f"seq_bn[init_weights={scheme},reduction_factor=0.0625]")
+    weight = adapters["a"]["image0.0.mlp.bottleneck.down.weight"]
+    assert weight.shape == (512, 32)
+    assert weight.std().item() == pytest.approx(std, rel=0.03)
+    if scheme == "houlsby":
+        assert weight.abs().max() <= 0.02
+    assert adapters["a"]["image0.0.mlp.bottleneck.down.bias"].abs().sum() == 0
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[stochastic_depth=0.25]")
+    awake(adapters, "a")
+    module = _module(model, adapters.sites["image0.0.mlp"], "a")
+    z = torch.randn(4000, 2, 32)
+    full = module.eval().branch(z)
+    dropped = module.train().branch(z)
+    alive = dropped.flatten(1).abs().sum(1) > 0
+    assert alive.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.allclose(dropped[alive], full[alive] / 0.75, atol=1e-5)
+
+
+def test_dropout_acts_in_training_only():
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[dropout=0.5]|lora[dropout=0.5,init_weights=bert]")
+    adapters.activate("a")
+    awake(adapters, "a")
+    model.eval()
+    assert torch.equal(output(model, "vit"), output(model, "vit"))
+    model.train()
+    assert not torch.equal(output(model, "vit"), output(model, "vit"))
+
+
+def test_a_per_layer_reduction_factor_and_leave_out_reach_the_layers_named():
+    model = tiny("t5")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[reduction_factor={'0':2,'3':8,'default':4},leave_out=[1]]")
+    widths = {key.split(".mlp")[0]: p.shape[0] for key, p in adapters["a"].items() if key.endswith("down.weight")}
+    assert widths == {"text0.0": 16, "text1.0": 8, "text1.1": 4}
+
+
+def test_every_field_of_a_configuration_is_explained():
+    for config in CONFIGS:
+        for part in read_config(config).parts:
+            assert copy.deepcopy(part) == part
+
+
+@pytest.mark.parametrize("name", ["gpt2-lm", "llama-lm", "bart-lm"])
+def test_generation_with_and_without_a_cache_agrees(name):
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn[original_ln_before=True]|lora[init_weights=bert]")
+    ids = tiny_inputs(name)["input_ids"]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    base = model.generate(ids, **options)
+    adapters.activate("a")
+    awake(adapters, "a", 0.3)
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    assert not torch.equal(cached, base)
+    adapters.deactivate()
+    assert torch.equal(model.generate(ids, **options), base)
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "bert-classifier"])
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn[original_ln_before=True]|lora[init_weights=bert]")
+    adapters.train("a")
+    awake(adapters, "a")
+    model.train()
+    gradients = []
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        output(model, name).sum().backward()
+        gradients.append([p.grad.clone() for p in adapters["a"].values()])
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_autocast_and_inference_mode_run():
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn|lora[init_weights=bert]")
+    adapters.activate("a")
+    with torch.inference_mode():
+        expected = output(model, "vit")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(output(model, "vit").float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_a_compiled_model_follows_every_change_of_adapters(name):
+    """One graph, forward and backward; what is added, switched or removed after compilation takes effect."""
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn[original_ln_before=True]|lora[init_weights=bert]")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    base = output(compiled, name)
+    assert torch.allclose(base, output(model, name), atol=1e-6)
+    adapters.train("a")
+    awake(adapters, "a")
+    adapted = output(compiled, name)
+    assert torch.allclose(adapted, output(model, name), atol=1e-5)
+    assert not torch.allclose(adapted, base)
+    adapted.sum().backward()
+    assert all(p.grad is not None for p in adapters["a"].values())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(output(compiled, name), adapted)
+    adapters.deactivate()
+    assert torch.allclose(output(compiled, name), base, atol=1e-6)

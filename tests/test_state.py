@@ -1,0 +1,347 @@
+"""Adapter folders: what is written is read back, and everything else is refused with the model unchanged."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import inarch
+from inarch import state
+from inarch.core.errors import SetupError, StateError
+from inarch.testing import tiny, tiny_inputs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model with a trained adapter and head, the folder it was saved to, and its output."""
+    model = tiny("vit-classifier")
+    adapters = inarch.attach(model)
+    adapters.add("task", "seq_bn[reduction_factor=4]|lora[init_weights=bert]")
+    adapters.train("task")
+    with torch.no_grad():
+        for parameter in (*adapters["task"].values(), *adapters.head("task").values()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapters.save("task", tmp_path / "task")
+    return model, tmp_path / "task", model(**tiny_inputs("vit-classifier")).logits
+
+
+def snapshot(model):
+    """Everything that can be observed of a model."""
+    return (
+        {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+        inarch.attach(model).names,
+        inarch.attach(model).setup,
+    )
+
+
+def assert_same(before, after):
+    """Two snapshots are equal, tensors bit for bit."""
+    assert before[1:] == after[1:]
+    assert before[0].keys() == after[0].keys()
+    for key, tensor in before[0].items():
+        assert torch.equal(tensor, after[0][key]), key
+
+
+def fresh():
+    """The same base model, newly made, with its head moved away."""
+    model = tiny("vit-classifier")
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    return model
+
+
+def test_an_adapter_and_its_head_load_into_a_fresh_model_bit_for_bit(saved):
+    _, folder, output = saved
+    model = fresh()
+    adapters = inarch.attach(model)
+    assert adapters.load(folder, name="other") == "other"
+    assert not torch.equal(model(**tiny_inputs("vit-classifier")).logits, output)
+    adapters.activate("other")
+    assert torch.equal(model(**tiny_inputs("vit-classifier")).logits, output)
+    assert not any(parameter.requires_grad for parameter in adapters["other"].values())
+
+
+def test_keys_name_positions_not_modules(saved):
+    _, folder, _ = saved
+    keys = load_file(folder / state.TENSORS).keys()
+    assert {key for key in keys if key.startswith("image0.0.")} == {
+        "image0.0.self_attention.lora.q.A",
+        "image0.0.self_attention.lora.q.B",
+        "image0.0.self_attention.lora.v.A",
+        "image0.0.self_attention.lora.v.B",
+        "image0.0.mlp.bottleneck.down.weight",
+        "image0.0.mlp.bottleneck.down.bias",
+        "image0.0.mlp.bottleneck.up.weight",
+        "image0.0.mlp.bottleneck.up.bias",
+    }
+    assert {key for key in keys if key.startswith("head.")} == {"head.classifier.weight", "head.classifier.bias"}
+
+
+def test_the_record_says_what_is_needed_to_use_the_adapter(saved):
+    _, folder, _ = saved
+    record = json.loads((folder / state.RECORD).read_text())
+    assert record["format_version"] == 1
+    assert record["base"]["model_type"] == "vit"
+    assert record["base"]["model_class"] == "ViTForImageClassification"
+    assert record["head"]["labels"] == [f"LABEL_{i}" for i in range(5)]
+    assert set(record["versions"]) == {"inarch", "torch", "transformers"}
+    assert len(record["base"]["fingerprint"]) > 3
+
+
+def test_only_the_head_can_be_left_out(saved):
+    _, folder, _ = saved
+    model = fresh()
+    before = model.classifier.weight.clone()
+    inarch.attach(model).load(folder, head=False)
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_saving_over_an_adapter_replaces_it_and_over_anything_else_is_refused(saved, tmp_path):
+    model, folder, _ = saved
+    inarch.attach(model).save("task", folder)
+    assert sorted(os.listdir(folder)) == [state.TENSORS, state.RECORD]
+    other = tmp_path / "work"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years")
+    with pytest.raises(StateError, match="holds thesis.txt. Choose another folder"):
+        inarch.attach(model).save("task", other)
+    assert (other / "thesis.txt").read_text() == "years"
+    with pytest.raises(StateError, match="holds a file"):
+        inarch.attach(model).save("task", other / "thesis.txt")
+
+
+def test_a_full_disk_leaves_the_old_adapter_and_no_draft(saved, tmp_path, monkeypatch):
+    model, folder, _ = saved
+    before = (folder / state.TENSORS).read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StateError, match="No space left on device. Nothing was changed there"):
+        inarch.attach(model).save("task", folder)
+    assert (folder / state.TENSORS).read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["task"]
+
+
+def test_a_failed_rename_puts_the_old_adapter_back(saved, monkeypatch):
+    model, folder, _ = saved
+    before = (folder / state.TENSORS).read_bytes()
+    renames = []
+    rename = os.rename
+
+    def fail_second(self, target):
+        renames.append(self)
+        if len(renames) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", fail_second)
+    with pytest.raises(StateError, match="Input/output error"):
+        inarch.attach(model).save("task", folder)
+    assert (folder / state.TENSORS).read_bytes() == before
+    assert len(renames) == 3
+
+
+class Bomb:
+    """A pickle that would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def truncate(file, tmp_path):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def corrupt(file, tmp_path):
+    data = bytearray(file.read_bytes())
+    data[12:20] = b"\xff" * 8
+    file.write_bytes(data)
+
+
+def oversize(file, tmp_path):
+    file.write_bytes(struct.pack("<Q", 2**40) + file.read_bytes()[8:])
+
+
+def empty(file, tmp_path):
+    file.write_bytes(b"")
+
+
+def disguise_pickle(file, tmp_path):
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+
+
+def disguise_archive(file, tmp_path):
+    torch.save({"a": Bomb(tmp_path / "boom")}, file)
+
+
+def remove(file, tmp_path):
+    file.unlink()
+
+
+def lose_key(file, tmp_path):
+    tensors = load_file(file)
+    del tensors["image0.1.mlp.bottleneck.up.bias"]
+    save_file(tensors, file)
+
+
+def gain_key(file, tmp_path):
+    save_file(load_file(file) | {"image0.9.mlp.bottleneck.up.bias": torch.zeros(3)}, file)
+
+
+def reshape(file, tmp_path):
+    tensors = load_file(file)
+    tensors["image0.1.mlp.bottleneck.up.bias"] = torch.zeros(7)
+    save_file(tensors, file)
+
+
+DAMAGE = {
+    truncate: "must be a whole safetensors file",
+    corrupt: "must be a whole safetensors file",
+    oversize: "begins with the length of its header, at most",
+    empty: "begins with the length of its header, at most .* got nothing in 0 bytes",
+    disguise_pickle: "got a pickle or zip archive at .* It was not opened",
+    disguise_archive: "got a pickle or zip archive at .* It was not opened",
+    remove: "An adapter folder holds `adapter.safetensors`",
+    lose_key: "`image0.1.mlp.bottleneck.up.bias` is missing",
+    gain_key: "`image0.9.mlp.bottleneck.up.bias` is unexpected",
+    reshape: r"`image0.1.mlp.bottleneck.up.bias` has shape \(7,\), the model wants \(32,\)",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_file_gives_one_error_and_leaves_the_model_unchanged(damage, saved, tmp_path):
+    _, folder, _ = saved
+    damage(folder / state.TENSORS, tmp_path)
+    model = fresh()
+    adapters = inarch.attach(model)
+    adapters.add("mine", "lora")
+    adapters.train("mine")
+    before = snapshot(model)
+    with pytest.raises(StateError, match=DAMAGE[damage]):
+        adapters.load(folder)
+    assert_same(before, snapshot(model))
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "got no `inarch.json`"),
+        ("{", "must be readable JSON"),
+        ("[]", "got None"),
+        ('{"format_version": 99}', "reads adapter format 1 to 1; got 99"),
+        ('{"format_version": 1}', "got none for config, sites, base"),
+    ],
+)
+def test_a_damaged_record_is_refused(text, message, saved):
+    _, folder, _ = saved
+    if text is None:
+        (folder / state.RECORD).unlink()
+    else:
+        (folder / state.RECORD).write_text(text)
+    with pytest.raises(StateError, match=message):
+        inarch.attach(fresh()).load(folder)
+
+
+def test_the_same_architecture_with_other_weights_is_another_base(saved):
+    _, folder, _ = saved
+    model = tiny("vit-classifier", seed=1)
+    adapters = inarch.attach(model)
+    before = snapshot(model)
+    with pytest.raises(StateError, match="The weights of an adapter's base and of the model must agree"):
+        adapters.load(folder)
+    assert_same(before, snapshot(model))
+    assert adapters.load(folder, other_base="allow") == "task"
+
+
+def test_another_architecture_is_named(saved):
+    _, folder, _ = saved
+    with pytest.raises(StateError, match="first `image0.0.self_attention`: .* absent in BertModel"):
+        inarch.attach(tiny("bert")).load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_dtype_are_the_same_base(dtype, saved):
+    _, folder, _ = saved
+    model = fresh().to(dtype)
+    assert inarch.attach(model).load(folder) == "task"
+
+
+def test_a_head_of_another_size_is_refused(saved):
+    from transformers import ViTForImageClassification
+
+    _, folder, _ = saved
+    base = tiny("vit-classifier")
+    config = base.config
+    config.num_labels = 7
+    model = ViTForImageClassification(config)
+    model.vit.load_state_dict(base.vit.state_dict())
+    adapters = inarch.attach(model)
+    with pytest.raises(StateError, match="got 5 in .* and 7 in ViTForImageClassification"):
+        adapters.load(folder)
+    assert adapters.load(folder, head=False) == "task"
+
+
+def test_a_head_that_is_not_there_is_named(saved):
+    _, folder, _ = saved
+    base = tiny("vit-classifier").vit
+    with pytest.raises(StateError, match="got `classifier` of .* for ViTModel"):
+        inarch.attach(base).load(folder)
+
+
+def test_an_adapter_of_the_base_loads_under_a_task_head(tmp_path):
+    classifier = tiny("vit-classifier")
+    base = tiny("vit-classifier").vit
+    adapters = inarch.attach(base)
+    adapters.add("a", "seq_bn")
+    adapters.save("a", tmp_path / "a")
+    assert inarch.attach(classifier).load(tmp_path / "a") == "a"
+
+
+def test_a_taken_name_is_refused_and_can_be_overwritten(saved):
+    model, folder, _ = saved
+    adapters = inarch.attach(model)
+    with pytest.raises(SetupError, match="got `task` again"):
+        adapters.load(folder)
+    assert adapters.load(folder, overwrite=True) == "task"
+
+
+@pytest.mark.parametrize("source", ["nowhere/at/all", "./nowhere", "somebody/unknown-adapter"])
+def test_a_source_that_is_not_there_is_refused(source):
+    with pytest.raises(StateError, match="neither|must be reachable"):
+        inarch.attach(tiny("vit")).load(source)
+
+
+def test_files_written_by_format_1_are_still_read():
+    """The fixture was written by the first version; it must load for ever."""
+    from pathlib import Path
+
+    folder = Path(__file__).parent / "fixtures" / "format1"
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.load(folder, other_base="allow")
+    adapters.activate("first")
+    assert adapters["first"]["image0.0.mlp.bottleneck.up.bias"].tolist() == pytest.approx([0.5] * 32)
+
+
+def test_a_copied_folder_is_as_good(saved, tmp_path):
+    _, folder, output = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    model = fresh()
+    adapters = inarch.attach(model)
+    adapters.load(tmp_path / "copy")
+    adapters.activate("task")
+    assert torch.equal(model(**tiny_inputs("vit-classifier")).logits, output)
