@@ -82,7 +82,7 @@ def test_only_what_is_present_is_kept(children, present):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Stack(), "at least one adapter; got none"),
+        (Stack, "at least one adapter; got none"),
         (lambda: Stack(3), "Give the name of an adapter"),
         (lambda: Fuse(Parallel("a", "b")), "A `Fuse` may hold adapter names and Stack; got `Parallel`"),
         (lambda: Parallel(Fuse("a", "b")), "got `Fuse`"),

@@ -1,5 +1,6 @@
 """The handle on a model: adding, training, activating, copying, detaching."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -113,9 +114,9 @@ def test_using_is_undone_even_by_an_error(model, inputs):
     adapters.add("a", "seq_bn")
     awake(adapters, "a")
     adapters.activate("a")
-    with pytest.raises(RuntimeError, match="stop"), adapters.using(None):
+    with contextlib.suppress(RuntimeError), adapters.using(None):
         assert adapters.setup is None
-        raise RuntimeError("stop")
+        raise RuntimeError
     assert adapters.setup == "a"
 
 
@@ -186,8 +187,8 @@ def test_unknown_and_active_adapters_are_named(model):
     adapters.deactivate()
     adapters.remove("sentiment")
     assert adapters.names == () and "sentiment" not in adapters
+    adapters.add("b", "lora")
     with pytest.raises(SetupError, match="`head` names modules of the model; got `classifir`.*`classifier`"):
-        adapters.add("b", "lora")
         adapters.train("b", head=["classifir"])
 
 
@@ -263,9 +264,8 @@ def test_forwards_in_several_threads_do_not_mix(model):
         wrong = []
 
         def work(number):
-            for _ in range(20):
-                if not torch.equal(model(**batches[number]).logits, expected[number]):
-                    wrong.append(number)
+            outputs = [model(**batches[number]).logits for _ in range(20)]
+            wrong.extend(number for output in outputs if not torch.equal(output, expected[number]))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
         for thread in threads:

@@ -23,3 +23,16 @@ from .handle import check as check
 from .plan import Plan as Plan
 from .sites import probe as probe
 from .version import __version__ as __version__
+
+
+def __getattr__(name: str) -> object:
+    """`AdapterTrainer` brings transformers and accelerate with it, so it is loaded when it is first asked for."""
+    if name == "AdapterTrainer":
+        from .train.trainer import AdapterTrainer
+
+        return AdapterTrainer
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "AdapterTrainer"})

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -358,8 +359,6 @@ class Adapters:
     def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
         with_head = head and bool(self._heads.get(name))
-        import transformers
-
         return {
             "name": name,
             "config": self._configs[name].to_dict(),
@@ -380,7 +379,7 @@ class Adapters:
             if with_head
             else None,
             "preprocessing": processor.to_dict() if processor is not None else None,
-            "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": version("transformers")},
         }
 
     def load(

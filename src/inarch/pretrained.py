@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,8 +21,16 @@ from torch.utils.hooks import RemovableHandle
 from .bank import CHILD
 from .core.errors import StateError
 
-if TYPE_CHECKING:
-    from .handle import Adapters
+
+class Handle(Protocol):
+    """What the door needs of the handle of a model."""
+
+    model: nn.Module
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
+
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def is_ours(key: str) -> bool:
 class Door:
     """Stands in `save_pretrained` and `load_state_dict` of one model while it has adapters."""
 
-    def __init__(self, handle: "Adapters") -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
         model = handle.model
         self._hooks: list[RemovableHandle] = [

@@ -42,7 +42,7 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
 
     Raises `StateError` if the folder holds something else, or cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     target = Path(folder)
     if target.exists() and not _replaceable(target):
@@ -53,7 +53,9 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
         draft.mkdir(parents=True)
-        save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, draft / TENSORS)
+        # As bytes, because safetensors' own writer makes a file that only its owner can read.
+        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        (draft / TENSORS).write_bytes(to_bytes(plain))
         (draft / RECORD).write_text(
             json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",

@@ -15,7 +15,7 @@ from .core.site import Site, Sites
 
 
 def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model once on these arguments, in eval mode, and compare what passes at the taps with what the sites claim.
+    """Run the model once on these arguments, in eval mode, and compare what passes at the taps with the sites.
 
     Raises `SiteError` that names every site whose branch output does not appear exactly once after its stream, whose
     stream or width is not as claimed, or where the sum `x + h` is not what the layer goes on with.
