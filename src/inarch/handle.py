@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,16 +176,28 @@ class Adapters:
     def summary(self) -> str:
         """A table of the adapters: configuration, parameters, share of the base, state."""
         own = {id(p) for name in self.names for p in self[name].values()}
-        base = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        head = {id(p): p for p in self._head_parameters(task_head(self.model)).values()}
+        rest = [p for p in self.model.parameters() if id(p) not in own and id(p) not in head]
+        base = sum(p.numel() for p in rest)
         rows: list[tuple[object, ...]] = []
         for name, config in self._configs.items():
             parameters = list(self[name].values())
             count = sum(p.numel() for p in parameters)
-            active = self._setup is not None and name in names(self._setup)
-            trained = sum(p.requires_grad for p in parameters)
-            trainable = "yes" if trained == len(parameters) else "no" if not trained else "partly"
-            rows.append((name, str(config), count, f"{count / base:.2%}", "yes" if active else "no", trainable))
-        rows.append(("(base)", type(self.model).__name__, base, "100%", "", _trainable(self.model, own)))
+            active = "yes" if self._setup is not None and name in names(self._setup) else "no"
+            rows.append((name, str(config), count, f"{count / base:.2%}", active, _trainable(parameters)))
+        if head:
+            count = sum(p.numel() for p in head.values())
+            rows.append(
+                (
+                    "(head)",
+                    ", ".join(task_head(self.model)),
+                    count,
+                    f"{count / base:.2%}",
+                    "",
+                    _trainable(head.values()),
+                )
+            )
+        rows.append(("(base)", type(self.model).__name__, base, "100%", "", _trainable(rest)))
         return render(("adapter", "configuration", "parameters", "of base", "active", "trainable"), rows)
 
     def __str__(self) -> str:
@@ -523,9 +535,9 @@ def _refusal(verdict: Report) -> str:
     )
 
 
-def _trainable(model: nn.Module, without: set[int]) -> str:
-    base = [p.requires_grad for p in model.parameters() if id(p) not in without]
-    return "yes" if base and all(base) else "partly" if any(base) else "no"
+def _trainable(parameters: Iterable[nn.Parameter]) -> str:
+    flags = [parameter.requires_grad for parameter in parameters]
+    return "yes" if flags and all(flags) else "partly" if any(flags) else "no"
 
 
 def attached(model: nn.Module) -> "Adapters | None":
