@@ -1,0 +1,144 @@
+"""Print how far inarch agrees with the library `adapters` on reference cases of that library.
+
+    python scripts/oracle_table.py ORACLE_DIR [--architectures vit,bert] [--cases seq_bn,lora] [--tolerance 1e-5]
+
+ORACLE_DIR holds, for every model type, the base model `base/`, the forward arguments `inputs.safetensors`, the outputs
+by case `outputs.safetensors`, and one adapter folder for each case, all written by that library. Each cell of the table
+is the largest absolute difference of the last hidden states in float32, or what stands in the way:
+
+    refused   the adapter cannot be read exactly and is refused; `--reasons` prints why
+    -         the reference has no such case
+
+Exits with 1 if a case that is not refused differs by more than the tolerance. It is meant for values of order 1; where
+the largest value is larger, so is the tolerance, since rounding is.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
+
+import inarch
+
+TOLERANCE = 1e-5
+BASE = "__base__"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest absolute difference between two outputs, and the largest value expected."""
+
+    value: float
+    scale: float
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether it can be rounding."""
+        return self.value <= tolerance * max(1.0, self.scale)
+
+
+def difference(model: torch.nn.Module, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> Difference:
+    """How far the last hidden state is from the expected one."""
+    with torch.no_grad():
+        found = model(**inputs).last_hidden_state
+    return Difference(float((found.float() - expected.float()).abs().max()), float(expected.abs().max()))
+
+
+def compare(folder: Path, wanted: set[str]) -> dict[str, Difference | str]:
+    """By case, the difference or the refusal."""
+    inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
+    model = AutoModel.from_pretrained(folder / "base").eval()
+    cases = [case for case in sorted(outputs) if case != BASE and (not wanted or case in wanted)]
+    results: dict[str, Difference | str] = {BASE: difference(model, inputs, outputs[BASE])}
+    try:
+        adapters = inarch.attach(model, example_inputs=inputs)
+    except inarch.InarchError as error:
+        return results | dict.fromkeys(cases, str(error))
+    for case in cases:
+        try:
+            name = adapters.load(folder / case)
+            adapters.activate(name)
+        except inarch.InarchError as error:
+            results[case] = str(error)
+            continue
+        results[case] = difference(model, inputs, outputs[case])
+        adapters.deactivate()
+        adapters.remove(name)
+    return results
+
+
+def table(found: dict[str, dict[str, Difference | str]], tolerance: float) -> str:
+    """Cases down, architectures across."""
+    cases = sorted({case for results in found.values() for case in results})
+    width = max(map(len, cases))
+    lines = [" " * width + "".join(f"  {name[:11]:>11}" for name in found)]
+    for case in cases:
+        cells = []
+        for results in found.values():
+            value = results.get(case)
+            text = "refused" if isinstance(value, str) else "-"
+            if isinstance(value, Difference):
+                text = f"{value.value:.1e}{' ' if value.agrees(tolerance) else '!'}"
+            cells.append(f"  {text:>11}")
+        lines.append(f"{case:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def reasons(found: dict[str, dict[str, Difference | str]], root: Path) -> str:
+    """Each reason for a refusal once, with the cases it holds for."""
+    cases: dict[str, list[str]] = {}
+    for architecture, results in found.items():
+        for case, value in results.items():
+            if isinstance(value, str):
+                text = value.replace(str(root / architecture / case), "…").replace("\n", " ")
+                cases.setdefault(text, []).append(f"{architecture}/{case}")
+    return "\n".join(f"\n{', '.join(where)}:\n  {text}" for text, where in cases.items())
+
+
+def main() -> int:
+    """Compare, print, and say by the exit status whether all agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("oracle", type=Path, help="the folder with the reference cases")
+    parser.add_argument("--architectures", default="", help="comma separated model types; all by default")
+    parser.add_argument("--cases", default="", help="comma separated names of cases; all by default")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="the largest difference that agrees")
+    parser.add_argument("--reasons", action="store_true", help="print the text of every refusal")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    logging.getLogger("inarch").setLevel(logging.ERROR)
+    disable_progress_bar()
+    chosen = {name for name in arguments.architectures.split(",") if name}
+    wanted = {name for name in arguments.cases.split(",") if name}
+    folders = [
+        path
+        for path in sorted(arguments.oracle.iterdir())
+        if (path / "outputs.safetensors").is_file() and (not chosen or path.name in chosen)
+    ]
+    found = {folder.name: compare(folder, wanted) for folder in folders}
+    if not found:
+        print(f"There must be reference cases to compare with; got none at {arguments.oracle}.", file=sys.stderr)
+        return 2
+    print(table(found, arguments.tolerance))
+    if arguments.reasons:
+        print(reasons(found, arguments.oracle))
+    values = [value for results in found.values() for value in results.values()]
+    compared = [value for value in values if isinstance(value, Difference)]
+    apart = [value for value in compared if not value.agrees(arguments.tolerance)]
+    print(
+        f"\n{len(compared)} compared, {len(values) - len(compared)} refused, {len(apart)} apart by more than rounding"
+    )
+    return int(bool(apart))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

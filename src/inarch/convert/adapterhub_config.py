@@ -1,0 +1,202 @@
+"""The configurations of the library `adapters` as ours: exactly, or not at all.
+
+What our methods do not compute to the last term is refused with the name of the field that asks for it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..core.config import Config
+from ..core.errors import ConfigError, StateError, join_problems
+from ..core.site import Kind
+from ..methods import AdapterConfig
+from ..methods.bottleneck import BottleneckConfig
+from ..methods.lora import LoRAConfig
+from .adapterhub_names import Place
+from .adapterhub_sites import Stacks
+
+_FIELD_OF_KIND: dict[Kind, str] = {
+    "self_attention": "mh_adapter",
+    "mlp": "output_adapter",
+    "cross_attention": "cross_adapter",
+}
+_FIELD_OF_ROLE = {"up": "intermediate_lora", "down": "output_lora"}
+
+_ARCHITECTURES = {
+    "mtl_lora": "MTL-LoRA",
+    "prefix_tuning": "prefix tuning",
+    "prompt_tuning": "prompt tuning",
+    "reft": "ReFT",
+}
+"""What else the field `architecture` may say, by its usual name."""
+
+_IDLE = {
+    *("architecture", "composition_mode", "use_dora", "vera_d", "vera_b", "dtype"),
+    *("inv_adapter", "inv_adapter_reduction_factor", "invertible_adapter"),
+    *("phm_layer", "phm_dim", "phm_rank", "phm_bias", "phm_c_init", "phm_init_range", "learn_phm"),
+    *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule", "hypercomplex_nonlinearity"),
+}
+"""Fields that say nothing about what a bottleneck or LoRA computes, or that are looked at for a refusal."""
+
+
+def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> AdapterConfig:
+    """The configuration of a folder, as ours.
+
+    Arguments: `settings` is what the folder holds under `config`, already in the terms of version 1.3.0; `later` says
+    that a later one wrote it, so that a field unknown here may mean something; `place` is the file, for messages.
+
+    Raises `StateError` that lists everything that cannot be computed exactly.
+    """
+    rows = [settings]
+    if isinstance(settings, Mapping) and settings.get("architecture") == "union":
+        rows = settings["configs"] if isinstance(settings.get("configs"), list) else [None]
+    problems = [problem for row in rows for problem in _unsupported(row, stacks, place, later)]
+    if problems:
+        raise StateError(join_problems(problems))
+    try:
+        return AdapterConfig(tuple(_part(row, stacks) for row in rows))
+    except (ConfigError, TypeError, ValueError) as error:  # the latter two where a value is of another type altogether
+        raise StateError(f"The configuration of an adapter must be valid here too; got `{place}`: {error}") from None
+
+
+def _part(row: Mapping[str, Any], stacks: Stacks) -> Config:
+    return _lora(row, stacks) if row.get("architecture") == "lora" else _bottleneck(row, stacks)
+
+
+def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
+    values = _known(row, BottleneckConfig) | dict.fromkeys(_FIELD_OF_KIND.values(), False)
+    for place in _wanted(row, stacks.bottlenecks()):
+        values[_FIELD_OF_KIND[place.kind]] = True
+    values["leave_out"] = _layers(row, stacks)
+    values["non_linearity"] = str(values["non_linearity"]).lower()
+    factor = values["reduction_factor"]
+    if isinstance(factor, Mapping):
+        values["reduction_factor"] = {
+            key if key == "default" else str(stacks.numbers[int(key)]): value
+            for key, value in factor.items()
+            if key == "default" or (key.isdigit() and int(key) in stacks.numbers)
+        }
+    return BottleneckConfig.from_dict(values)
+
+
+def _lora(row: Mapping[str, Any], stacks: Stacks) -> LoRAConfig:
+    values = _known(row, LoRAConfig)
+    if values.get("init_weights") not in ("lora", "bert"):
+        values.pop("init_weights", None)  # one of another method's; the weights are loaded anyway
+    places = list(_wanted(LoRAConfig().to_dict() | dict(row), stacks.linears()))
+    roles = {role for place in places for role in place.roles}
+    asked = row.get("attn_matrices", LoRAConfig().attn_matrices)
+    # The reference accepts "o" and adapts nothing for it.
+    values["attn_matrices"] = [role for role in ("q", "k", "v") if role in asked and role in roles]
+    values["selfattn_lora"] = bool(values["attn_matrices"])
+    values |= {field: role in roles for role, field in _FIELD_OF_ROLE.items()}
+    values["leave_out"] = _layers(row, stacks)
+    return LoRAConfig.from_dict(values)
+
+
+def _known(row: Mapping[str, Any], config: type[Config]) -> dict[str, Any]:
+    """The fields that we have too."""
+    ours = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return {key: value for key, value in row.items() if key in ours}
+
+
+def _wanted(row: Mapping[str, Any], places: Iterable[Place]) -> Iterable[Place]:
+    return (place for place in places if row.get(place.field))
+
+
+def _layers(row: Mapping[str, Any], stacks: Stacks) -> list[int]:
+    """`leave_out` in our numbers; numbers of layers that do not exist leave nothing out."""
+    return [stacks.numbers[number] for number in row.get("leave_out") or () if number in stacks.numbers]
+
+
+def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[str]:
+    """Every reason why a configuration cannot be read, as sentences."""
+    if not isinstance(row, Mapping):
+        return [
+            f"`config` must describe an adapter; got {row!r} at `{place}`. Save the adapter with the latest version."
+        ]
+    kind = row.get("architecture")
+    if kind not in (None, "bottleneck", "lora"):
+        return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
+    reasons = _lora_reasons(row) if kind == "lora" else _bottleneck_reasons(row)
+    if later:
+        known = {f.name for f in dataclasses.fields(LoRAConfig if kind == "lora" else BottleneckConfig)} | _IDLE  # type: ignore[arg-type]
+        reasons += [
+            (key, value, "a field of a later version") for key, value in row.items() if value and key not in known
+        ]
+    found = [_refusal(*reason, place) for reason in reasons]
+    if kind == "lora":
+        return found
+    found += [
+        f"A bottleneck adapter's `config` must hold `{key}`; got none at `{place}`. Add it."
+        for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
+        if key not in row
+    ]
+    return found or _wiring_problems(row, stacks, place)
+
+
+def _bottleneck_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    reasons = []
+    if row.get("phm_layer"):
+        reasons.append(("phm_layer", True, "Compacter"))
+    inverse = row.get("inv_adapter") or row.get("invertible_adapter")
+    if inverse:
+        reasons.append(("inv_adapter", inverse, "an invertible adapter"))
+    return reasons
+
+
+def _lora_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    reasons = []
+    if row.get("composition_mode", "add") != "add":
+        reasons.append(("composition_mode", row["composition_mode"], "(IA)³"))
+    if row.get("use_dora"):
+        reasons.append(("use_dora", True, "DoRA"))
+    vera = [field for field in ("vera_d", "vera_b") if row.get(field) is not None]
+    if vera:
+        reasons.append((vera[0], row[vera[0]], "VeRA"))
+    return reasons
+
+
+def _refusal(field: str, value: Any, method: str, place: object) -> str:
+    return (
+        f"This version reads bottleneck adapters and LoRA of the library `adapters`; got {method} "
+        f"(`{field}={value!r}`) at `{place}`. It is not supported yet: keep the library that wrote it, or train one of "
+        "those."
+    )
+
+
+def _wiring_problems(row: Mapping[str, Any], stacks: Stacks, place: object) -> list[str]:
+    """Where the reference wires a model's bottlenecks in a way that no configuration here has."""
+    quirks = {stack.tower.quirk for stack in stacks}
+    defaults = {"original_ln_before": False, "original_ln_after": True, "is_parallel": False}
+    wiring = ", ".join(f"`{field}={row.get(field, default)}`" for field, default in defaults.items())
+    problems = []
+    if "swapped" in quirks and row["mh_adapter"] and not _symmetric(row):
+        problems.append(
+            "In the library `adapters`, the attention's adapter of this model takes the stream for the branch output, "
+            "which makes no difference only where both are treated alike; got `mh_adapter=True` with "
+            f"{wiring} at `{place}`. It is not supported: train it anew."
+        )
+    reads_stream = row.get("original_ln_before") or row.get("is_parallel") or not row.get("original_ln_after", True)
+    if "chained" in quirks and row["output_adapter"] and reads_stream:
+        problems.append(
+            "In the library `adapters`, the MLP's adapter of this model takes the attention's result for the stream, "
+            "which makes no difference only where it does not read the stream; got `output_adapter=True` with "
+            f"{wiring} at `{place}`. It is not supported: train it anew."
+        )
+    return problems
+
+
+def _symmetric(row: Mapping[str, Any]) -> bool:
+    """Whether a bottleneck computes the same when the stream and the branch output change places.
+
+    It does where both occur only in their sum: the adapter reads the sum, and either its own residual and the layer's
+    are the two of them, or its own is the sum and the layer adds none.
+    """
+    if row.get("is_parallel") or not row.get("original_ln_before"):
+        return False
+    if row.get("residual_before_ln", True) is not True:
+        return not row.get("original_ln_after", True)
+    own_norm = row.get("ln_after") and row.get("adapter_residual_before_ln")
+    return bool(row.get("original_ln_after", True) and not own_norm)

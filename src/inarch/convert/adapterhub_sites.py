@@ -1,0 +1,86 @@
+"""Which site of this model a module of the library `adapters` belongs to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.errors import StateError
+from ..core.site import Kind, Site, Sites
+from ..methods import layer_number
+from .adapterhub_names import TOWERS, Place, Tower
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A tower of the reference and the sites of this model that it describes."""
+
+    tower: Tower
+    sites: tuple[Site, ...]
+
+    def site(self, path: str, kind: Kind) -> Site | None:
+        """The site of that kind in a layer, by the layer's path in the reference.
+
+        None where there is none, or more than the reference could mean.
+        """
+        if "*" in self.tower.layers:  # where layers are counted in groups, the number alone does not tell which it is
+            found = [site for site in self.sites if f".{site.layer_path}".endswith(f".{path}")]
+        else:
+            found = [site for site in self.sites if site.layer == int(path.rpartition(".")[2])]
+        found = [site for site in found if site.kind == kind]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """The kinds of site that there are."""
+        return {site.kind for site in self.sites}
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """All of a model."""
+
+    stacks: tuple[Stack, ...]
+    numbers: dict[int, int]
+    """The layer numbers of the reference, and ours."""
+
+    def __iter__(self) -> Iterator[Stack]:
+        return iter(self.stacks)
+
+    def bottlenecks(self) -> Iterator[Place]:
+        """The places of the bottlenecks that exist in this model."""
+        for stack in self.stacks:
+            yield from (place for place in stack.tower.bottlenecks.values() if place.kind in stack.kinds)
+
+    def linears(self) -> Iterator[Place]:
+        """The places of the projections that exist in this model."""
+        for stack in self.stacks:
+            yield from (place for place in stack.tower.linears.values() if place.kind in stack.kinds)
+
+
+def match_stacks(model_type: str, sites: Sites, folder: object) -> Stacks:
+    """The stacks of this model beside the names they have in the reference.
+
+    Raises `StateError` for a model type that is not in the table.
+    """
+    towers = TOWERS.get(model_type)
+    if towers is None:
+        raise StateError(
+            f"This version reads folders of the library `adapters` for {len(TOWERS)} model types; got `{model_type}` "
+            f"at `{folder}`. Known: {', '.join(sorted(TOWERS))}."
+        )
+    names = list(sites.num_layers)
+    chosen = [
+        next((name for name in names if name.startswith(tower.modality)), None)
+        if tower.modality
+        else (names[place] if place < len(names) else None)
+        for place, tower in enumerate(towers)
+    ]
+    stacks = [
+        Stack(tower, tuple(site for site in sites if site.stack == name))
+        for tower, name in zip(towers, chosen, strict=True)
+    ]
+    numbers: dict[int, int] = {}
+    offset = 0
+    for stack, name in zip(stacks, chosen, strict=True):
+        numbers |= {offset + site.layer: layer_number(site, sites) for site in stack.sites}
+        offset += sites.num_layers.get(name or "", 0)
+    return Stacks(tuple(stacks), numbers)
