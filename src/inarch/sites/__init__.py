@@ -1,0 +1,8 @@
+"""The residual sites of a model: finding them, and checking a layout that names them."""
+
+from .inputs import Inputs as Inputs
+from .inputs import given_inputs as given_inputs
+from .layout import resolve as resolve
+from .probe import ProbeError as ProbeError
+from .probe import probe as probe
+from .probe import synthesise as synthesise

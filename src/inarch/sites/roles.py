@@ -1,0 +1,313 @@
+"""What a branch is, and which linear maps in it play which role; found by following the data, not by names.
+
+Queries, keys and values are what enters the attention's product, wherever they were projected; a fused projection
+plays several roles, each with some of its output features.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..core.site import Kind, Projection
+from .features import Features, features_used
+from .graph import Call, Graph, Value
+from .residual import Branch
+from .taps import Reach
+
+_ATTENTIONS = ("scaled_dot_product", "flash_attn", "flex_attention")
+_OTHER_MIXERS = ("fft", "pool", "rnn", "lstm", "gru")
+_ACTIVATIONS = ("sigmoid", "silu", "gelu", "relu", "tanh", "erf", "exp", "softplus", "swish", "mish", "elu")
+
+Roles = dict[str, tuple[Projection, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The product at the heart of an attention: the values that enter it, and the one that leaves it."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A linear map that a value is computed from, and which of its output features the value uses."""
+
+    call: Call
+    features: Features
+
+
+# -------------------------------------------------------------------- what the branch is
+
+
+def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention]) -> Kind:
+    """Attention if queries meet keys under a softmax, else a mixer if tokens meet at all, else an MLP."""
+    if attentions:
+        looks_at_itself = any(attention.k in branch.path for attention in attentions)
+        return "self_attention" if looks_at_itself else "cross_attention"
+    values = [graph.values[index] for index in sorted(branch.interior)]
+    if any(value.bilinear or any(part in value.op for part in _OTHER_MIXERS) for value in values):
+        return "mixer"
+    convolutions = [value for value in values if _convolves_tokens(graph, value)]
+    return "mixer" if convolutions and not _blurs_hidden_features(graph, values, convolutions) else "mlp"
+
+
+def _convolves_tokens(graph: Graph, value: Value) -> bool:
+    return "conv" in value.op and any(size > 1 for kernel in _kernels(graph, value) for size in kernel.shape[2:])
+
+
+def _kernels(graph: Graph, value: Value) -> list[Value]:
+    return [graph.values[dep] for dep in value.deps if graph.values[dep].matrix and value.weighted]
+
+
+def _blurs_hidden_features(graph: Graph, values: list[Value], convolutions: list[Value]) -> bool:
+    """Whether this is an MLP with a convolution per channel between its two maps, which hierarchical models use.
+
+    A short convolution next to a gate is a token mixer of its own.
+    """
+    first, last = convolutions[0].index, convolutions[-1].index
+    depthwise = all(kernel.shape[1] == 1 for value in convolutions for kernel in _kernels(graph, value))
+    maps = [value.index for value in values if value.weighted and value not in convolutions]
+    gates = [
+        value for value in values if value.op == "aten.mul" and sum(graph.values[d].active for d in value.deps) > 1
+    ]
+    after = graph.descendants(first, within={value.index for value in values}) | {first}
+    gated = any(not after.issuperset(gate.deps) for gate in gates)
+    return depthwise and not gated and bool(maps) and maps[0] < first and maps[-1] > last
+
+
+def find_attentions(graph: Graph, branch: Branch) -> list[Attention]:
+    """The attention products of a branch: fused ones, and those spelled out as softmax(q k) v."""
+    found: list[Attention] = []
+    for index in sorted(branch.interior):
+        value = graph.values[index]
+        if any(part in value.op for part in _ATTENTIONS) and len(value.deps) >= 3:
+            q, k, v = value.deps[:3]
+            found.append(Attention(q, k, v, index))
+        elif "softmax" in value.op:
+            found += _spelled_out(graph, branch, index)
+    # A product with a learned position instead of a token is a bias of the scores, unless there is nothing else.
+    between_tokens = [a for a in found if graph.values[a.q].data and graph.values[a.k].data]
+    return between_tokens or found
+
+
+def _spelled_out(graph: Graph, branch: Branch, softmax: int) -> Iterator[Attention]:
+    scores = _nearest_products(graph, branch, softmax, lambda value: value.deps)
+    outs = _nearest_products(graph, branch, softmax, lambda value: value.users)
+    weights = graph.descendants(softmax, within=set(branch.interior)) | {softmax}
+    for score in scores:
+        q, k = [dep for dep in graph.values[score].deps if graph.values[dep].active][-2:]
+        for out in outs:
+            for v in graph.values[out].deps:
+                if v not in weights and graph.values[v].active:
+                    yield Attention(q, k, v, out)
+
+
+def _nearest_products(
+    graph: Graph, branch: Branch, start: int, neighbours: Callable[[Value], Iterable[int]]
+) -> list[int]:
+    """The first products of two activations on the ways from a value, up or down the branch."""
+    found: list[int] = []
+    seen: set[int] = set()
+    todo = list(neighbours(graph.values[start]))
+    while todo:
+        index = todo.pop()
+        if index in seen or index not in branch.interior or not graph.values[index].active:
+            continue
+        seen.add(index)
+        if graph.values[index].bilinear:
+            found.append(index)
+        else:
+            todo.extend(neighbours(graph.values[index]))
+    return sorted(found)
+
+
+# -------------------------------------------------------------------- which maps play which role
+
+
+def find_projections(
+    graph: Graph, branch: Branch, reach: Reach, kind: Kind, attentions: Sequence[Attention]
+) -> tuple[Roles, tuple[str, ...]]:
+    """The linear maps of a branch by role, and notes on what could not be told."""
+    maps = _Maps(graph, branch, reach)
+    if attentions:
+        roles = maps.of_attentions(attentions)
+    elif kind == "mlp":
+        roles = maps.of_mlp()
+    else:
+        roles = {}
+    clear, notes = _without_ambiguous(roles)
+    return {role: projections for role, sources in clear.items() if (projections := maps.describe(sources))}, notes
+
+
+class _Maps:
+    """The linear maps inside one branch."""
+
+    def __init__(self, graph: Graph, branch: Branch, reach: Reach) -> None:
+        self._graph = graph
+        self._branch = branch
+        self._reach = reach
+        self._at: dict[int, Call] = {}
+        for index in branch.interior:
+            for call, _ in graph.producers.get(index, ()):
+                if reach.scope.encloses(call) and linear_shape(call.module) and reach.path(call):
+                    self._at[index] = call
+
+    def of_attentions(self, attentions: Sequence[Attention]) -> dict[str, list[Source]]:
+        return {
+            "q": self._behind(attention.q for attention in attentions),
+            "k": self._behind(attention.k for attention in attentions),
+            "v": self._behind(attention.v for attention in attentions),
+            "o": self._after(attention.out for attention in attentions),
+        }
+
+    def of_mlp(self) -> dict[str, list[Source]]:
+        width = self._graph.values[self._branch.total].shape[-1]
+        down = [s for s in self._behind([self._branch.term]) if _shape(s.call.module)[1] == width]
+        roles: dict[str, list[Source]] = {"up": [], "gate": [], "down": down}
+        for source in down:
+            up, gate = self._up_and_gate(next(iter(source.call.inputs.values())))
+            roles["up"] += up
+            roles["gate"] += gate
+        return roles
+
+    def describe(self, sources: list[Source]) -> tuple[Projection, ...]:
+        """The sources as records; what several uses of one map add up to counts once."""
+        uses: dict[str, list[Source]] = defaultdict(list)
+        for source in sources:
+            uses[self._reach.path(source.call) or ""].append(source)
+        return tuple(_projection(path, several) for path, several in uses.items())
+
+    def _behind(self, values: Iterable[int]) -> list[Source]:
+        """The nearest maps that values are computed from."""
+        found = [source for value in dict.fromkeys(values) for source in self._behind_one(value)]
+        return list(dict.fromkeys(found))
+
+    def _behind_one(self, start: int) -> Iterator[Source]:
+        between = self._back_to_maps(start)
+        for index in sorted(between):
+            if index in self._at:
+                features = _shape(self._at[index].module)[1]
+                yield Source(self._at[index], features_used(self._graph, index, features, between))
+
+    def _back_to_maps(self, start: int) -> set[int]:
+        """What a value is computed from, back to the nearest results of maps and with these."""
+        found: set[int] = set()
+        todo = [start]
+        while todo:
+            index = todo.pop()
+            if index in self._branch.interior and index not in found:
+                found.add(index)
+                if index not in self._at:
+                    todo.extend(self._graph.values[index].deps)
+        return found
+
+    def _after(self, values: Iterable[int]) -> list[Source]:
+        """The nearest maps that take what is computed from values."""
+        found: dict[int, Source] = {}
+        seen: set[int] = set()
+        todo = list(values)
+        while todo:
+            index = todo.pop()
+            if index in seen or index not in self._branch.interior:
+                continue
+            seen.add(index)
+            if index in self._at:
+                found[index] = Source(self._at[index], None)
+            else:
+                todo.extend(self._graph.values[index].users)
+        return [found[index] for index in sorted(found)]
+
+    def _up_and_gate(self, start: int) -> tuple[list[Source], list[Source]]:
+        """The maps whose product enters the last one: the gate is the one that passes an activation."""
+        for index in sorted(self._back_to_maps(start), reverse=True):
+            value = self._graph.values[index]
+            operands = [dep for dep in value.deps if self._graph.values[dep].active]
+            if value.op != "aten.mul" or len(operands) != 2:
+                continue
+            left, right = (self._behind([operand]) for operand in operands)
+            if left and right and _are_disjoint(left, right):
+                activated = [self._passes_activation(operand) for operand in operands]
+                if activated == [True, False]:
+                    return right, left
+                if activated == [False, True]:
+                    return left, right
+        return self._behind([start]), []
+
+    def _passes_activation(self, start: int) -> bool:
+        between = (index for index in self._back_to_maps(start) if index not in self._at)
+        return any(part in self._graph.values[index].op for index in between for part in _ACTIVATIONS)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
+    """Input features, output features and whether the weight is stored as (in, out); None for other modules."""
+    layers: Any = sys.modules.get("transformers.pytorch_utils")  # not loaded: then no module is of its classes
+    if layers is not None and isinstance(module, layers.Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1]), True
+    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int) and hasattr(module, "weight"):
+        return in_features, out_features, False
+    return None
+
+
+def _shape(module: nn.Module) -> tuple[int, int, bool]:
+    shape = linear_shape(module)
+    assert shape is not None
+    return shape
+
+
+def _projection(path: str, sources: list[Source]) -> Projection:
+    in_features, out_features, transposed = _shape(sources[0].call.module)
+    features = _all_features(sources)
+    rows = None if features is None or len(features) == out_features else _ranges(features)
+    return Projection(path=path, in_features=in_features, out_features=out_features, rows=rows, transposed=transposed)
+
+
+def _all_features(sources: Iterable[Source]) -> Features:
+    parts = [source.features for source in sources]
+    return None if None in parts else frozenset().union(*(part for part in parts if part is not None))
+
+
+def _ranges(features: frozenset[int]) -> tuple[tuple[int, int], ...]:
+    starts = sorted(feature for feature in features if feature - 1 not in features)
+    stops = sorted(feature + 1 for feature in features if feature + 1 not in features)
+    return tuple(zip(starts, stops, strict=True))
+
+
+def _share(a: Features, b: Features) -> bool:
+    return a is None or b is None or not a.isdisjoint(b)
+
+
+def _are_disjoint(left: Iterable[Source], right: Sequence[Source]) -> bool:
+    return not any(a.call.path == b.call.path and _share(a.features, b.features) for a in left for b in right)
+
+
+def _without_ambiguous(roles: dict[str, list[Source]]) -> tuple[dict[str, list[Source]], tuple[str, ...]]:
+    """Drop fused maps whose features could not be told apart: a role must not change what another role computes.
+
+    Two roles may share a map altogether (keys that are also values); then their features are the same.
+    """
+    users: dict[str, dict[str, Features]] = defaultdict(dict)
+    for role, sources in roles.items():
+        for path in dict.fromkeys(source.call.path for source in sources):
+            users[path][role] = _all_features(source for source in sources if source.call.path == path)
+    mixed = {path for path, uses in users.items() if _are_mixed(list(uses.values()))}
+    clear = {role: [source for source in sources if source.call.path not in mixed] for role, sources in roles.items()}
+    notes = tuple(
+        f"`{path.rpartition('.')[2]}` computes {', '.join(users[path])}, and which of its output features is which "
+        "could not be told"
+        for path in sorted(mixed)
+    )
+    return clear, notes
+
+
+def _are_mixed(uses: list[Features]) -> bool:
+    if len(uses) > 2 and all(use == uses[0] for use in uses):
+        return True
+    return any(_share(a, b) and a != b for place, a in enumerate(uses) for b in uses[:place])

@@ -1,0 +1,185 @@
+"""Where hooks can reach a branch: its output `h`, the stream `x`, and the norms around them."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.site import Arrangement, Tap
+from .graph import Call, Graph, Key
+from .layers import Layer
+from .norms import is_norm
+from .residual import Branch, Seen, see_through
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taps:
+    """What `Site` says about hook places; `output` is None where no module returns the branch's output."""
+
+    output: Tap | None
+    stream: Tap | None
+    arrangement: Arrangement
+    pre_norm: str | None
+    post_norm: str | None
+    branch_norm: str | None
+    same_layout: bool
+    exact: bool
+    notes: tuple[str, ...]
+
+
+class Reach:
+    """The modules that hooks may use in one call of a layer."""
+
+    def __init__(self, graph: Graph, layer: Layer) -> None:
+        self.graph = graph
+        self.scope = layer.scope
+        self._prefix = f"{layer.path}." if layer.path else ""
+        self._elsewhere: dict[int, str] | None = None
+        self._calls: Counter[str] = Counter()
+        for call in graph.calls[layer.scope.index + 1 :]:
+            if not layer.scope.encloses(call):
+                break
+            self._calls[call.path] += 1
+
+    def path(self, call: Call) -> str | None:
+        """The module's path inside the layer; None for a module that is not in the layer's tree."""
+        if call.path.startswith(self._prefix) and call.path != self.scope.path:
+            return call.path.removeprefix(self._prefix)
+        if self._elsewhere is None:  # a module that several layers share is known by its first place in the model
+            self._elsewhere = {id(module): path for path, module in self.scope.module.named_modules() if path}
+        return self._elsewhere.get(id(call.module))
+
+    def hookable(self, call: Call) -> bool:
+        """Whether a hook on the module fires exactly once in a call of the layer."""
+        return self.scope.encloses(call) and self._calls[call.path] == 1 and self.path(call) is not None
+
+    def tap(self, call: Call, side: str, key: Key) -> Tap:
+        return Tap(path=self.path(call) or "", side="in" if side == "in" else "out", key=key)
+
+    def norms_on(self, value: int) -> list[tuple[Call, str]]:
+        """The norms inside the layer that take the value, each with its path."""
+        calls = [call for call, _ in self.graph.consumers.get(value, ()) if self.scope.encloses(call)]
+        return [(call, path) for call in calls if (path := self.path(call)) and is_norm(self.graph, call)]
+
+
+def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
+    """Everything about hook places of one branch."""
+    output = _output(graph, branch, reach)
+    pre, post, inner = _pre_norm(branch, reach), _post_norm(branch, reach), _branch_norm(branch, reach)
+    stream, notes = _stream(graph, branch, reach, before=branch.term if output is None else output[1].value)
+    if output is None:
+        same_layout = exact = False
+        tap = None
+    else:
+        tap, seen, call = output
+        same_layout = not seen.moved and graph.values[seen.value].shape == graph.values[branch.total].shape
+        exact = not seen.scaled
+        if _dropped_later(graph, seen.value, call, branch):
+            notes += ("the model's dropout follows the output",)
+    return Taps(
+        output=tap,
+        stream=stream,
+        arrangement=_arrangement(pre, post, inner),
+        pre_norm=pre,
+        post_norm=post,
+        branch_norm=inner,
+        same_layout=same_layout,
+        exact=exact,
+        notes=notes,
+    )
+
+
+def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call] | None:
+    """The place closest to the sum: of the modules that return the same value, the last to return."""
+    width = graph.values[branch.total].shape[-1]
+    for seen in see_through(graph, branch.term):
+        if seen.value <= branch.stream:
+            break
+        shape = graph.values[seen.value].shape
+        if len(shape) < 2 or shape[-1] != width:
+            continue
+        found = [
+            (call.returned, -len(key), call, key)
+            for call, key in graph.producers.get(seen.value, ())
+            if call.stop <= branch.total and reach.hookable(call)
+        ]
+        if found:
+            _, _, call, key = max(found, key=lambda entry: entry[:2])
+            return reach.tap(call, "out", key), seen, call
+    return None
+
+
+def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Tap | None, tuple[str, ...]]:
+    """Where `x` can be read before the value `before` is there: an argument inside the layer, else a result inside it.
+
+    A hook on the layer itself comes last: a layer that is checkpointed reruns its inside only.
+    """
+    shape = graph.values[branch.total].shape
+    chain = see_through(graph, branch.skip)
+    usable = [seen for seen in chain if not seen.moved and graph.values[seen.value].shape == shape]
+    for seen in usable:
+        tap = _stream_at(graph, seen.value, before, reach)
+        if tap is not None:
+            return tap, ("the model scales the stream before the sum",) if seen.scaled else ()
+    for seen in usable:
+        for call, key in graph.consumers.get(seen.value, ()):
+            if call is reach.scope:
+                return Tap(path="", side="in", key=key), ()
+    return None, ()
+
+
+def _stream_at(graph: Graph, value: int, before: int, reach: Reach) -> Tap | None:
+    for call, key in graph.consumers.get(value, ()):
+        if call.start <= before and reach.hookable(call):
+            return reach.tap(call, "in", key)
+    for call, key in graph.producers.get(value, ()):
+        if call.stop <= before and reach.hookable(call):
+            return reach.tap(call, "out", key)
+    return None
+
+
+def _pre_norm(branch: Branch, reach: Reach) -> str | None:
+    for value in dict.fromkeys((branch.stream, branch.skip)):
+        for call, path in reach.norms_on(value):
+            if not branch.path.isdisjoint(call.outputs.values()):
+                return path
+    return None
+
+
+def _post_norm(branch: Branch, reach: Reach) -> str | None:
+    """The norm that takes the sum, if nothing else does."""
+    graph, value = reach.graph, branch.total
+    while True:
+        users = set(graph.values[value].users)
+        for call, path in reach.norms_on(value):
+            if all(call.start <= user < call.stop for user in users):
+                return path
+        if len(users) != 1 or see_through(graph, min(users))[1:2] != [Seen(value)]:
+            return None
+        value = min(users)
+
+
+def _branch_norm(branch: Branch, reach: Reach) -> str | None:
+    for seen in see_through(reach.graph, branch.term):
+        for call, _ in reach.graph.producers.get(seen.value, ()):
+            path = reach.path(call) if reach.scope.encloses(call) else None
+            if path and is_norm(reach.graph, call):
+                return path
+    return None
+
+
+def _arrangement(pre: str | None, post: str | None, inner: str | None) -> Arrangement:
+    if post:
+        return "post"
+    if pre:
+        return "sandwich" if inner else "pre"
+    return "branch" if inner else "none"
+
+
+def _dropped_later(graph: Graph, value: int, after: Call, branch: Branch) -> bool:
+    """Whether a dropout that hooks cannot use (it is shared) takes the branch's output before the sum."""
+    return any(
+        isinstance(call.module, nn.Dropout) and call.index > after.index and not after.encloses(call)
+        for call, _ in graph.consumers.get(value, ())
+        if call.stop <= branch.total
+    )
