@@ -191,7 +191,7 @@ def read_record(place: str | os.PathLike[str]) -> RunRecord | SeedsRecord:
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = {item.name for item in dataclasses.fields(cls)}
     return {key: value for key, value in data.items() if key in names}
 
 

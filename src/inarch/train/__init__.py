@@ -1,0 +1,1 @@
+"""Training and prediction: data, recipe, trainer, runs. Needs the extra `train`."""

@@ -1,0 +1,336 @@
+"""`inarch train`: what it prints, and one clear message with a non-zero exit code for whatever is wrong."""
+
+import errno
+import gc
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+
+from inarch.cli import main
+from inarch.core.records import read_record
+from inarch.train.folder import RunFolder
+
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """The trainer collects garbage at every start, which takes longer than these trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with models: a good one, and some that cannot be used."""
+    root = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        )
+        ViTForImageClassification(config).save_pretrained(root / "good")
+        (root / "good/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        BertModel(
+            BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=9)
+        ).save_pretrained(root / "text")
+    shutil.copytree(root / "good", root / "blind")
+    (root / "blind/preprocessor_config.json").unlink()
+    shutil.copytree(root / "good", root / "weightless")
+    (root / "weightless/model.safetensors").write_bytes(b"\0" * 64)
+    shutil.copytree(root / "good", root / "other")
+    shutil.copy(root / "text/model.safetensors", root / "other/model.safetensors")
+    (root / "empty").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images by class: each class has a colour."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for name, colour in {"red": (200, 30, 30), "green": (30, 200, 30)}.items():
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = np.clip(np.array(colour) + generator.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def train(models, pictures, tmp_path, capsys):
+    """Run `inarch train` for two steps; changes replace the options, None takes one away."""
+
+    def run(*flags, **changes):
+        options = {
+            "model": models / "good",
+            "data": pictures,
+            "output": tmp_path / "run",
+            "adapter": "seq_bn[reduction_factor=4]",
+            "max_steps": 2,
+            "batch_size": 8,
+            "device": "cpu",
+        } | changes
+        words = [
+            word
+            for key, value in options.items()
+            if value is not None
+            for word in (f"--{key.replace('_', '-')}", str(value))
+        ]
+        with pytest.raises(SystemExit) as left:
+            main(["train", *words, *flags])
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+# What is printed
+
+
+def test_a_run_shows_the_verdict_the_epochs_and_the_result(train, tmp_path):
+    code, out, err = train()
+    assert code == 0
+    assert "y = x + h + A(x + h)  preserved" in out
+    assert [line.split("  ")[0] for line in err.splitlines()] == ["epoch 0", "epoch 1"]
+    assert "accuracy" in out.splitlines()[-2]
+    assert out.splitlines()[-1].endswith(f"adapter in {tmp_path / 'run/adapter'}")
+
+
+def test_a_quiet_run_prints_the_result_alone(train):
+    code, out, err = train("--quiet")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert err == ""
+
+
+def test_json_is_the_record_and_nothing_else(train, tmp_path):
+    code, out, err = train("--json")
+    assert code == 0
+    assert err == ""
+    record = read_record(tmp_path / "run")
+    assert json.loads(out) == record.to_dict()
+    assert record.command[0] == "inarch"
+
+
+def test_several_seeds_print_mean_and_deviation_and_are_resumed_with_the_same_words(train):
+    code, out, _ = train("--quiet", seeds=2)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["result", "mean", "standard", "deviation"]
+    again = train(
+        "--quiet", "--resume", model=None, data=None, adapter=None, max_steps=None, batch_size=None, device=None
+    )
+    assert again == (0, out, "")
+
+
+@pytest.mark.parametrize("flag", ["--head-only", "--full"])
+def test_for_comparison_without_an_adapter(train, tmp_path, flag):
+    code, out, _ = train(flag, adapter=None)
+    assert code == 0
+    assert (tmp_path / "run/model/config.json").is_file()
+    assert "preserved" not in out
+
+
+def test_an_unsound_configuration_says_which_option_allows_it(train):
+    unsound = "seq_bn[reduction_factor=4,original_ln_after=False]"
+    code, _, err = train(adapter=unsound)
+    assert code == 1
+    assert "skip connection lost" in err
+    assert "pass `--allow-unsound`" in err
+    assert train("--allow-unsound", adapter=unsound)[0] == 0
+
+
+# What goes wrong: one message, an exit code, no traceback, nothing written
+
+
+def refused(result, tmp_path, code=1):
+    """The one message of a refused run."""
+    got, out, err = result
+    assert got == code, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("Error: " if code == 1 else "Usage: ")
+    assert err.count("Error: ") == 1
+    assert not (tmp_path / "run/run.json").exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nobody/nothing"}, "or the id of a model on the Hub that can be reached"),
+        ({"model": "no such name!"}, "got `no such name!`: Repo id must use alphanumeric"),
+        ({"adapter": "seq_bn[reduction_fctor=4]"}, "Did you mean `reduction_factor`?"),
+        ({"adapter": "seq_bnn"}, "Did you mean `seq_bn`?"),
+        ({"adapter": "seq_bn[reduction_factor=-1]"}, "must be more than 0; got -1"),
+        ({"adapter": "seq_bn[leave_out=[9]]"}, "9"),
+        ({"learning_rate": "-1"}, "`--learning-rate` must be more than 0; got -1"),
+        ({"batch_size": "0"}, "`--batch-size` must be at least 1; got 0"),
+        ({"schedule": "steep"}, "`--schedule` must be `cosine` or `linear` or `constant`; got 'steep'"),
+        ({"data": "no/such/folder/at/all"}, "A data source must be one of the forms below"),
+        ({"validation": "1.5"}, "`--validation` must be less than 1; got 1.5"),
+        ({"name": "a.b"}, "An adapter's name is text without"),
+        ({"output": "/dev/null/run"}, "The output folder must be writable; got `/dev/null/run`"),
+        ({"report_to": "paperwall"}, "names integrations that are installed; got `paperwall`"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(train, tmp_path, changes, message):
+    assert message in refused(train(**changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "has a `config.json`"),
+        ("text", "transformers can make a classifier of images of; got"),
+        ("blind", "must come with the settings of its image processor"),
+        ("weightless", "A model is `demo`, a folder with a `config.json`"),
+        ("other", "must be those of its architecture"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_explained(train, models, tmp_path, name, message):
+    assert message in refused(train(model=models / name), tmp_path)
+
+
+def test_labels_that_disagree_with_the_images_are_explained(train, pictures, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nred/0.png,warm\ngreen/0.png,cold\nred/99.png,warm\n")
+    err = refused(train(labels=table), tmp_path)
+    assert "red/99.png" in err
+    assert "must list the same images" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        ((), {"model": None}, "A new run needs `--model`"),
+        ((), {"data": None}, "A new run needs `--data`"),
+        ((), {"epochs": "many"}, "Invalid value for '--epochs'"),
+        (("--no-such-option",), {}, "No such option: --no-such-option"),
+    ],
+)
+def test_a_wrong_use_of_the_command_line_is_a_usage_error(train, tmp_path, flags, changes, message):
+    assert message in refused(train(*flags, **changes), tmp_path, code=2)
+
+
+def test_comparisons_exclude_each_other(train, tmp_path):
+    assert "exclude each other" in refused(train("--full", "--head-only", adapter=None), tmp_path)
+    assert "Leave one of them out" in refused(train("--head-only"), tmp_path)
+
+
+def test_a_folder_with_a_run_is_not_touched_unasked(train, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run/run.json").read_bytes()
+    code, _, err = train()
+    assert code == 1
+    assert "`--resume`" in err
+    assert "`--overwrite`" in err
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    assert train("--overwrite")[0] == 0
+
+
+def test_resuming_where_there_is_nothing_is_explained(train, tmp_path):
+    assert "To resume there must be a run" in refused(train("--resume", model=None, data=None), tmp_path)
+
+
+def test_resuming_with_other_options_is_explained(train):
+    assert train()[0] == 0
+    code, _, err = train("--resume", learning_rate=0.5)
+    assert code == 1
+    assert "recipe.learning_rate 0.5 instead of None" in err
+
+
+def test_a_folder_that_may_not_be_written_is_explained(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write everywhere
+    assert "is not yours to write" in refused(train(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_explained(train, tmp_path, monkeypatch):
+    def mkdir(self, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", mkdir)
+    assert "Read-only file system" in refused(train(), tmp_path)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(train, tmp_path, monkeypatch):
+    whole = train("--json", max_steps=None, epochs=3, output=tmp_path / "whole")
+    from inarch.train import resume
+
+    real = resume.commit
+
+    def commit(folder):
+        if folder.name == "checkpoint-4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        real(folder)
+
+    monkeypatch.setattr(resume, "commit", commit)
+    code, _, err = train(max_steps=None, epochs=3)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(
+        "Error: A checkpoint must be writable as a whole; got `No space left on device`"
+    )
+    monkeypatch.undo()
+    resumed = train("--json", "--resume", max_steps=None)
+    assert resumed[0] == 0
+    assert json.loads(resumed[1])["results"] == json.loads(whole[1])["results"]
+    one, other = [(tmp_path / name / "adapter/adapter.safetensors").read_bytes() for name in ("whole", "run")]
+    assert one == other
+
+
+def test_a_disk_too_full_for_the_record_is_explained(train, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert "The record of a run must be writable" in refused(train(), tmp_path)
+    assert not list((tmp_path / "run").glob(".run.json*"))
+
+
+def test_ctrl_c_says_how_to_go_on(train, tmp_path, monkeypatch):
+    from inarch.train.callbacks import Report
+
+    real = Report.on_save
+
+    def on_save(self, args, state, control, **rest):
+        real(self, args, state, control, **rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "on_save", on_save)
+    code, _, err = train(max_steps=None, epochs=2)
+    assert code == 130
+    assert f"The newest checkpoint is kept. Go on with `inarch train --output {tmp_path / 'run'} --resume`." in err
+    assert "Traceback" not in err
+    monkeypatch.undo()
+    assert read_record(tmp_path / "run").status == "interrupted"
+    assert train("--resume", "--quiet", max_steps=None)[0] == 0
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_so(train, tmp_path, monkeypatch):
+    def make(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "make", make)
+    code, _, err = train()
+    assert code == 130
+    assert "Nothing was written." in err
+
+
+def test_a_loss_that_is_no_number_is_an_error(train, tmp_path):
+    code, _, err = train(max_steps=6, learning_rate=1e30, max_grad_norm=0, warmup=0, adapter="seq_bn")
+    assert code == 1
+    assert "The loss of a training must stay a number" in err.splitlines()[-1]
+    assert "--learning-rate" in err.splitlines()[-1]
+    assert read_record(tmp_path / "run").status == "diverged"
