@@ -1,0 +1,139 @@
+"""`inarch demo`: what `make demo` runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import err, note, out, say, say_table
+
+if TYPE_CHECKING:
+    from ..check import Report
+    from ..train.demo import Audience, DemoResult, Outcome, Way
+
+OUTPUT_HELP = "Where to write it, in the place of an earlier demonstration."
+
+
+def demo(*, output: Annotated[Path, typer.Option(metavar="FOLDER", help=OUTPUT_HELP)] = Path("runs/demo")) -> None:
+    """Teach digits to a small backbone that knows letters: with a new head, with an adapter, and with an unsound one.
+
+    Takes about two minutes on two cores and needs no network. Each configuration is judged before it is trained, and
+    the adapter is loaded again in a fresh process.
+    """
+    from ..train.demo import run_demo
+
+    say("A small Vision Transformer that was pre-trained on letters learns handwritten digits.", style="bold")
+    with _teller() as audience:
+        result = run_demo(output, audience=audience)
+    _say_result(result)
+
+
+@contextmanager
+def _teller() -> "Iterator[Audience]":
+    """An audience that prints what goes on, with a progress bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..train.demo import Audience
+
+    console = err()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=out().is_terminal,  # else the results would go where the bars are
+    )
+
+    class Teller(Audience):
+        """Prints."""
+
+        num_runs = 1
+        task: Any = None
+
+        def begin(self, way: "Way", report: "Report | None", num_runs: int) -> None:
+            say()
+            say(way.title if way.adapter in (None, way.title) else f"{way.title}: {way.adapter}", style="bold")
+            _say_verdict(report)
+            self.num_runs = num_runs
+            self.task = bars.add_task("training", total=None)
+            if not console.is_terminal:
+                note(f"  training{f' with {num_runs} seeds' if num_runs > 1 else ''} ...")
+
+        def step(self, run: int, done: int, total: int, accuracy: float | None) -> None:
+            which = f", run {run} of {self.num_runs}" if self.num_runs > 1 else ""
+            so_far = f", accuracy {accuracy:.1%}" if accuracy is not None else ""
+            completed, whole = (run - 1) * total + done, self.num_runs * total
+            bars.update(self.task, description=f"training{which}{so_far}", completed=completed, total=whole)
+
+        def finish(self, outcome: "Outcome") -> None:
+            bars.remove_task(self.task)
+            runs = f", the mean of {len(outcome.runs)} runs" if len(outcome.runs) > 1 else ""
+            say(f"  accuracy on the held-out digits {_percent(outcome.accuracy)}{runs}; {outcome.seconds:.0f} s a run")
+
+        def reload(self) -> None:
+            say()
+            note("Loading the adapter in a fresh process ...")
+
+    with bars:
+        yield Teller()
+
+
+def _say_verdict(report: "Report | None") -> None:
+    """The formula and what was proved, before anything is trained."""
+    if report is None:
+        say("  y = x + h, as it was: the backbone is frozen, and only a new head is trained")
+        return
+    for group in report.sites:
+        formula = group.proof.formula
+        words = f"  y = {formula.adapted}, where it was y = {formula.pretrained}: {group.proof.verdict}"
+        say(words, style="green" if group.proof.sound else "red")
+    for finding in report.findings:
+        say(f"  {finding}", style="red")
+
+
+def _say_result(result: "DemoResult") -> None:
+    say()
+    rows = [
+        (
+            outcome.way.title,
+            "yes" if outcome.report is None or outcome.report.sound else "no",
+            _percent(outcome.accuracy),
+            outcome.trainable_parameters,
+            f"{outcome.seconds:.1f}",
+        )
+        for outcome in result.outcomes
+    ]
+    say_table(("configuration", "sound", "accuracy", "trained parameters", "seconds"), rows)
+    say()
+    reload = result.reload
+    same = "the same" if reload.identical_labels else "OTHER"
+    most = reload.max_probability_difference
+    shares = f"probabilities differ by at most {most:.0e}" if most else "every probability is identical"
+    say(
+        f"In a fresh process the adapter ({result.adapter_bytes / 1e6:.1f} MB) predicts {same} labels for "
+        f"{reload.num_images} images; {shares}."
+    )
+    say()
+    folder = result.folder
+    say_table(
+        ("written to", "what it is"),
+        [
+            (f"{folder}/results.json", "all numbers"),
+            (f"{folder}/curves.png", "accuracy over the epochs"),
+            (f"{folder}/digits.png", "ten predictions"),
+            (f"{folder}/adapter", "the adapter"),
+        ],
+    )
+    say()
+    say("Try next:", style="bold")
+    say(f"  inarch predict {folder} {folder}/images")
+    say(f"  inarch eval {folder} --data digits --picture {folder.parent}/confusion.png")
+    say("  inarch check vit --adapter 'par_bn'")
+    say("  inarch train --model demo --data YOUR/FOLDER --adapter lora --output runs/mine")
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %"

@@ -1,0 +1,150 @@
+"""What surrounds every command: exceptions become messages, warnings become notes."""
+
+import errno
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from ..core.errors import InarchError
+from .output import fail, note
+
+ERROR, INTERRUPTED = 1, 130
+
+_OPTIONS = {
+    f"`{name}`": f"`--{name.replace('_', '-')}`"
+    for name in ("batch_size", "device", "image_column", "label_column", "skip_bad", "subset", "validation")
+} | {'`unsound="allow"` to `add`': "`--allow-unsound`", "`inarch.attach(model, layout={...})`": "`--layout FILE`"}
+"""What messages call an argument, and its option."""
+
+_shown = False
+
+
+def show_tracebacks(shown: bool) -> None:
+    """Whether the commands that follow let their exceptions through."""
+    global _shown  # noqa: PLW0603  one process runs one command
+    _shown = shown
+
+
+def prepare_streams() -> None:
+    """Let every text be written: to a stream that is closed, and where its encoding has no form for a file's name."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  it stays open as long as the process
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115  the same
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with every exception turned into a message and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        with _settled():
+            try:
+                command(*args, **options)
+                sys.stdout.flush()  # now, because a closed pipe could not be reported later
+            except KeyboardInterrupt:
+                note("Interrupted.")
+                raise typer.Exit(INTERRUPTED) from None
+            except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+                raise  # the first three are typer's to report; of the last nobody is there to hear
+            except Exception as error:  # whatever it is, a user is told in words
+                if _shown:
+                    raise
+                _stop(ERROR, describe(error))
+
+    return run
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around what is no command: importing one, which fails where a package is missing, and writing the help."""
+    try:
+        yield
+    except (InarchError, ImportError, OSError) as error:
+        if _shown:
+            raise
+        fail(describe(error))
+        sys.exit(ERROR)
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    fail(message)
+    raise typer.Exit(code) from None
+
+
+def describe(error: Exception) -> str:
+    """What to tell the user of an exception."""
+    if isinstance(error, InarchError):
+        return in_options(str(error))
+    if isinstance(error, OSError):
+        return _describe_system(error)
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "_ArrayMemoryError"):
+        return f"The work must fit in memory; got `{_first_line(error)}`. Give a smaller `--batch-size`."
+    return (
+        "Nothing should fail without an explanation, but this did; got "
+        f"`{type(error).__name__}: {_first_line(error)}`. Run it again with `--debug` to see where, and report it."
+    )
+
+
+def in_options(message: str) -> str:
+    """A message of the library in the words of the command line: `--skip-bad` for `skip_bad`."""
+    for words, option in _OPTIONS.items():
+        message = message.replace(words, option)
+    return message
+
+
+def _describe_system(error: OSError) -> str:
+    place = f" at `{os.fspath(error.filename)}`" if error.filename is not None else ""
+    reason = f"`{error.strerror or _first_line(error)}`"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"The disk must have room for what is written; got {reason}{place}. Free some, or write elsewhere."
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"Files must be yours to read and write; got {reason}{place}. Change the permissions or the place."
+        case _:
+            return f"Files must be where they are said to be; got {reason}{place}. Correct the path and try again."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Notes(logging.Handler):
+    """Passes the package's warnings on to the user."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"Warning: {in_options(record.getMessage())}", style="yellow")
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """The package's own warnings go to standard error; those of other libraries nowhere: a user cannot mend them."""
+    logger, handler = logging.getLogger("inarch"), _Notes(logging.WARNING)
+    before = logger.propagate
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    if not _shown:
+        hub.setLevel(logging.ERROR)  # it tells of every attempt to connect
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            if not (sys.warnoptions or _shown):
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        hub.setLevel(hub_level)
+        logger.removeHandler(handler)
+        logger.propagate = before

@@ -1,0 +1,92 @@
+"""Models without weights: what the architecture alone can tell costs no download and no memory."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import SiteError
+from .output import watch
+
+AUTO_CLASSES = (
+    "AutoModelForImageClassification",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+)
+"""Where the class of a configuration that names none is looked up; the first is what `inarch train` trains."""
+
+DEMO = "demo"
+DEMO_BACKBONE = Path(__file__).parents[1] / "assets" / "demo_backbone"
+
+
+def skeleton(model: str) -> Any:
+    """The model on the meta device. `model`: `demo`, a folder, a model type such as `vit`, or a Hub id.
+
+    Raises `SiteError` if there is no such model, or it cannot be built without its own code.
+    """
+    import torch
+
+    config = read_model_config(model)
+    try:
+        with torch.device("meta"):
+            return _model_class(config)._from_config(config).eval()
+    except SiteError:
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        raise SiteError(
+            f"A model must be buildable from its configuration; got `{_reason(error)}` for `{model}`. "
+            "Build it in Python and pass it to `inarch.probe`."
+        ) from error
+
+
+def read_model_config(model: str) -> Any:
+    """The transformers configuration that a name stands for."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(model).expanduser()
+    if model.startswith((".", "/", "~")) and not path.is_dir():
+        raise SiteError(
+            f"A model's folder must be there; got {'a file' if path.exists() else 'nothing'} at `{model}`. "
+            "Give the folder that `save_pretrained` wrote."
+        )
+    if model not in CONFIG_MAPPING and model != DEMO and not path.exists():
+        watch(f"Looking for `{model}` in the local cache and on the Hub")
+    try:
+        if model in CONFIG_MAPPING and not path.exists():
+            return CONFIG_MAPPING[model]()
+        place = DEMO_BACKBONE if model == DEMO else path if path.exists() else model
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # the Hub's client raises errors of several libraries
+        raise SiteError(
+            f"A model is `{DEMO}`, a folder with a `config.json`, a model type such as `vit`, or a Hub id; "
+            f"got `{model}`: {_reason(error)}. {_hint(model, CONFIG_MAPPING)}"
+        ) from error
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the configuration names, or the one that is trained by default."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (getattr(transformers, name) for name in AUTO_CLASSES):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise SiteError(
+        f"A model type must have a model of its own; got `{config.model_type}`, a part of others. "
+        "Name the model that it is a part of."
+    )
+
+
+def _hint(model: str, known: Any) -> str:
+    if "/" in model or Path(model).exists():
+        return "Check the name and the connection."
+    close = get_close_matches(model, [DEMO, *known], n=1)
+    return f"Did you mean `{close[0]}`?" if close else "Check the name and the connection."
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

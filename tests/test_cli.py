@@ -1,0 +1,416 @@
+"""The command line: what each command prints, its exit codes, and that no traceback ever reaches a user."""
+
+import csv
+import errno
+import importlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from typer.testing import CliRunner
+
+import inarch
+from inarch.cli import COMMANDS, app, main
+from inarch.cli.guard import describe
+from inarch.core.errors import DataError
+from inarch.train.models import load_model, load_processor
+
+LABELS = ["cat", "dog", "owl"]
+UNSOUND = "seq_bn[original_ln_after=False,residual_before_ln=True]"
+
+
+def run(*arguments, **environment):
+    """The result of a command, run in this process; never a traceback."""
+    result = CliRunner().invoke(app, [str(word) for word in arguments], env=environment)
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model (`base`), an adapter (`run/adapter`), and images by class (`data`)."""
+    root = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(root / "base")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "base")
+    adapters = inarch.attach(load_model(str(root / "base"), LABELS))
+    adapters.add("animals", "seq_bn")
+    adapters.train("animals")
+    adapters.save("animals", root / "run" / "adapter", processor=load_processor(str(root / "base")))
+    rng = np.random.default_rng(0)
+    for label in LABELS:
+        for number in range(4):
+            path = root / "data" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------- the whole of it
+
+
+def test_the_help_lists_every_command():
+    """`inarch`, `inarch --help` and `inarch -h` say what there is."""
+    for arguments, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        result = run(*arguments)
+        assert result.exit_code == code
+        assert all(f"  {name}" in result.output and summary in result.output for name, (_, summary) in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_for_every_option(name):
+    """A command's own help is found, and no option is without a line."""
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    options = [number for number, line in enumerate(lines) if line.startswith("  --")]
+    assert options
+    for number in options:
+        assert "  " in lines[number].strip() or lines[number + 1].startswith("          "), lines[number]
+
+
+def test_every_command_is_there():
+    """Each module of the table has the function of its name."""
+    for module, _ in COMMANDS.values():
+        assert callable(getattr(importlib.import_module(f"inarch.cli.{module}"), module))
+
+
+def test_the_version():
+    """One line, for programs too."""
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"inarch {inarch.__version__}\n")
+
+
+def test_listing_the_commands_imports_none_of_them():
+    """`--help` is quick: no command and nothing of training is loaded."""
+    code = (
+        "import sys\nfrom inarch.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in sys.modules if name.startswith(('inarch.cli.probe', 'inarch.train', 'transformers'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["probe"],
+        ["probe", "vit", "--nonsense"],
+        ["probe", "vit", "more"],
+        ["check", "vit"],
+        ["predict", "adapter"],
+        ["predict", "adapter", "image.png", "--top", "0"],
+        ["predict", "adapter", "image.png", "--top", "many"],
+        ["predict", "adapter", "image.png", "--batch-size", "0"],
+        ["predict", "adapter", "image.png", "--threshold", "2"],
+        ["predict", "adapter", "image.png", "--json", "--csv"],
+        ["eval", "adapter"],
+        ["demo", "--output"],
+    ],
+)
+def test_a_wrong_use_is_told_with_exit_code_2(arguments):
+    """The message is on standard error, with the way to the help."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+    assert "Usage: " in result.stderr or arguments == ["demo", "--output"]  # the parser knows no command yet
+
+
+def bad_inputs(place):
+    """Commands that are written rightly and cannot succeed, each with a word that the message must have."""
+    adapter, image = place / "run", place / "data" / "cat" / "0.png"
+    (place / "text.json").write_text("{]")
+    (place / "list.json").write_text("[]")
+    (place / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "broken").mkdir(exist_ok=True)
+    (place / "broken" / "inarch.json").write_text("{}")
+    (place / "model").mkdir(exist_ok=True)
+    (place / "model" / "config.json").write_text('{"model_type": "nonsense"}')
+    (place / "other" / "yak").mkdir(parents=True, exist_ok=True)
+    (place / "other" / "cat").mkdir(exist_ok=True)
+    for label in ("yak", "cat"):
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(place / "other" / label / f"{number}.png")
+    return [
+        (["probe", "vitt"], "Did you mean `vit`"),
+        (["probe", "./nowhere"], "got nothing at `./nowhere`"),
+        (["probe", place / "empty"], "config.json"),
+        (["probe", place / "model"], "nonsense"),
+        (["probe", image], "a file"),
+        (["probe", "owner/none"], "owner/none"),
+        (["probe", ""], "A model is"),
+        (["probe", "vit\0"], "A model is"),
+        (["probe", "resnet"], "residual branches"),
+        (["probe", "vit", "--layout", place / "none.json"], "none.json"),
+        (["probe", "vit", "--layout", place / "text.json"], "text.json"),
+        (["probe", "vit", "--layout", place / "list.json"], "list.json"),
+        (["probe", "vit", "--layout", place / "empty"], "empty"),
+        (["check", "vit", "--adapter", "nonsense"], "nonsense"),
+        (["check", "vit", "--adapter", ""], "a configuration begins with a name"),
+        (["check", "vit", "--adapter", "seq_bn["], "is missing at the end"),
+        (["check", "vit", "--adapter", "seq_bn[reduction_factor=-1]"], "reduction_factor"),
+        (["check", "vit", "--adapter", "seq_bn[nonsense=1]"], "nonsense"),
+        (["check", "vit", "--adapter", place / "text.json"], "text.json"),
+        (["check", "vit", "--adapter", place / "none.json"], "none.json"),
+        (["predict", "./nowhere", image], "nowhere"),
+        (["predict", place / "empty", image], "which has none"),
+        (["predict", place / "broken", image], "broken"),
+        (["predict", adapter, place / "none.png"], "none.png"),
+        (["predict", adapter, place / "empty"], "without images"),
+        (["predict", adapter, place / "bad.png"], "bad.png"),
+        (["predict", adapter, place / "bad.png", "--json"], "bad.png"),
+        (["predict", adapter, image, "--device", "quantum"], "quantum"),
+        (["predict", adapter, image, "--model", "./nowhere"], "nowhere"),
+        (["predict", adapter, image, "--model", place / "empty"], "config.json"),
+        (["predict", adapter, image, "--output", place / "empty"], "Is a directory"),
+        (["eval", adapter, "--data", place / "none"], "none"),
+        (["eval", adapter, "--data", place / "other"], "`yak`"),
+        (["eval", adapter, "--data", "digits"], "must be one of the adapter"),
+        (["eval", adapter, "--data", place / "data", "--validation", "3"], "validation"),
+        (["eval", adapter, "--data", place / "data", "--picture", place / "empty"], "Is a directory"),
+        (["eval", "./nowhere", "--data", place / "data"], "nowhere"),
+        (["demo", "--output", place / "data"], "holds `cat`"),
+        (["demo", "--output", image], "a file"),
+    ]
+
+
+def test_whatever_goes_wrong_is_told_in_one_message(place):
+    """Exit code 1, nothing but the message on standard error, and never a traceback."""
+    wrong = []
+    for arguments, word in bad_inputs(place):
+        result = run(*arguments)
+        message = result.stderr
+        is_one = message.startswith("Error: ") and message.count("Error: ") == 1
+        is_ours = word in message and "Nothing should fail without an explanation" not in message
+        if result.exit_code != 1 or not is_one or not is_ours:
+            wrong.append((arguments, word, result.exit_code, result.output))
+    assert wrong == []
+
+
+def test_debug_lets_the_exception_through(place):
+    """Before the command in typer's way, and anywhere in ours."""
+    result = CliRunner().invoke(app, ["--debug", "predict", "./nowhere", str(place)])
+    assert isinstance(result.exception, inarch.InarchError)
+    done = subprocess.run(
+        [sys.executable, "-m", "inarch", "predict", "./nowhere", str(place), "--debug"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "StateError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DataError("The rule; got this. Do that."), "The rule; got this. Do that."),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "must have room"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "yours to read and write"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a/b"), "`No such file` at `a/b`"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "fit in memory"),
+        (MemoryError(), "fit in memory"),
+        (KeyError("x"), "--debug"),
+    ],
+)
+def test_every_exception_has_a_description(error, words):
+    """With the place where there is one."""
+    assert words in describe(error)
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    """And a word, not a traceback."""
+    probe = importlib.import_module("inarch.sites")
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe, "probe", interrupt)
+    result = run("probe", "vit")
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+
+
+def test_a_closed_pipe_is_quiet():
+    """As in `inarch probe vit | head -1`."""
+    command = [sys.executable, "-m", "inarch", "probe", "vit", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_main_takes_arguments(capsys):
+    """For programs that call it."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("inarch ")
+
+
+# ------------------------------------------------------------------------------------------------ probe and check
+
+
+def test_probe_shows_the_sites_by_groups():
+    """24 sites in two rows, as plain text in a pipe."""
+    result = run("probe", "vit")
+    assert result.exit_code == 0
+    assert "24 sites, 12 layers in `image0`" in result.stdout
+    assert "image0 self_attention, layers 0-11" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_colours_are_for_terminals_that_want_them():
+    """`NO_COLOR` takes them away."""
+    coloured = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR=None)
+    assert "\x1b[31m" in coloured.stdout
+    plain = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR="1")
+    assert "\x1b[3" not in plain.stdout
+
+
+def test_a_probe_as_json_is_a_layout(place, tmp_path):
+    """What `--json` prints can be given back, and attaches."""
+    first = run("probe", place / "base", "--json")
+    layout = json.loads(first.stdout)
+    file = tmp_path / "layout.json"
+    file.write_text(first.stdout)
+    again = run("probe", place / "base", "--layout", file, "--json")
+    assert json.loads(again.stdout) == layout
+    model = ViTForImageClassification.from_pretrained(place / "base")
+    assert inarch.attach(model, layout=layout).sites.to_dict() == layout
+    assert run("check", place / "base", "--adapter", "seq_bn", "--layout", file).exit_code == 0
+
+
+def test_a_failed_probe_prints_what_it_found():
+    """So that it can be completed; the error is still an error."""
+    result = run("probe", "resnet", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["model_class"] == "ResNetForImageClassification"
+
+
+def test_check_accepts_what_is_sound():
+    """Exit code 0, the formula and the verdict."""
+    result = run("check", "vit", "--adapter", "seq_bn")
+    assert result.exit_code == 0
+    assert "y = x + h + A(x + h)" in result.stdout
+    assert "preserved" in result.stdout
+    assert "Sound: " in result.stdout
+
+
+def test_check_rejects_what_is_unsound():
+    """Exit code 1, the reason and the fix, nothing on standard error."""
+    result = run("check", "vit", "--adapter", UNSOUND)
+    assert result.exit_code == 1
+    assert "skip connection lost" in result.stdout
+    assert "Set `residual_before_ln=False` or `original_ln_after=True`" in result.stdout
+    assert result.stderr == ""
+
+
+def test_check_as_json():
+    """Everything the table has, for programs."""
+    sound = json.loads(run("check", "vit", "--adapter", "seq_bn", "--json").stdout)
+    assert (sound["sound"], sound["findings"]) == (True, [])
+    result = run("check", "vit", "--adapter", UNSOUND, "--json")
+    assert result.exit_code == 1
+    unsound = json.loads(result.stdout)
+    assert not unsound["sound"]
+    assert unsound["sites"][0]["at_zero"] == "y = h"
+    assert unsound["findings"][0]["fixes"] == ["residual_before_ln=False", "original_ln_after=True"]
+    assert len(unsound["sites"][0]["sites"]) == 12
+
+
+# ----------------------------------------------------------------------------------------------- predict and eval
+
+
+def test_predict_as_a_table(place):
+    """A line for each image, below a head."""
+    result = run("predict", place / "run", place / "data", "--top", "2")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["image", "label", "sure", "then"]
+    assert len(lines) == 13
+    assert lines[1].startswith(str(place / "data" / "cat" / "0.png"))
+    assert lines[1].count("%") == 2
+    assert result.stderr == ""
+
+
+def test_predict_as_json_json_lines_and_csv(place):
+    """Three forms of the same results."""
+    arguments = ["predict", place / "run" / "adapter", place / "data"]
+    rows = json.loads(run(*arguments, "--json").stdout)
+    assert len(rows) == 12
+    assert [len(row["top"]) for row in rows] == [3] * 12
+    lines = run(*arguments, "--jsonl").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    table = list(csv.DictReader(io.StringIO(run(*arguments, "--csv", "--top", "2").stdout)))
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+    assert float(table[0]["probability_2"]) == pytest.approx(rows[0]["top"][1]["probability"], abs=1e-6)
+    assert list(table[0]) == ["image", "label", "probability", "label_2", "probability_2"]
+
+
+def test_predict_to_a_file(place, tmp_path):
+    """Standard output stays empty; the folder of the file is made."""
+    file = tmp_path / "new" / "predictions.csv"
+    result = run("predict", place / "run", place / "data", "--csv", "--output", file)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "Wrote 12 predictions" in result.stderr
+    assert len(file.read_text().splitlines()) == 13
+
+
+def test_predict_leaves_bad_images_out(place, tmp_path):
+    """With `--skip-bad` they are named and the rest is predicted; what is printed is still JSON."""
+    bad = tmp_path / "bad.png"
+    bad.write_text("none")
+    result = run("predict", place / "run", bad, place / "data" / "cat", "--skip-bad", "--json")
+    assert result.exit_code == 0
+    assert len(json.loads(result.stdout)) == 4
+    assert "bad.png" in result.stderr
+    assert "--skip-bad" in result.stderr
+    assert "skip_bad" not in result.stderr
+    assert "Left out 1 of 5 images" in result.stderr
+
+
+def test_predictions_before_an_error_are_whole_json(place, tmp_path):
+    """A bad image in the second batch ends the list, which can still be read."""
+    images = sorted((place / "data" / "cat").iterdir())[:2]
+    bad = tmp_path / "bad.png"
+    bad.write_text("none")
+    result = run("predict", place / "run", *images, bad, "--json", "--batch-size", "2")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)) == 2
+
+
+def test_eval_as_a_table_and_as_json(place):
+    """The accuracy, and a line for each label."""
+    arguments = ["eval", place / "run", "--data", place / "data", "--all"]
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "on 12 images of data" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == LABELS
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert found["num_images"] == 12
+    assert [row["support"] for row in found["labels"]] == [4, 4, 4]
+    held_out = json.loads(run(*arguments[:-1], "--validation", "0.25", "--json").stdout)
+    assert held_out["num_images"] == 3
+
+
+def test_eval_draws_the_confusion_matrix(place, tmp_path):
+    """A picture that is not blank."""
+    result = run("eval", place / "run", "--data", place / "data", "--all", "--picture", tmp_path / "new" / "c.png")
+    assert result.exit_code == 0
+    pixels = np.asarray(Image.open(tmp_path / "new" / "c.png").convert("L"))
+    assert pixels.std() > 5
+    assert "c.png" in result.stderr
