@@ -42,6 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup-ratio", type=float, default=0.05, help="share of the steps spent warming up")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; never of biases and norms")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    # training images
+    parser.add_argument("--scan-ratio", type=float, default=0.5, help="share of the images seen as by a coarse scanner")
     parser.add_argument("--ramp-ratio", type=float, default=0.3, help="share of the steps until full distortion")
     # logging
     parser.add_argument("--log-every", type=int, default=100, help="steps between two rows of the log")
@@ -129,14 +131,15 @@ class Distortion:
     `strength` goes from 0, letters moved and bent not at all, to 1.
     """
 
-    def __init__(self, seed: int, strength: float = 1.0) -> None:
+    def __init__(self, seed: int, scan_ratio: float = 0.5, strength: float = 1.0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
+        self.scan_ratio = scan_ratio
         self.strength = strength
 
     def __call__(self, bitmaps: Tensor) -> Tensor:
         """(n, 1, CANVAS, CANVAS) in 0..1 to normalised (n, 3, IMAGE, IMAGE)."""
         ink = self.bend(bitmaps)
-        ink = torch.where(self.coin(len(ink), 0.5), self.scan(ink), self.blur(ink))
+        ink = torch.where(self.coin(len(ink), self.scan_ratio), self.scan(ink), self.blur(ink))
         gray = self.expose(ink)
         return ((gray - 0.5) / 0.5).expand(-1, 3, -1, -1)
 
@@ -274,11 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
 
     bitmaps, labels = render_letters(TRAINING_FONTS)
-    distort = Distortion(args.seed)
+    distort = Distortion(args.seed, args.scan_ratio)
     # The held-out images are made once, from a font and a generator that training never uses.
     held_out_bitmaps, held_out_labels = render_letters([HELD_OUT_FONT])
     held_out_labels = held_out_labels.repeat(5)
-    held_out_images = Distortion(args.seed + 1_000_000)(held_out_bitmaps.repeat(5, 1, 1, 1))
+    held_out_images = Distortion(args.seed + 1_000_000, args.scan_ratio)(held_out_bitmaps.repeat(5, 1, 1, 1))
 
     model = ViTForImageClassification(make_config(num_labels=len(CLASSES))).train()
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
