@@ -11,7 +11,7 @@ from PIL import Image
 from inarch.core.errors import InarchError, StateError
 from inarch.train import demo as demonstration
 from inarch.train.data import load_data
-from inarch.train.demo import Audience, compare, run_demo
+from inarch.train.demo import RECIPE, Audience, compare, run_demo
 from inarch.train.examples import ImageData
 from inarch.train.predict import Prediction
 
@@ -58,7 +58,7 @@ def shown(tmp_path_factory):
     (folder / "images" / "old.png").touch()
     (folder / "results.json").write_text("{}")
     listener = Listener()
-    result = run_demo(folder, audience=listener, epochs=1, num_seeds=2, data=few_digits())
+    result = run_demo(folder, audience=listener, recipe=RECIPE.replace(epochs=1), num_seeds=2, data=few_digits())
     return folder, result, listener.heard
 
 

@@ -1,5 +1,7 @@
 """`transformers.Trainer`, unchanged, with a model that has adapters: saving, resuming, the best checkpoint."""
 
+import gc
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -9,6 +11,14 @@ import inarch
 from inarch.core.errors import StateError
 from inarch.handle import attached
 from inarch.testing import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """The trainer collects garbage at every start, which takes longer than these trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Images(Dataset):

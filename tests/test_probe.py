@@ -13,6 +13,7 @@ from torch import nn
 from inarch.core.errors import SiteError
 from inarch.core.site import Sites
 from inarch.sites import ProbeError, probe, synthesise
+from inarch.sites.graph import Graph, Value
 from inarch.sites.inputs import given_inputs, made_inputs
 from inarch.sites.meta import meta_copy
 from inarch.sites.probe import _dtype, _for_real, _sites
@@ -496,6 +497,78 @@ def test_rows_are_exactly_the_features_of_the_role(name, role, monkeypatch):
         assert (value != before[other]).all() if other == role else torch.equal(value, before[other])
 
 
+def written_into_buffers(y):
+    """q, k and v as parts of new tensors that are filled in place."""
+    parts = []
+    for part in y.chunk(3, dim=-1):
+        buffer = y.new_empty(*part.shape[:-1], 2 * WIDTH)
+        buffer[..., :WIDTH] = part
+        parts.append(buffer[..., :WIDTH])
+    return parts
+
+
+SPLITS = {
+    "chunk": lambda y: y.chunk(3, dim=-1),
+    "unequal split": lambda y: y.split([WIDTH, WIDTH // 2, 3 * WIDTH // 2], dim=-1)[0:1] * 2 + (y[..., -WIDTH:],),
+    "slices": lambda y: (y[..., :WIDTH], y[..., WIDTH : 2 * WIDTH], y[..., 2 * WIDTH :]),
+    "interleaved": lambda y: y.unflatten(-1, (WIDTH, 3)).unbind(-1),
+    "reshaped and permuted": lambda y: y.reshape(*y.shape[:2], 3, WIDTH).permute(2, 0, 1, 3).contiguous().unbind(0),
+    "scaled and clipped": lambda y: (y.clamp(-1, 1) * 0.5).chunk(3, dim=-1),
+    "in place": lambda y: y.clone().mul_(2.0).chunk(3, dim=-1),
+    "lists of places": lambda y: [y.unflatten(-1, (3, WIDTH))[:, :, [part]].squeeze(2) for part in range(3)],
+    "buffers": written_into_buffers,
+}
+
+
+class Fused(nn.Module):
+    def __init__(self, split):
+        super().__init__()
+        self.split, self.norm, self.qkv, self.o = (
+            split,
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.split(self.qkv(self.norm(x))))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def features_with_a_gradient(split):
+    """For q, k and v the output features of the fused map that they depend on, as autograd has them."""
+    y = torch.randn(1, 4, 3 * WIDTH, requires_grad=True)
+    return [
+        set(
+            torch.autograd.grad((part * part.detach()).sum(), y, retain_graph=True)[0]
+            .abs()
+            .sum((0, 1))
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        for part in split(0.1 * y)
+    ]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_rows_are_the_features_with_a_gradient(name):
+    """However a fused projection is taken apart, its rows are those that autograd traces each operand to."""
+    model = Stack(nn.ModuleList([Residual(Fused(SPLITS[name])), Residual(Fused(SPLITS[name]))]))
+    projections = probe(model, example_inputs=torch.randn(1, 4, 8))["data0.0.self_attention"].projections
+    for role, wanted in zip("qkv", features_with_a_gradient(SPLITS[name]), strict=True):
+        (projection,) = projections[role]
+        assert {row for start, stop in projection.rows for row in range(start, stop)} == wanted
+
+
+def test_features_that_cannot_be_followed_are_left_out():
+    """Where the features of q, k and v cannot be told apart, they get no projection, and a note says so."""
+    model = Stack(nn.ModuleList([Residual(Fused(lambda y: y.flip(-1).chunk(3, dim=-1))) for _ in range(2)]))
+    site = probe(model, example_inputs=torch.randn(1, 4, 8))["data0.0.self_attention"]
+    assert set(site.projections) == {"o"}
+    assert site.notes == ("`qkv` computes q, k, v, and which of its output features is which could not be told",)
+
+
 @pytest.mark.parametrize("name", ["bloom", "deberta"])
 def test_interleaved_rows_follow_the_heads(name):
     """Where q, k and v alternate head by head, each role has one range per head."""
@@ -796,10 +869,103 @@ class TwoMLPs(nn.Module):
         return x + self.b(x)
 
 
+ARGUMENTS = {
+    ("pixel_values", (1, 3, 8, 8)): "image",
+    ("pixel_values_videos", (1, 3, 8, 8)): "video",
+    ("decoder_input_ids", (1, 4)): "text",
+    ("token_type_ids", (1, 4)): "text",
+    ("inputs_embeds", (1, 4, 8)): "text",
+    ("input_features", (1, 4, 8)): "audio",
+    ("input_values", (1, 400)): "audio",
+    ("attention_mask", (1, 4)): "",
+    ("position_ids", (1, 4)): "",
+    ("x", (1, 3, 8, 8)): "image",
+    ("x", (1, 4, 8)): "data",
+    ("context", (1, 4, 8)): "data",
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), ARGUMENTS)
+def test_modality_is_read_off_the_argument(name, shape):
+    """An input's name says its modality; dimensions speak where the name does not."""
+    value = Value(0, "input", (), shape, True, 0, 0, (), None)
+    assert Graph(nn.Module(), [value], [], {0: name}, {}).modality(0) == ARGUMENTS[name, shape]
+
+
+def test_integers_of_no_known_name_are_text_in_two_dimensions():
+    """Token ids need no particular name."""
+    for shape, modality in {(1, 4): "text", (1, 4, 2): "data"}.items():
+        value = Value(0, "input", (), shape, False, 0, 0, (), None)
+        assert Graph(nn.Module(), [value], [], {0: "x"}, {}).modality(0) == modality
+
+
+class OtherNames(nn.Module):
+    """A handwritten block whose modules have other names and classes."""
+
+    def __init__(self):
+        super().__init__()
+        block = HandwrittenBlock()
+        self.a, self.b, self.c, self.d = block.norm1, block.attn, block.norm2, block.mlp
+
+    def forward(self, x):
+        x = x + self.b(self.a(x))
+        return x + self.d(self.c(x))
+
+
+def test_keys_do_not_depend_on_names():
+    """A renaming in the host library changes paths, and no key, arrangement or shape of a projection."""
+
+    def facts(block):
+        sites = probe(Stack(nn.ModuleList([block(), block()])), example_inputs=torch.randn(1, 4, 8))
+        shapes = [{role: [(p.out_features, p.rows) for p in ps] for role, ps in s.projections.items()} for s in sites]
+        return [(site.key, site.arrangement, site.width) for site in sites], shapes
+
+    assert facts(HandwrittenBlock) == facts(OtherNames)
+
+
 def test_second_branch_of_a_kind_is_numbered():
     """Roles repeated in a layer are numbered from the second on."""
     sites = probe(Stack(nn.ModuleList([TwoMLPs(), TwoMLPs()])), example_inputs=torch.randn(1, 4, 8))
     assert [site.key for site in sites][:2] == ["data0.0.mlp", "data0.0.mlp_2"]
+
+
+class Experts(nn.Module):
+    """Sends every token to one expert; an expert without tokens does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 4), nn.ModuleList(HandwrittenMLP(WIDTH, INNER) for _ in range(4))
+
+    def forward(self, x):
+        result, choice = torch.zeros_like(x), self.router(x).argmax(-1)
+        for number in choice.unique().tolist():
+            chosen = choice == number
+            result[chosen] = self.experts[number](x[chosen])
+        return result
+
+
+class LayerOfExperts(HandwrittenBlock):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Experts()
+
+
+def test_experts_without_tokens_are_counted():
+    """An expert that the example happens not to reach has its place among the projections, in the order of the list."""
+    torch.manual_seed(0)
+    model = Stack(nn.ModuleList([LayerOfExperts(), LayerOfExperts()])).eval()
+    sites = probe(model, example_inputs=torch.randn(1, 2, 8))
+    assert sites.source == "forward"
+    for site in (sites["data0.0.mlp"], sites["data0.1.mlp"]):
+        assert [p.path for p in site.projections["up"]] == [f"mlp.experts.{expert}.fc1" for expert in range(4)]
+        assert [p.path for p in site.projections["down"]] == [f"mlp.experts.{expert}.fc2" for expert in range(4)]
+
+
+def test_weights_outside_linear_modules_are_noted():
+    """Experts kept in one tensor get no projection, and a note says where they are."""
+    site = probe(tf.MixtralForCausalLM(tf.MixtralConfig(**GQA, num_local_experts=4)))["text0.0.mlp"]
+    assert site.projections == {}
+    assert "`mlp.experts` (MixtralExperts) has weights that are no linear module" in site.notes
 
 
 # -------------------------------------------------------------------- the model is left as it was
@@ -935,6 +1101,7 @@ def test_model_that_cannot_run_is_reported_with_its_own_error():
     ) as e:
         probe(model, example_inputs=torch.randn(1, 4, 7))
     assert isinstance(e.value.__cause__, RuntimeError)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_model_without_branches_is_refused():
@@ -973,14 +1140,25 @@ class Moody(HandwrittenBlock):
     mood = 1.0
 
     def forward(self, x):
+        if self.mood == 0:
+            return self.norm1(x)
         return super().forward(x) if self.mood > 0 else x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
 
 
-def test_layer_that_differs_from_its_siblings_is_named():
-    """A layer built like its siblings and with fewer sites is refused by name."""
+@pytest.mark.parametrize(
+    ("mood", "place"),
+    [
+        (
+            -1.0,
+            r"got self_attention at `layers.1` \(Moody, layer 1 of data0\) where its siblings have self_attention, mlp",
+        ),
+        (0.0, r"got none at `layers.1` \(Moody\)"),
+    ],
+)
+def test_layer_that_differs_from_its_siblings_is_named(mood, place):
+    """A layer built like its siblings and with fewer sites, or none, is refused by name."""
     model = Stack(nn.ModuleList(Moody() for _ in range(3)))
-    model.layers[1].mood = -1.0
-    place = r"got self_attention at `layers.1` \(Moody, layer 1 of data0\) where its siblings have self_attention, mlp"
+    model.layers[1].mood = mood
     with pytest.raises(ProbeError, match=rf"layers that are built alike have the same sites; {place}"):
         probe(model, example_inputs=torch.randn(1, 4, 8))
 
@@ -1010,6 +1188,38 @@ def test_layer_whose_calls_differ_is_named():
         ProbeError, match=r"a layer that runs several times .* got different ones at `layers.0` \(Moody\)"
     ):
         probe(Twice(), example_inputs=torch.randn(1, 4, 8))
+
+
+class Widening(HandwrittenBlock):
+    """Its attention is added to a projection of the stream, not to the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.norm1(x)
+        x = self.skip(x) + self.attn(x)
+        return x + self.mlp(self.norm2(x))
+
+
+def test_attention_that_is_not_added_to_its_stream_is_told():
+    """A layer class that loses its attention everywhere is an error; among layers that have theirs, it is refused."""
+    with pytest.raises(ProbeError, match=r"got one that is not at `layers.0`, `layers.1` \(Widening\)"):
+        probe(Stack(nn.ModuleList([Widening(), Widening()])), example_inputs=torch.randn(1, 4, 8))
+
+
+def test_attention_of_a_stage_change_is_refused():
+    """Hiera's first layer of a stage projects its skip: only its MLP is a site."""
+    config = tf.HieraConfig(
+        embed_dim=16, depths=[1, 2], num_heads=[1, 2], image_size=[32, 32], patch_stride=[4, 4], query_stride=[2, 2],
+        masked_unit_size=[4, 4], masked_unit_attention=[True, False], num_query_pool=1,
+    )  # fmt: skip
+    sites = probe(tf.HieraModel(config))
+    assert [role for role, _ in layers_of(sites)["image0", 1]] == ["mlp"]
+    assert sites.refused == (
+        "`encoder.stages.1.layers.0` (HieraLayer): an attention whose result is not added to the stream it looks at",
+    )
 
 
 def test_layers_that_did_not_run_are_listed():

@@ -148,6 +148,28 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(whole, start, tm
     finish(start, tmp_path / "run", folder)
 
 
+@pytest.mark.parametrize("size", [1_000, 6_000, 9_000, 16_000])
+def test_a_disk_that_takes_no_more_is_explained_and_the_run_goes_on(whole, inputs, start, tmp_path, size):
+    """Files may have so many bytes: too few for the record, the adapter, the optimiser, or for none."""
+    words = [word for key, value in (OPTIONS | inputs).items() for word in (f"--{key}", value)]
+    code = (
+        f"import os, resource\n"
+        f"file = os.open({str(tmp_path / 'log')!r}, os.O_CREAT | os.O_WRONLY); os.dup2(file, 2)\n"
+        f"from inarch.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        f"main(['train', '--quiet', '--output', {str(tmp_path / 'run')!r}, *{words!r}])\n"
+    )
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(code, {}))
+    process.start()
+    process.join(WAIT)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 1, said
+    assert said.startswith("Error: ")
+    assert "must be writable" in said
+    assert len(said.splitlines()) == 1
+    finish(start, tmp_path / "run", whole[0])
+
+
 def finish(start, output, whole):
     """Resume, by the command a user would type, and compare."""
     if not (output / "run.json").exists():  # killed before anything was written

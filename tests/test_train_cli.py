@@ -204,6 +204,15 @@ def test_a_model_that_cannot_be_used_is_explained(train, models, tmp_path, name,
     assert message in refused(train(model=models / name), tmp_path)
 
 
+def test_a_library_that_lacks_for_the_image_processor_is_named(train, tmp_path, monkeypatch):
+    def from_pretrained(*args, **options):
+        raise ImportError("AutoImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr("inarch.train.models.AutoImageProcessor.from_pretrained", from_pretrained)
+    err = refused(train(), tmp_path)
+    assert "requires the Torchvision library. Install the package" in err
+
+
 def test_labels_that_disagree_with_the_images_are_explained(train, pictures, tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("image,label\nred/0.png,warm\ngreen/0.png,cold\nred/99.png,warm\n")

@@ -142,9 +142,12 @@ def test_workers_and_accumulation_change_nothing_that_matters(tmp_path, pictures
     train_run(QUICK, model, pictures, STILL, tmp_path / "plain")
     train_run(QUICK.replace(workers=2), model, pictures, STILL, tmp_path / "workers")
     train_run(QUICK.replace(accumulation=4), model, pictures, STILL, tmp_path / "parts")
-    assert same(tensors(tmp_path / "workers"), tensors(tmp_path / "plain"))
-    for key, tensor in tensors(tmp_path / "parts").items():
-        assert torch.allclose(tensor, tensors(tmp_path / "plain")[key], rtol=0, atol=1e-6)
+    plain, workers, parts = [
+        load_file(latest(tmp_path / name / "checkpoints") / "adapters/adapter/adapter.safetensors")
+        for name in ("plain", "workers", "parts")
+    ]
+    assert same(workers, plain)
+    assert all(torch.allclose(parts[key], plain[key], rtol=0, atol=1e-6) for key in plain)
 
 
 def test_every_epoch_has_an_order_and_crops_of_its_own(tmp_path, pictures, model):
@@ -210,6 +213,13 @@ def test_mixed_precision_trains_too(tmp_path, model, pictures):
     record = train_run(QUICK.replace(precision="bf16"), model, pictures, CONFIG, tmp_path)
     assert record.environment["precision"] == "bf16"
     assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path).values())
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "reentrant"])
+def test_checkpointing_of_activations_changes_no_weight(tmp_path, model, pictures, checkpointing):
+    train_run(QUICK, model, pictures, CONFIG, tmp_path / "plain")
+    train_run(QUICK.replace(checkpointing=checkpointing), model, pictures, CONFIG, tmp_path / "spared")
+    assert same(tensors(tmp_path / "spared"), tensors(tmp_path / "plain"))
 
 
 def test_an_unsound_configuration_is_trained_only_when_allowed(tmp_path, model, pictures):

@@ -1,9 +1,11 @@
 """`AdapterTrainer`: what it refuses, what its checkpoints hold, and that resuming changes nothing."""
 
 import errno
+import gc
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,14 @@ from inarch.train.trainer import AdapterTrainer
 
 DROPPING = "adapter_plus[reduction_factor=4,dropout=0.2]"
 """An adapter that draws random numbers in each step of training."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """The trainer collects garbage at every start, which takes longer than these trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Images(Dataset):
@@ -128,8 +138,10 @@ def test_a_model_with_nothing_to_train_is_refused(tmp_path):
 
 def test_a_trainable_base_is_refused_unless_it_is_asked_for(tmp_path):
     model = grafted()
-    model.vit.layers[0].requires_grad_(True)
-    with pytest.raises(SetupError, match=r"The base model must be frozen; got \d+ trainable .* first `vit.layers.0"):
+    model.vit.layernorm.requires_grad_(True)
+    with pytest.raises(
+        SetupError, match=r"The base model must be frozen; got 2 trainable .* first `vit.layernorm.weight"
+    ):
         AdapterTrainer(model, arguments(tmp_path))
     AdapterTrainer(model, arguments(tmp_path), trains="full")
 
@@ -399,8 +411,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, monkeypatch, pla
     monkeypatch.setattr(resume, "sync", sync)
     with pytest.raises(StateError, match=r"A checkpoint must be writable as a whole; got `No space left on device`"):
         trainer_of(grafted(), tmp_path).train(resume_from_checkpoint=True)
-    assert resume.latest(tmp_path) == tmp_path / "checkpoint-6"
-    after = {path: path.read_bytes() for path in (tmp_path / "checkpoint-6").rglob("*") if path.is_file()}
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
 
 
@@ -408,8 +419,12 @@ def test_an_error_of_torch_while_writing_is_explained(tmp_path, monkeypatch):
     def save(*args):
         raise RuntimeError("[enforce fail at inline_container.cc:815] . PytorchStreamWriter failed writing file\nmore")
 
-    trainer = trainer_of(grafted(), tmp_path)
     monkeypatch.setattr(torch, "save", save)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+        with pytest.raises(StateError, match=r"got `No space left on device` at"):
+            trainer_of(grafted(), tmp_path).train()
+    trainer = trainer_of(grafted(), tmp_path)
     with pytest.raises(StateError, match=r"got `\[enforce fail at inline_container.cc:815\] \. PytorchStreamWriter"):
         trainer.train()
 

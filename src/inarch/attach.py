@@ -33,18 +33,17 @@ from .plan import formula, sublayer_part
 
 def graft(model: nn.Module, sites: Sites) -> None:
     """Give every layer its empty slots. Raises `SiteError` if the model already has some."""
-    for site in sites:
-        home = layer_home(model, site)
-        if not hasattr(home, CHILD):
-            home.add_module(CHILD, LayerSlot())
-        layer_slot = getattr(home, CHILD)
-        if not isinstance(layer_slot, LayerSlot) or slot_name(site) in layer_slot:
+    homes = [layer_home(model, site) for site in sites]
+    for site, home in zip(sites, homes, strict=True):
+        if hasattr(home, CHILD):
             raise SiteError(
                 f"A layer's child `{CHILD}` belongs to inarch; got one already at `{site.layer_path}` of "
                 f"{sites.model_class}. Use the handle of the model that was attached first, or `detach()` it."
             )
-        post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
-        layer_slot[slot_name(site)] = SiteSlot(site, post_norm)
+    for site, home in zip(sites, homes, strict=True):
+        if not hasattr(home, CHILD):
+            home.add_module(CHILD, LayerSlot())
+        getattr(home, CHILD)[slot_name(site)] = SiteSlot(site)
 
 
 def ungraft(model: nn.Module, sites: Sites) -> None:
@@ -62,9 +61,7 @@ def slot_of(model: nn.Module, site: Site) -> SiteSlot:
     return found
 
 
-def build(
-    model: nn.Module, sites: Sites, config: AdapterConfig, dtype: torch.dtype | None = None
-) -> dict[str, dict[str, nn.Module]]:
+def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
     """The modules of one adapter, by site key and module key, on each site's device and dtype; not yet in the model."""
     built: dict[str, dict[str, nn.Module]] = {}
     for part in config.parts:
@@ -77,7 +74,7 @@ def build(
             module.train(model.training)
             like = _like(model, placement.site)
             built.setdefault(placement.site.key, {})[module_key(method.name, placement)] = module.to(
-                device=like.device, dtype=dtype or like.dtype
+                device=like.device, dtype=like.dtype
             )
     return built
 
@@ -87,8 +84,17 @@ def _like(model: nn.Module, site: Site) -> Tensor:
     for module in (tap_module(model, site, site.output), model.get_submodule(site.layer_path), model):
         for parameter in module.parameters():
             if parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                return parameter
+                return _materialised(model, site, parameter)
     return torch.empty(0)
+
+
+def _materialised(model: nn.Module, site: Site, parameter: Tensor) -> Tensor:
+    if parameter.is_meta and not all(other.is_meta for other in model.parameters()):
+        raise SiteError(
+            f"An adapter is made where the weights of its site are; got weights that are offloaded at `{site.key}` "
+            f"(`{site.layer_path}`). Add adapters before the model is offloaded."
+        )
+    return parameter
 
 
 def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Mapping[str, nn.Module]]) -> None:
@@ -130,11 +136,15 @@ def arm(
     forget_compiled()
 
 
-def disarm(handles: list[RemovableHandle]) -> None:
-    """Remove hooks."""
+def disarm(model: nn.Module, sites: Sites, handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and what they hold."""
+    if not handles:
+        return
     for handle in handles:
         handle.remove()
     handles.clear()
+    for site in sites:
+        slot_of(model, site).let_go()
     forget_compiled()
 
 
@@ -157,23 +167,24 @@ def _arm_sum(model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, A
         return []
     found = formula(site, kept, {name: configs[name] for name in wired})
     assert found is not None
-    slot.arm(kept, wired, found.reads_stream)
+    post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
+    slot.arm(kept, wired, found.reads_stream, post_norm)
     handles = [tap_module(model, site, site.output).register_forward_hook(slot.rewrite)]
-    if found.reads_stream:
-        handles.append(_hold_stream(model, site, slot))
-    if site.post_norm is not None:
-        handles.append(model.get_submodule(site.absolute(site.post_norm)).register_forward_hook(slot.close))
+    if found.reads_stream and site.stream is not None:
+        handles.append(watch_stream(model, site, site.stream, slot))
+    if post_norm is not None and found.passes_norm:
+        handles.append(post_norm.register_forward_hook(slot.close))
     return handles
 
 
-def _hold_stream(model: nn.Module, site: Site, slot: SiteSlot) -> RemovableHandle:
+def check_stream(site: Site) -> None:
+    """Raise `SiteError` for a site at which an adapter cannot read the stream."""
     if site.stream is None or not site.same_layout:
         raise SiteError(
             "An adapter that reads the stream needs a place where the layer's stream can be read in the layout of the "
             f"branch output; got {'none' if site.stream is None else 'another layout'} at site `{site.key}` "
             f"(`{site.layer_path}`). Use `original_ln_before=False` and `is_parallel=False`."
         )
-    return watch_stream(model, site, site.stream, slot)
 
 
 def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> RemovableHandle:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .compose import Setup, last, run
-from .core.errors import SiteError
+from .core.errors import SetupError, SiteError
 from .core.site import Site, Tap
 from .core.wiring import Carry, Settled, settle
 from .methods import LinearMethod, Placement, SublayerMethod
@@ -105,23 +105,34 @@ class Modules(nn.Module):
 class SiteSlot(nn.Module):
     """The adapters of one residual site, and the hooks that run them."""
 
-    def __init__(self, site: Site, post_norm: nn.Module | None) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
         self.adapters = Modules()
         # In a tuple, so that the layer's norm does not become a child of ours.
-        self._post_norm = (post_norm,)
+        self._post_norm: tuple[nn.Module | None] = (None,)
         self._held: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self._setup: Setup = ""
         self._wired: dict[str, WiredAdapter] = {}
         self._reads_stream = False
 
-    def arm(self, setup: Setup, wired: dict[str, WiredAdapter], reads_stream: bool) -> None:
+    def arm(
+        self, setup: Setup, wired: dict[str, WiredAdapter], reads_stream: bool, post_norm: nn.Module | None
+    ) -> None:
         """Choose what the hooks will run."""
+        self.let_go()
         self._setup, self._wired, self._reads_stream = setup, wired, reads_stream
+        self._post_norm = (post_norm,)
+
+    def let_go(self) -> None:
+        """Forget tensors of a forward that did not end, by an exception or by checkpointing."""
         self._held.clear()
         self._final.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without tensors of a forward, which belong to no copy."""
+        return self.__dict__ | {"_held": {}, "_final": {}}
 
     def take_held(self) -> list[Tensor]:
         """Hand over what is held."""
@@ -150,6 +161,7 @@ class SiteSlot(nn.Module):
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
+        _refuse_replica(module)
         h = _pick(output, self.site.output.key)
         x = self._held.pop(_thread(), None) if self._reads_stream else None
         if self._reads_stream and (x is None or x.shape != h.shape):
@@ -182,6 +194,7 @@ class ProjectionSlot(nn.Module):
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook on a projection: its new output, (..., out)."""
+        _refuse_replica(module)
         inputs = args[0]
         for setup, modules, rows in self._program:
             part = output if rows is None else _rows(output, rows)
@@ -199,6 +212,14 @@ class _LinearStep:
 
     def __call__(self, name: str, output: Tensor) -> Tensor:
         return self.modules[name](self.inputs, output)  # type: ignore[no-any-return]
+
+
+def _refuse_replica(module: nn.Module) -> None:
+    if getattr(module, "_is_replica", False):
+        raise SetupError(
+            "Adapters run on a model, not on copies of it made for each batch; got a replica of `nn.DataParallel`. Use "
+            "`DistributedDataParallel`, with `accelerate launch` or `torchrun`, or one device."
+        )
 
 
 def _thread() -> int:

@@ -61,6 +61,11 @@ def attach(
     with _LOCK:
         handle = model.__dict__.get(_ATTRIBUTE)
         if isinstance(handle, Adapters):
+            if layout is not None:
+                raise SiteError(
+                    f"A layout is given when a model is attached first; got one for {type(model).__name__}, which is "
+                    "attached already. Call `detach()` first, or leave the layout out."
+                )
             return handle
         if any(isinstance(module, SiteSlot) for module in model.modules()):
             raise SiteError(
@@ -128,6 +133,8 @@ class Adapters:
         self._configs: dict[str, AdapterConfig] = {}
         self._unsound: set[str] = set()
         self._heads: dict[str, tuple[str, ...]] = {}
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        """Heads of adapters, where another adapter has trained the same modules since."""
         self._setup: Setup | None = None
         self._handles: list[RemovableHandle] = []
         setattr(model, _ATTRIBUTE, self)
@@ -163,10 +170,10 @@ class Adapters:
             for key, parameter in modules.named_parameters()
         }
 
-    def head(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of the task head that was trained with an adapter, by their key in an adapter file."""
+    def head(self, name: str) -> dict[str, Tensor]:
+        """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
         self._require(name)
-        return self._head_parameters(self._heads.get(name, ()))
+        return self._head_tensors(self._heads.get(name, ()))
 
     def plan(self, setup: Setup | None = None) -> Plan:
         """Every module of the adapters in a setup (all adapters by default), with the formulas of the sites."""
@@ -176,7 +183,7 @@ class Adapters:
     def summary(self) -> str:
         """A table of the adapters: configuration, parameters, share of the base, state."""
         own = {id(p) for name in self.names for p in self[name].values()}
-        head = {id(p): p for p in self._head_parameters(task_head(self.model)).values()}
+        head = {id(p): p for p in self._head_parameters(task_head(self.model, self.sites)).values()}
         rest = [p for p in self.model.parameters() if id(p) not in own and id(p) not in head]
         base = sum(p.numel() for p in rest)
         rows: list[tuple[object, ...]] = []
@@ -190,7 +197,7 @@ class Adapters:
             rows.append(
                 (
                     "(head)",
-                    ", ".join(task_head(self.model)),
+                    ", ".join(task_head(self.model, self.sites)),
                     count,
                     f"{count / base:.2%}",
                     "",
@@ -228,10 +235,18 @@ class Adapters:
         with _LOCK:
             self._check_new(name, overwrite)
             parsed = read_config(config)
-            verdict = report(self.sites, name, {name: parsed})
+            verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
                 raise ConfigError(_refusal(verdict))
             self._store(name, parsed, grafting.build(self.model, self.sites, parsed), sound=verdict.sound)
+
+    def _judge(self, name: str, config: AdapterConfig) -> Report:
+        """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
+        verdict = report(self.sites, name, {name: config})
+        _check_streams(verdict)
+        if isinstance(self._setup, Block) and name in names(self._setup) and verdict.sound:
+            self._check_composition(self._setup, self._configs | {name: config}, self._unsound - {name})
+        return verdict
 
     def _store(self, name: str, config: AdapterConfig, built: dict[str, dict[str, nn.Module]], *, sound: bool) -> None:
         """Put built modules in the model, leaving what is active as it was."""
@@ -259,15 +274,21 @@ class Adapters:
             self._unsound.discard(name)
 
     def detach(self) -> nn.Module:
-        """Remove everything inarch added and return the model; a trained task head keeps its weights."""
+        """Remove everything inarch added and return the model; a trained task head keeps its weights.
+
+        The handle is of no further use. Detaching twice does nothing.
+        """
         with _LOCK:
+            model: nn.Module = self.model
+            if model.__dict__.get(_ATTRIBUTE) is not self:
+                return model
             self._arm(None)
             self._pretrained.close()
             grafting.ungraft(self.model, self.sites)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
-            self.model.__dict__.pop(_ATTRIBUTE, None)
-            return self.model
+            model.__dict__.pop(_ATTRIBUTE, None)
+            return model
 
     # Activating and training
 
@@ -298,7 +319,8 @@ class Adapters:
             yield
         finally:
             with _LOCK:
-                self._arm(before if before is None or all(name in self for name in names(before)) else None)
+                if self.model.__dict__.get(_ATTRIBUTE) is self:
+                    self._arm(before if before is None or all(name in self for name in names(before)) else None)
 
     def train(self, setup: Setup, *, head: bool | Sequence[str] = True) -> None:
         """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
@@ -308,6 +330,7 @@ class Adapters:
         with _LOCK:
             self._check_setup(setup)
             heads = self._find_head(head)
+            self._keep_heads(setup, heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             for name in names(setup):
@@ -323,7 +346,13 @@ class Adapters:
         if head is False:
             return ()
         if head is True:
-            return task_head(self.model)
+            found = task_head(self.model, self.sites)
+            if not found and "Classification" in type(self.model).__name__:
+                logger.warning(
+                    "No task head is known in %s, so none is trained; name its modules: `train(..., head=[...])`.",
+                    type(self.model).__name__,
+                )
+            return found
         paths = (head,) if isinstance(head, str) else tuple(head)
         modules = dict(self.model.named_modules())
         for path in paths:
@@ -334,23 +363,33 @@ class Adapters:
                 )
         return paths
 
-    def _head_parameters(self, paths: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    def _head_tensors(self, paths: tuple[str, ...]) -> dict[str, Tensor]:
         return {
-            f"head.{path}.{key}": parameter
+            f"head.{path}.{key}": tensor
             for path in paths
-            for key, parameter in self.model.get_submodule(path).named_parameters()
+            for key, tensor in self.model.get_submodule(path).state_dict(keep_vars=True).items()
         }
+
+    def _head_parameters(self, paths: tuple[str, ...]) -> dict[str, nn.Parameter]:
+        return {key: value for key, value in self._head_tensors(paths).items() if isinstance(value, nn.Parameter)}
+
+    def _keep_heads(self, setup: Setup, heads: tuple[str, ...]) -> None:
+        """Put aside the head of every adapter whose head this training will change, so that `save` still has it."""
+        self._kept = {name: kept for name, kept in self._kept.items() if name not in names(setup)}
+        for name, paths in self._heads.items():
+            if name not in names(setup) and name not in self._kept and set(paths) & set(heads):
+                self._kept[name] = {key: tensor.detach().clone() for key, tensor in self._head_tensors(paths).items()}
 
     def _arm(self, setup: Setup | None) -> None:
         """Change the hooks to those of a setup; if that fails, none is active."""
-        grafting.disarm(self._handles)
+        grafting.disarm(self.model, self.sites, self._handles)
         self._setup = None
         if setup is None:
             return
         try:
             grafting.arm(self.model, self.sites, setup, self._configs, self._handles)
         except BaseException:
-            grafting.disarm(self._handles)
+            grafting.disarm(self.model, self.sites, self._handles)
             raise
         self._setup = setup
 
@@ -365,7 +404,7 @@ class Adapters:
         self._require(name)
         tensors: dict[str, Tensor] = dict(self[name])
         if head:
-            tensors |= self.head(name)
+            tensors |= self._kept.get(name) or self.head(name)
         state.write(folder, tensors, self._record(name, processor, head))
 
     def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:
@@ -416,7 +455,7 @@ class Adapters:
             found = self._find(state.locate(source), head, other_base)
             chosen = name or found.name
             self._check_new(chosen, overwrite)
-            sound = report(self.sites, chosen, {chosen: found.config}).sound
+            sound = self._judge(chosen, found.config).sound
             if not sound:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
             built = grafting.build(self.model, self.sites, found.config)
@@ -426,11 +465,12 @@ class Adapters:
                 for key, module in modules.items()
                 for leaf, parameter in module.named_parameters()
             }
-            heads = self._head_parameters(found.head)
-            state.check_tensors(found.tensors, wanted | heads, str(found.folder))
+            heads = self._head_tensors(found.head)
+            state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
+            self._keep_heads(chosen, found.head)
             with torch.no_grad():
-                for key, parameter in (wanted | heads).items():
-                    parameter.copy_(found.tensors[key])
+                for key, tensor in {**wanted, **heads}.items():
+                    tensor.copy_(found.tensors[key])
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
             self._store(chosen, found.config, built, sound=sound)
@@ -451,6 +491,15 @@ class Adapters:
 
     def _find_own(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
         stored = state.read(folder)
+        try:
+            return self._fit(stored, head, other_base)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise StateError(
+                f"`{state.RECORD}` must be as `save` wrote it; got one that cannot be read at `{folder}`: {error}. "
+                "Save the adapter again."
+            ) from None
+
+    def _fit(self, stored: state.Stored, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
         difference = state.compare_bases(stored.record, self.sites, self.model)
         if difference and other_base != "allow":
             raise StateError(
@@ -461,7 +510,7 @@ class Adapters:
         if difference:
             logger.warning("Loading %s although %s.", stored.folder, difference)
         return _Found(
-            folder=folder,
+            folder=stored.folder,
             name=str(stored.record.get("name", "")),
             config=read_config(stored.record["config"]),
             tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
@@ -490,17 +539,33 @@ class Adapters:
                 f"The labels of an adapter's head and of the model must agree; got {len(labels)} in `{stored.folder}` "
                 f"and {len(own)} in {type(self.model).__name__}. Load the model with `num_labels={len(labels)}`."
             )
+        unnamed = [f"LABEL_{number}" for number in range(len(own))]
+        if paths and labels not in (own, unnamed) and own not in ([], unnamed):
+            place, theirs, ours = next((n, a, b) for n, (a, b) in enumerate(zip(labels, own, strict=True)) if a != b)
+            raise StateError(
+                f"The labels of an adapter's head and of the model must agree in order; got `{theirs}` and `{ours}` "
+                f"for label {place}, at `{stored.folder}`. Load the model with the adapter's `id2label`."
+            )
         return paths
 
     # Checks
 
     def _require(self, name: str) -> None:
+        self._require_attached()
         if name not in self._configs:
             raise SetupError(
                 f"An adapter must be added before it is used; got `{name}`. {nearest(name, self._configs)}"
             )
 
+    def _require_attached(self) -> None:
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            raise SetupError(
+                f"A handle works on the model it was attached to; got one of {type(self.model).__name__} that was "
+                "detached. Call `inarch.attach(model)` for a new one."
+            )
+
     def _check_new(self, name: str, overwrite: bool) -> None:
+        self._require_attached()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SetupError(
                 f"An adapter's name is text without `.`, `/`, `,`, `|`, brackets or line breaks; got {name!r}. "
@@ -520,11 +585,20 @@ class Adapters:
         for name in names(setup):
             self._require(name)
         check_runnable(setup)
-        if len(names(setup)) < 2 or self._unsound & set(names(setup)):
-            return
-        verdict = report(self.sites, setup, self._configs)
-        if not verdict.sound:
+        self._check_composition(setup, self._configs, self._unsound)
+
+    def _check_composition(self, setup: Setup, configs: Mapping[str, AdapterConfig], unsound: set[str]) -> None:
+        verdict = report(self.sites, setup, configs)
+        _check_streams(verdict)
+        if not verdict.sound and not unsound & set(names(setup)):
             raise SetupError(_refusal(verdict))
+
+
+def _check_streams(verdict: Report) -> None:
+    for group in verdict.sites:
+        if group.proof.formula.reads_stream:
+            for site in group.sites:
+                grafting.check_stream(site)
 
 
 def _refusal(verdict: Report) -> str:

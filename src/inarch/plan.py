@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .bank import WiredAdapter, module_key, rewire
-from .compose import Setup, keep_only, names
+from .compose import Setup, check_runnable, keep_only, names
 from .core.config import Config
 from .core.site import Site, Sites
 from .core.symbols import Expr, symbol
@@ -19,13 +19,16 @@ X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What one site computes: y of the stream x, the branch output h, and g, other branches of the same sum."""
+    """What one site computes: y of the stream x, the branch output h, g, other branches of the same sum, and s, a scale
+    of the layer behind the place where h appears."""
 
     pretrained: Expr
     adapted: Expr
     at_zero: Expr
     """`adapted` with every adapter branch zero."""
     reads_stream: bool
+    passes_norm: bool
+    """Whether the adapter ends behind the norm after the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,11 @@ class Plan:
 def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | None = None) -> Plan:
     """The modules these adapters have on these sites, and the formulas under the setup.
 
-    Raises `ConfigError` if a configuration asks for what the model does not have.
+    Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
+    cannot run.
     """
+    if setup is not None:
+        check_runnable(setup)
     modules = [
         PlannedModule(name, method_of(part).name, placement, _count(part, placement, sites))
         for name, config in adapters.items()
@@ -119,12 +125,18 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     post = norm if site.post_norm is not None else None
     settled = rewire(kept, adapters, X, H, post)
     stream = X + OTHERS if site.shared_sum else X
-    adapted = layer_output(settled, stream, post)
+
+    def output(handed: Settled[Expr]) -> Expr:
+        # Where the tap is before a scale of the layer, the layer scales whatever the hook hands it.
+        branch = handed.branch if site.exact else handed.branch.applied("s")
+        return layer_output(Settled(branch, handed.output), stream, post)
+
+    adapted = output(settled)
     at_zero = adapted
     for branch in branches.values():
         at_zero = at_zero.vanish(branch.name)
     handed = settled.branch if settled.output is None else settled.output
-    return Formula(layer_output(Settled(H), stream, post), adapted, at_zero, handed.mentions("x"))
+    return Formula(output(Settled(H)), adapted, at_zero, handed.mentions("x"), settled.output is not None)
 
 
 def sublayer_part(config: AdapterConfig) -> Config | None:

@@ -7,8 +7,8 @@ tensors and the adapters in `pytorch_model.bin` too, the one file the trainer pr
 `from_pretrained` does not.
 """
 
+import inspect
 import json
-import logging
 import os
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .bank import CHILD
-from .core.errors import StateError
+from .core.errors import SetupError, StateError
 
 
 class Handle(Protocol):
@@ -32,8 +32,6 @@ class Handle(Protocol):
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
-logger = logging.getLogger(__name__)
-
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WHOLE, _INDEX, _SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
 FOLDER = "adapters"
@@ -45,56 +43,84 @@ def is_ours(key: str) -> bool:
 
 
 class Door:
-    """Stands in `save_pretrained` and `load_state_dict` of one model while it has adapters."""
+    """Stands in `save_pretrained`, `push_to_hub` and `load_state_dict` of one model while it has adapters."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
+        self._forgiven: set[str] = set()
         model = handle.model
         self._hooks: list[RemovableHandle] = [
-            model.register_load_state_dict_post_hook(self.after_load)  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
         ]
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = self.save_pretrained
+        for method in _STOOD_IN:
+            if hasattr(model, method):
+                model.__dict__[method] = getattr(self, method)
 
     def close(self) -> None:
         """Give the model its own methods back."""
         for hook in self._hooks:
             hook.remove()
-        self._handle.model.__dict__.pop("save_pretrained", None)
+        for method in _STOOD_IN:
+            self._handle.model.__dict__.pop(method, None)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `save_pretrained` for the base, and a folder for each adapter."""
         handle = self._handle
         model = handle.model
-        given = kwargs.pop("state_dict", None)
-        tensors = model.state_dict() if given is None else given
-        base = {key: value for key, value in tensors.items() if not is_ours(key)}
-        own: Any = type(model)
-        result = own.save_pretrained(model, save_directory, *args, state_dict=base, **kwargs)
-        if kwargs.get("is_main_process", True):
-            folder = Path(save_directory)
+        own: Any = type(model).save_pretrained  # type: ignore[attr-defined]
+        call = inspect.signature(own).bind(model, *args, **kwargs)
+        if handle.names and (call.arguments.get("push_to_hub") or call.arguments.get("kwargs", {}).get("push_to_hub")):
+            raise _unpublished(model)
+        tensors = call.arguments.get("state_dict")
+        tensors = model.state_dict() if tensors is None else tensors
+        call.arguments["state_dict"] = {key: value for key, value in tensors.items() if not is_ours(key)}
+        result = own(*call.args, **call.kwargs)
+        if call.arguments.get("is_main_process", True):
+            folder = Path(call.arguments["save_directory"])
             for name in handle.names:
                 handle.save(name, folder / FOLDER / name)
-            if _CHECKPOINT.fullmatch(folder.name):
+            if handle.names and _CHECKPOINT.fullmatch(folder.name):
                 _make_resumable(folder, model, tensors)
         return result
 
-    def after_load(self, module: nn.Module, incompatible: Any) -> None:
-        """Refuse a state dict without the adapters; do not report a frozen base that a checkpoint leaves out."""
-        absent = [key for key in incompatible.missing_keys if is_ours(key)]
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `push_to_hub`, which uploads no folders and so would lose the adapters."""
+        if self._handle.names:
+            raise _unpublished(self._handle.model)
+        own: Any = type(self._handle.model)
+        return own.push_to_hub(self._handle.model, *args, **kwargs)
+
+    def before_load(self, module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+        """Refuse a state dict without the adapters before anything of it is copied."""
+        names = [prefix + name for name in module.state_dict()]
+        absent = [name for name in names if is_ours(name) and name not in state_dict]
         if absent:
             raise StateError(
                 f"A state dict for a model with adapters holds them all; got none for {len(absent)} tensors, first "
                 f"`{absent[0]}`. Call `detach()` to load a base model, or `adapters.load` to load an adapter."
             )
-        if self._handle.names and _is_partial(module, incompatible.missing_keys):
-            incompatible.missing_keys.clear()
+        trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        base = {name for name in names if not is_ours(name) and name not in trained}
+        # A checkpoint of the plain trainer holds what is trained and nothing of the base.
+        is_partial = bool(self._handle.names) and not any(name in state_dict for name in base)
+        self._forgiven = base if is_partial else set()
+
+    def after_load(self, module: nn.Module, incompatible: Any) -> None:
+        """Do not report as missing a frozen base that a checkpoint leaves out as a whole."""
+        kept = [name for name in incompatible.missing_keys if name not in self._forgiven]
+        incompatible.missing_keys[:] = kept
+        self._forgiven = set()
 
 
-def _is_partial(module: nn.Module, missing: list[str]) -> bool:
-    """Whether all that is missing is frozen, as in a checkpoint of adapters alone."""
-    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return not trainable & set(missing)
+_STOOD_IN = ("save_pretrained", "push_to_hub")
+
+
+def _unpublished(model: nn.Module) -> SetupError:
+    return SetupError(
+        f"A model with adapters is published in two parts; got {type(model).__name__} with both. Push the base after "
+        "`detach()`, and upload the folder that `adapters.save` writes."
+    )
 
 
 def _make_resumable(folder: Path, model: nn.Module, tensors: dict[str, Any]) -> None:

@@ -38,7 +38,9 @@ class Stored:
 
 
 def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-    """Write an adapter folder in one step: a reader sees the old folder, or the new one, never a part of it.
+    """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
+
+    Where an old one is replaced, there is an instant between the two renames in which a reader sees none.
 
     Raises `StateError` if the folder holds something else, or cannot be written.
     """
@@ -116,8 +118,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
     Raises `StateError` if there is neither.
     """
-    path = Path(source)
-    if path.is_dir():
+    path = Path(source).expanduser()
+    if os.fspath(source) and path.is_dir():
         return path
     text = os.fspath(source)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
@@ -131,8 +133,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries: all mean that it cannot be had
         raise StateError(
-            f"The Hub repository of an adapter must be reachable, or in the local cache; got `{text}`: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}. Check the name and the connection."
+            f"An adapter is a folder, or a Hub repository that can be reached or is cached; got `{text}`, which is no "
+            f"folder here: {type(error).__name__}: {str(error).splitlines()[0]}. Check the name and the connection."
         ) from None
 
 

@@ -48,7 +48,7 @@ class _Witness:
         self.outputs: list[Tensor] = []
         self.streams: list[Tensor] = []
         self.normed: list[Tensor] = []
-        self._slot = SiteSlot(site, None)
+        self._slot = SiteSlot(site)
 
     def watch(self) -> list[RemovableHandle]:
         site = self.site

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..compose import Setup, names
+from ..compose import Setup, check_runnable, names
 from ..core.site import Site, Sites
 from ..core.table import render
 from ..methods import AdapterConfig
@@ -83,8 +83,10 @@ class Report:
 def report(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> Report:
     """Prove a setup of adapters at every site of a model.
 
-    Raises `ConfigError` if a configuration asks for what the model does not have.
+    Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
+    cannot run.
     """
+    check_runnable(setup)
     chosen = {name: configs[name] for name in names(setup)}
     planned = plan(sites, chosen)
     touched = sublayer_sites(list(planned.modules))
@@ -95,12 +97,12 @@ def report(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> 
         if proof is not None:
             groups.setdefault((site.signature(), tuple(present)), []).append((site, proof))
     reports = tuple(SiteReport(tuple(site for site, _ in group), group[0][1]) for group in groups.values())
-    findings = tuple(_finding(group, chosen) for group in reports if not group.proof.sound)
-    subject = str(next(iter(chosen.values()))) if len(chosen) == 1 else str(setup)
+    findings = tuple(_finding(group, chosen, setup) for group in reports if not group.proof.sound)
+    subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
     return Report(subject, sites.model_class, reports, findings, planned.num_parameters)
 
 
-def _finding(group: SiteReport, configs: Mapping[str, AdapterConfig]) -> Finding:
+def _finding(group: SiteReport, configs: Mapping[str, AdapterConfig], setup: Setup) -> Finding:
     proof = group.proof
     message = (
         f"{proof.verdict}; with a zero adapter branch `y = {proof.formula.adapted}` becomes "
@@ -109,7 +111,7 @@ def _finding(group: SiteReport, configs: Mapping[str, AdapterConfig]) -> Finding
     )
     parts = [part for config in configs.values() if (part := sublayer_part(config)) is not None]
     # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
-    changes = fixes(group.sites[0], parts[0]) if len(parts) == 1 else []
+    changes = fixes(group.sites[0], parts[0]) if isinstance(setup, str) else []
     texts = tuple(", ".join(f"{key}={value!r}" for key, value in change.items()) for change in changes)
     return Finding("unsound-wiring", "error", group.place, message, texts)
 

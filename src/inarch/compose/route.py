@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..core.errors import SetupError
-from .blocks import Block, Setup, Stack, names, walk
+from .blocks import Block, Setup, Stack, walk
 
 S = TypeVar("S")
 
@@ -37,7 +37,7 @@ def run(setup: Setup, state: S, step: Callable[[str, S], S]) -> S:
 
 def last(setup: Setup) -> str:
     """The adapter that acts last, whose configuration decides how the site ends."""
-    return names(setup)[-1]
+    return setup if isinstance(setup, str) else last(setup.children[-1])
 
 
 def keep_only(setup: Setup, present: Callable[[str], bool]) -> Setup | None:

@@ -139,10 +139,10 @@ class Sites:
     @property
     def num_layers(self) -> dict[str, int]:
         """Layers by stack."""
-        counts: dict[str, set[int]] = {}
+        counts: dict[str, int] = {}
         for site in self.sites:
-            counts.setdefault(site.stack, set()).add(site.layer)
-        return {stack: len(layers) for stack, layers in counts.items()}
+            counts[site.stack] = max(counts.get(site.stack, 0), site.layer + 1)
+        return counts
 
     def groups(self) -> list[list[Site]]:
         """Sites that differ only by their layer, together; in the order of their first appearance."""

@@ -8,6 +8,7 @@ parallel, arXiv 2110.04366), Steitz and Roth 2024 (Adapter+, arXiv 2406.06820).
 Tensors: B batch, L tokens, D width of the site, R bottleneck.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,9 @@ from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Kind, Sites
 from ..core.wiring import Carry
-from .method import Branch, Placement, SublayerMethod, activation, check_layers, layer_number
+from .method import Branch, Placement, SublayerMethod, activation, check_layers, layer_number, sequence_gate
+
+_LAYER = re.compile(r"0|[1-9][0-9]*")
 
 
 @config_class
@@ -67,7 +70,7 @@ class BottleneckConfig(Config):
                 "`BottleneckConfig`. Set `output_adapter=True`."
             )
         if isinstance(self.reduction_factor, Mapping):
-            wrong = [key for key in self.reduction_factor if key != "default" and not key.isdigit()]
+            wrong = [key for key in self.reduction_factor if key != "default" and not _LAYER.fullmatch(key)]
             if wrong:
                 found.append(
                     f"The keys of `BottleneckConfig.reduction_factor` are layer numbers or `default`; got "
@@ -211,7 +214,7 @@ class Bottleneck(SublayerMethod):
         u = z.to(self.down.weight.dtype)
         if self.norm_before is not None:
             u = self.norm_before(u)
-        w: Tensor = self.up(self.activation(self.down(u))).to(z.dtype)
+        w: Tensor = self.up(self.activation(self.down(u)))
         if self.training and self.stochastic_depth:
             w = _drop_samples(w, self.stochastic_depth)
         if self.scale is not None:
@@ -221,14 +224,14 @@ class Bottleneck(SublayerMethod):
         if self.training and self.dropout:
             w = nn.functional.dropout(w, self.dropout)
         if self.gate is not None:
-            w = w * torch.sigmoid(self.gate(z)).mean(dim=1, keepdim=True)
-        return w
+            w = w * sequence_gate(self.gate, z.to(self.gate.weight.dtype))
+        return w.to(z.dtype)
 
     def norm_branch(self, w: Tensor) -> Tensor:
         """The adapter's own norm, `ln_after`."""
         assert self.norm_after is not None
-        normed: Tensor = self.norm_after(w)
-        return normed
+        normed: Tensor = self.norm_after(w.to(self.norm_after.weight.dtype))
+        return normed.to(w.dtype)
 
 
 def _drop_samples(w: Tensor, probability: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import LinearMethod, Placement, check_layers, layer_number
+from .method import LinearMethod, Placement, check_layers, layer_number, sequence_gate
 
 _ATTENTION = ("self_attention", "cross_attention", "mixer")
 
@@ -119,8 +119,8 @@ class LoRA(LinearMethod):
         x = inputs.to(self.A.dtype)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        delta = F.linear(F.linear(x, self.A), self.B).to(output.dtype)
+        delta = F.linear(F.linear(x, self.A), self.B)
         if self.gate is None:
-            return torch.add(output, delta, alpha=self.scaling)
-        gate = torch.sigmoid(self.gate(inputs)).mean(dim=1, keepdim=True)
-        return output + delta * gate
+            return torch.add(output, delta.to(output.dtype), alpha=self.scaling)
+        gate = sequence_gate(self.gate, inputs.to(self.A.dtype))
+        return output + (delta * gate).to(output.dtype)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..core.config import Config
@@ -106,6 +107,12 @@ def layer_number(site: Site, sites: Sites) -> int:
             return offset + site.layer
         offset += count
     raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
+
+
+def sequence_gate(gate: nn.Module, z: Tensor) -> Tensor:
+    """A gate of one number for each sample, (B, 1, ..., 1): the mean over its tokens, (B, ..., D) with B first."""
+    open_: Tensor = torch.sigmoid(gate(z))
+    return open_.mean(dim=tuple(range(1, z.dim() - 1)), keepdim=True) if z.dim() > 2 else open_
 
 
 def activation(name: str) -> nn.Module:

@@ -16,13 +16,17 @@ PARAMETER, CONSTANT, INPUT, ALIAS = "parameter", "constant", "input", "alias"
 MODALITIES = ("text", "audio", "video", "image", "data")
 """In order of precedence: a stack that sees images and text is called after the text."""
 
+ATTENTIONS = ("scaled_dot_product", "flash_attn", "flex_attention")
+"""Operators that are a whole attention; their first three tensors are queries, keys and values."""
+
 _WORDS = {
-    "": ("mask", "position", "label"),
-    "video": ("video",),
-    "image": ("pixel", "image"),
-    "audio": ("input_features", "input_values", "audio", "speech", "wave"),
-    "text": ("input_ids", "token", "inputs_embeds", "text"),
+    "": ("mask", "masked", "position", "positions", "label", "labels"),
+    "video": ("video", "videos", "frames"),
+    "image": ("pixel", "pixels", "image", "images", "img"),
+    "audio": ("audio", "speech", "wave", "waveform", "features", "values"),
+    "text": ("ids", "token", "tokens", "text", "embeds"),
 }
+"""What an argument's name says, first match first: `pixel_values_videos` is video, `input_values` is audio."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,14 +121,19 @@ class Graph:
                 found[value].append((call, key))
         return found
 
+    @cached_property
+    def ran(self) -> set[int]:
+        """The identities of all modules that were called."""
+        return {id(call.module) for call in self.calls}
+
     def modality(self, root: int) -> str:
         """What kind of data an input of the model is: the one of `MODALITIES`, or "" for masks and positions.
 
         By the argument's name, which transformers keeps stable; by dimensions and type where the name says nothing.
         """
-        name, value = self.roots[root].lower(), self.values[root]
+        names, value = self.roots[root].lower().split("_"), self.values[root]
         for modality, words in _WORDS.items():
-            if any(word in name for word in words):
+            if any(name in words for name in names):
                 return modality
         if not value.floating:
             return "text" if len(value.shape) == 2 else "data"

@@ -1,4 +1,4 @@
-"""Which module is the layer of a branch, and which branches are sites.
+"""Which module is the layer of a branch.
 
 A layer is the nearest module that transformers itself checkpoints as one, else an item of a list of modules; where a
 stage holds blocks, the blocks are the layers. A model that keeps its sublayers in parallel lists ("attentions.3",
@@ -17,6 +17,8 @@ from torch import nn
 from .graph import Call, Graph
 from .residual import Branch, see_through
 
+Identity = tuple[str, int | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -32,8 +34,13 @@ class Layer:
     """Tells layers without a module apart; None for the others."""
 
     @property
-    def identity(self) -> tuple[str, int | None]:
+    def identity(self) -> Identity:
         return self.path, self.number
+
+    @property
+    def name(self) -> str:
+        """How messages call the layer."""
+        return f"`{self.path}` ({type(self.scope.module).__name__})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +74,12 @@ def _levels(graph: Graph, branch: Branch) -> list[_Level]:
     found: list[_Level] = []
     around = ""
     for call in reversed(list(graph.owner(branch.total).chain())):
-        if not call.path.startswith(around):
-            around = ""  # a module that lives elsewhere in the tree and is shared
-        found += [_Level(path, None) for path in _items(graph.model, around, call.path) if path != call.path]
+        if _is_below(call.path, around):  # else it is shared, and known by another place in the tree
+            found += [_Level(path, None) for path in _items(graph.model, around, call.path) if path != call.path]
         if _is_item(graph.model, call.path) or is_checkpointed(call.module):
             found.append(_Level(call.path, call))
         around = call.path
-    starts = [place for place, level in enumerate(found) if level.call and is_checkpointed(level.call.module)]
+    starts = [depth for depth, level in enumerate(found) if level.call and is_checkpointed(level.call.module)]
     return found[starts[-1] :] if starts else found
 
 

@@ -7,20 +7,20 @@ plays several roles, each with some of its output features.
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..core.site import Kind, Projection
 from .features import Features, features_used
-from .graph import Call, Graph, Value
-from .residual import Branch
+from .graph import ATTENTIONS, Call, Graph, Value
+from .layers import tree
+from .residual import Branch, see_through
 from .taps import Reach
 
-_ATTENTIONS = ("scaled_dot_product", "flash_attn", "flex_attention")
 _OTHER_MIXERS = ("fft", "pool", "rnn", "lstm", "gru")
-_ACTIVATIONS = ("sigmoid", "silu", "gelu", "relu", "tanh", "erf", "exp", "softplus", "swish", "mish", "elu")
+_ACTIVATIONS = ("sigmoid", "silu", "gelu", "relu", "tanh", "erf", "softplus", "swish", "mish", "elu", "aten.exp.")
 
 Roles = dict[str, tuple[Projection, ...]]
 
@@ -82,12 +82,20 @@ def _blurs_hidden_features(graph: Graph, values: list[Value], convolutions: list
     return depthwise and not gated and bool(maps) and maps[0] < first and maps[-1] > last
 
 
+def is_attention(graph: Graph, value: Value) -> bool:
+    """Whether the value is what an attention makes of its values: fused, or the product with a softmax."""
+    if any(part in value.op for part in ATTENTIONS):
+        return value.floating and len(value.shape) > 2
+    weights = (graph.values[seen.value].op for dep in value.deps for seen in see_through(graph, dep))
+    return value.bilinear and any("softmax" in op for op in weights)
+
+
 def find_attentions(graph: Graph, branch: Branch) -> list[Attention]:
     """The attention products of a branch: fused ones, and those spelled out as softmax(q k) v."""
     found: list[Attention] = []
     for index in sorted(branch.interior):
         value = graph.values[index]
-        if any(part in value.op for part in _ATTENTIONS) and len(value.deps) >= 3:
+        if any(part in value.op for part in ATTENTIONS) and len(value.deps) >= 3:
             q, k, v = value.deps[:3]
             found.append(Attention(q, k, v, index))
         elif "softmax" in value.op:
@@ -143,6 +151,8 @@ def find_projections(
     else:
         roles = {}
     clear, notes = _without_ambiguous(roles)
+    if roles:
+        notes += maps.other_weights()
     return {role: projections for role, sources in clear.items() if (projections := maps.describe(sources))}, notes
 
 
@@ -182,7 +192,33 @@ class _Maps:
         uses: dict[str, list[Source]] = defaultdict(list)
         for source in sources:
             uses[self._reach.path(source.call) or ""].append(source)
-        return tuple(_projection(path, several) for path, several in uses.items())
+        found = {path: _projection(path, several) for path, several in uses.items()}
+        idle = {part.path: part for projection in found.values() for part in self._idle_siblings(projection)}
+        # The number of a projection is part of an adapter's keys: it must not depend on which experts happened to run.
+        return tuple(sorted((found | idle).values(), key=_place_in_lists) if idle else found.values())
+
+    def _idle_siblings(self, projection: Projection) -> Iterator[Projection]:
+        """The same map of experts that got no token: items of the same list, built alike, that did not run at all."""
+        parts = projection.path.split(".")
+        for depth, part in enumerate(parts):
+            container = self._reach.scope.module.get_submodule(".".join(parts[:depth]))
+            if not isinstance(container, nn.ModuleList):
+                continue
+            built = tree(container.get_submodule(part))
+            for other, item in container.named_children():
+                if id(item) not in self._graph.ran and tree(item) == built:
+                    yield replace(projection, path=".".join([*parts[:depth], other, *parts[depth + 1 :]]))
+
+    def other_weights(self) -> tuple[str, ...]:
+        """A note on weights that are applied by no linear module: experts in one tensor, a fused `in_proj`."""
+        owners = {
+            path: type(owner.module).__name__
+            for index in sorted(self._branch.path)
+            if self._graph.values[index].weighted
+            for owner in [self._graph.owner(index)]
+            if linear_shape(owner.module) is None and (path := self._reach.path(owner)) is not None
+        }
+        return tuple(f"`{path}` ({name}) has weights that are no linear module" for path, name in owners.items())
 
     def _behind(self, values: Iterable[int]) -> list[Source]:
         """The nearest maps that values are computed from."""
@@ -242,7 +278,11 @@ class _Maps:
 
     def _passes_activation(self, start: int) -> bool:
         between = (index for index in self._back_to_maps(start) if index not in self._at)
-        return any(part in self._graph.values[index].op for index in between for part in _ACTIVATIONS)
+        return any(part in f"{self._graph.values[index].op}." for index in between for part in _ACTIVATIONS)
+
+
+def _place_in_lists(projection: Projection) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in projection.path.split(".")]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:

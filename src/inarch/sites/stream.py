@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from .graph import MODALITIES, Graph
-from .layers import Layer
+from .layers import Identity, Layer
 from .norms import is_norm
 from .residual import Branch, see_through
 
@@ -96,7 +96,7 @@ def _is_nested(branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) 
 class Stack:
     """Layers that one stream runs through, in order."""
 
-    layers: list[tuple[str, int | None]]
+    layers: list[Identity]
     roots: set[str]
     """Inputs of the model that the stream comes from."""
     last: int
@@ -112,8 +112,8 @@ def find_stacks(graph: Graph, branches: list[Branch], layers: dict[Branch, Layer
     """
     sums = {branch.total: layers[branch] for branch in branches}
     stacks: list[Stack] = []
-    home: dict[tuple[str, int | None], Stack] = {}
-    known: dict[tuple[str, int | None], Layer] = {}
+    home: dict[Identity, Stack] = {}
+    known: dict[Identity, Layer] = {}
     for branch in branches:
         layer = layers[branch]
         if layer.identity not in home:

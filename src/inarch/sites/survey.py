@@ -1,20 +1,16 @@
 """From the graph of one forward to the records of its sites, with all that went wrong."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..core.site import Kind, Site
+from .gaps import find_gaps
 from .graph import Graph
-from .layers import Layer, Tree, is_checkpointed, parent_path, place, tree
+from .layers import Identity, Layer, place
 from .residual import Branch, find_branches, see_through
 from .roles import Roles, find_attentions, find_kind, find_projections
 from .stream import carried_on, find_stacks
 from .taps import Reach, Taps, find_taps
-
-Identity = tuple[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +53,17 @@ def survey(graph: Graph) -> Survey:
         if any(variant != variants[0] for variant in variants):
             problems.append(
                 "a layer that runs several times has the same sites each time; got different ones at "
-                f"{_name(next(iter(calls.values()))[0].layer)}."
+                f"{next(iter(calls.values()))[0].layer.name}."
             )
         sites += variants[0]
-    problems = list(dict.fromkeys(problems))
-    problems += _disagreements(graph, sites)
+    refused_layers = [layers[branch] for branch in channels_first]
+    gaps = find_gaps(graph, {branch: layers[branch] for branch in kept}, refused_layers, sites)
     refused = [
-        f"{_name(layers[branch])}: a sum of feature maps, whose features are not the last dimension"
-        for branch in channels_first
+        f"{layer.name}: a sum of feature maps, whose features are not the last dimension" for layer in refused_layers
     ]
-    refused += _never_run(graph, [layers[branch] for branch in kept])
-    return Survey(tuple(sites), tuple(dict.fromkeys(refused)), tuple(problems))
+    return Survey(
+        tuple(sites), tuple(dict.fromkeys([*refused, *gaps.refused])), tuple(dict.fromkeys([*problems, *gaps.problems]))
+    )
 
 
 def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict[Identity, dict[int, list[_Reading]]]:
@@ -76,7 +72,9 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
     reaches: dict[int, Reach] = {}
     for branch in sorted(kept, key=lambda branch: (branch.total, branch.term)):
         layer = layers[branch]
-        reach = reaches.setdefault(layer.scope.index, Reach(graph, layer))
+        if layer.scope.index not in reaches:
+            reaches[layer.scope.index] = Reach(graph, layer)
+        reach = reaches[layer.scope.index]
         attentions = find_attentions(graph, branch)
         kind = find_kind(graph, branch, attentions)
         projections, notes = find_projections(graph, branch, reach, kind, attentions)
@@ -120,15 +118,11 @@ def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: i
     return sites
 
 
-def _name(layer: Layer) -> str:
-    return f"`{layer.path}` ({type(layer.scope.module).__name__})"
-
-
 def _unreachable(graph: Graph, reading: _Reading, role: str) -> str:
     owner = graph.owner(reading.branch.total)
     return (
         f"some module of a layer returns what the layer adds to its stream, once per call; got none for {role} of "
-        f"{_name(reading.layer)}, which is added in the forward of `{owner.path}` ({type(owner.module).__name__})."
+        f"{reading.layer.name}, which is added in the forward of `{owner.path}` ({type(owner.module).__name__})."
     )
 
 
@@ -143,56 +137,3 @@ def _is_channels_first(graph: Graph, branch: Branch) -> bool:
     if "conv" in last.op:
         return last.shape[1] == shape[1] and (not moved or shape[1] != shape[-1])
     return last.shape[-1] == shape[1] and (shape[1] != shape[-1] or (moved and len(shape) > 3))
-
-
-def _disagreements(graph: Graph, sites: list[Site]) -> Iterator[str]:
-    """Layers of one stack that are built alike and yet have other roles than most of their siblings."""
-    roles: dict[tuple[str, int], list[str]] = defaultdict(list)
-    where: dict[tuple[str, int], Site] = {}
-    for site in sites:
-        roles[site.stack, site.layer].append(site.role)
-        where[site.stack, site.layer] = site
-    builds = {site.layer_path: _build(graph.model.get_submodule(site.layer_path)) for site in where.values()}
-    siblings: dict[tuple[str, str, Tree], list[tuple[str, int]]] = defaultdict(list)
-    for key, site in where.items():
-        siblings[site.stack, site.layer_class, builds[site.layer_path]].append(key)
-    for members in siblings.values():
-        usual, _ = Counter(tuple(roles[key]) for key in members).most_common(1)[0]
-        for key in members:
-            if tuple(roles[key]) != usual:
-                site = where[key]
-                yield (
-                    f"layers that are built alike have the same sites; got {', '.join(roles[key])} at "
-                    f"`{site.layer_path}` ({site.layer_class}, layer {site.layer} of {site.stack}) where its siblings "
-                    f"have {', '.join(usual)}."
-                )
-
-
-def _build(layer: nn.Module) -> Tree:
-    """What may explain that two layers of one class have different sites: their modules, and switches of these."""
-    switches = tuple(
-        (f"{path}.{name}", str(value))
-        for path, module in layer.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, str)) and name != "training"
-    )
-    return tree(layer) + switches
-
-
-def _never_run(graph: Graph, layers: list[Layer]) -> Iterator[str]:
-    """Lists of layers that the forward did not reach: their branches are unknown."""
-    classes = {type(layer.scope.module) for layer in layers if layer.number is None}
-    ran = {id(call.module) for call in graph.calls}
-    idle: dict[str, list[str]] = defaultdict(list)
-    inside = "."
-    for path, module in graph.model.named_modules():
-        if id(module) in ran or path.startswith(inside):
-            continue
-        if type(module) in classes or is_checkpointed(module):
-            idle[parent_path(path)].append(type(module).__name__)
-            inside = f"{path}."
-    for path, names in idle.items():
-        yield (
-            f"`{path}` ({len(names)} of {', '.join(sorted(set(names)))}): did not run in the probe; to adapt it, pass "
-            "`example_inputs=` that reach it"
-        )

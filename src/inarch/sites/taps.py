@@ -66,14 +66,13 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
     """Everything about hook places of one branch."""
     output = _output(graph, branch, reach)
     pre, post, inner = _pre_norm(branch, reach), _post_norm(branch, reach), _branch_norm(branch, reach)
-    stream, notes = _stream(graph, branch, reach, before=branch.term if output is None else output[1].value)
-    if output is None:
-        same_layout = exact = False
-        tap = None
-    else:
+    stream, scales = _stream(graph, branch, reach, before=branch.term if output is None else output[1].value)
+    tap, same_layout, exact = None, False, False
+    notes: tuple[str, ...] = ("the model scales the stream before the sum",) if scales else ()
+    if output is not None:
         tap, seen, call = output
         same_layout = not seen.moved and graph.values[seen.value].shape == graph.values[branch.total].shape
-        exact = not seen.scaled
+        exact = not seen.scaled and not scales
         if _dropped_later(graph, seen.value, call, branch):
             notes += ("the model's dropout follows the output",)
     return Taps(
@@ -109,10 +108,11 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
     return None
 
 
-def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Tap | None, tuple[str, ...]]:
+def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Tap | None, bool]:
     """Where `x` can be read before the value `before` is there: an argument inside the layer, else a result inside it.
 
-    A hook on the layer itself comes last: a layer that is checkpointed reruns its inside only.
+    A hook on the layer itself comes last: a layer that is checkpointed reruns its inside only. Returns also whether
+    the model scales what is read there before it adds to it.
     """
     shape = graph.values[branch.total].shape
     chain = see_through(graph, branch.skip)
@@ -120,12 +120,12 @@ def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Ta
     for seen in usable:
         tap = _stream_at(graph, seen.value, before, reach)
         if tap is not None:
-            return tap, ("the model scales the stream before the sum",) if seen.scaled else ()
+            return tap, seen.scaled
     for seen in usable:
         for call, key in graph.consumers.get(seen.value, ()):
             if call is reach.scope:
-                return Tap(path="", side="in", key=key), ()
-    return None, ()
+                return Tap(path="", side="in", key=key), seen.scaled
+    return None, False
 
 
 def _stream_at(graph: Graph, value: int, before: int, reach: Reach) -> Tap | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from .graph import ALIAS, CONSTANT, INPUT, PARAMETER, Call, Graph, Key, Value
+from .graph import ALIAS, ATTENTIONS, CONSTANT, INPUT, PARAMETER, Call, Graph, Key, Value
 from .known import KeepsIndices, Known
 
 _PRODUCTS = ("mm", "bmm", "conv", "linear", "matmul", "dot", "rnn", "lstm", "gru")
@@ -61,11 +61,12 @@ def _traits(func: Any) -> _Traits:
     full = str(func)
     name = ".".join(full.split(".")[:2]).rstrip("_")
     last = name.rpartition(".")[2]
+    is_attention = any(part in full for part in ATTENTIONS)
     foreign = not name.startswith(("aten.", "prim", "_c10d"))  # a kernel of some other library: take it for a product
     return _Traits(
         name=name,
         computed=not full.startswith(_NOT_COMPUTED),
-        product=foreign or any(part in last for part in _PRODUCTS),
+        product=not is_attention and (foreign or any(part in last for part in _PRODUCTS)),
         lookup=any(part in last for part in ("embedding", "index", "gather")),
         only_shape=last.startswith("new_") or last.endswith("_like"),
         writes=tuple(

@@ -1,8 +1,8 @@
-"""What inarch does, shown in two minutes: a backbone that knows letters learns digits in three ways.
+"""What inarch does, shown in a minute: a backbone that knows letters learns digits in three ways.
 
-A new head alone is too little. An adapter (`seq_bn`) is enough. The same adapter, wired so that it loses the skip
-connection of every layer, is a disaster, which the checker tells beforehand. The adapter is then loaded in a fresh
-process, where it predicts what it predicted here.
+A new head alone does well, an adapter (`seq_bn`) does better. The same adapter, wired so that every layer loses its
+skip connection, destroys what the backbone knows, as the checker says beforehand. The sound adapter is then loaded in
+a fresh process, where it predicts what it predicted here.
 """
 
 import dataclasses
@@ -40,7 +40,10 @@ from .run import train_run, train_seeds
 MODEL, DATA = "demo", "digits"
 SOUND = "seq_bn"
 UNSOUND = "seq_bn[original_ln_after=False,residual_before_ln=True]"
-EPOCHS, NUM_SEEDS, LEARNING_RATE = 12, 3, 2e-3
+NUM_SEEDS = 3
+RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=2e-3, warmup=0.1, schedule="cosine")
+"""Short, because a model this small can be trained anew in little time: after 12 epochs the unsound adapter has made up
+for most of what its wiring destroys (96 % against 99 %), and says less about larger models."""
 
 RESULTS, DIGITS, CURVES, IMAGES, ADAPTER = "results.json", "digits.png", "curves.png", "images", "adapter"
 
@@ -114,6 +117,7 @@ class Outcome:
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
             "seeds": {str(run.seed): accuracy for run, accuracy in zip(self.runs, self.accuracies, strict=True)},
+            "curves": {str(run.seed): curve for run, curve in zip(self.runs, self.curves, strict=True)},
         }
 
 
@@ -172,13 +176,13 @@ def run_demo(
     output: str | os.PathLike[str],
     *,
     audience: Audience | None = None,
-    epochs: int = EPOCHS,
+    recipe: Recipe = RECIPE,
     num_seeds: int = NUM_SEEDS,
     data: ImageData | None = None,
 ) -> DemoResult:
     """Run the demonstration and write it to a folder, in the place of an earlier one.
 
-    **Arguments**: `epochs`, `num_seeds` and `data` make it shorter. Until it has finished, the folder is as it was.
+    **Arguments**: `recipe`, `num_seeds` and `data` make it shorter. Until it has finished, the folder is as it was.
 
     Raises `StateError` for a folder with anything else in it.
     """
@@ -188,7 +192,7 @@ def run_demo(
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
         draft.mkdir(parents=True)
-        stage = _Stage(draft, images, Recipe(epochs=epochs, learning_rate=LEARNING_RATE), num_seeds, audience)
+        stage = _Stage(draft, images, recipe, num_seeds, audience)
         outcomes = tuple(stage.try_way(way) for way in WAYS)
         audience.reload()
         shutil.copytree(draft / SOUND / "seed-0" / ADAPTER, draft / ADAPTER)

@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..core.errors import ConfigError
 from .callbacks import Divergence, Epochs, Patience
@@ -104,7 +104,7 @@ def make_trainer(
     for printer in [one for one in trainer.callback_handler.callbacks if type(one).__name__ == "PrinterCallback"]:
         trainer.remove_callback(printer)
     # The same weights in all processes, but each its own dropout.
-    pass
+    torch.manual_seed(recipe.seed + processes.index)
     return trainer
 
 
@@ -177,7 +177,7 @@ def reports(recipe: Recipe) -> list[str]:
     """The integrations to report to. Raises `ConfigError` for one that is unknown or not installed."""
     names = [] if recipe.report_to == "none" else recipe.report_to.replace(" ", "").split(",")
     try:
-        for callback in get_reporting_integration_callbacks(names):
+        for callback in get_reporting_integration_callbacks(names):  # type: ignore[no-untyped-call]
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(

@@ -69,15 +69,18 @@ def load_model(
 def load_processor(name: str, *, revision: str | None = None) -> Any:
     """The image processor of a model. Raises `ConfigError` if it has none."""
     with _quiet():
+        advice = "Add that file to the model"
         try:
             return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 locate_model(name), revision=revision, trust_remote_code=False
             )
         except Exception as error:  # noqa: BLE001  as above
             reason = _reason(error)
+            if isinstance(error, ImportError):
+                advice = "Install the package, or a later version of transformers, which goes without"
     raise ConfigError(
         "A model for images must come with the settings of its image processor, `preprocessor_config.json`; got "
-        f"`{name}`: {reason}. Add that file to the model."
+        f"`{name}`: {reason}. {advice}."
     )
 
 

@@ -68,15 +68,14 @@ def draw_curves(curves: Sequence[Curve], path: str | os.PathLike[str], *, title:
             axes.plot(epochs[-1:], mean[-1:], "o", color=colour, markersize=6, clip_on=False, zorder=3)
             ends.append((float(mean[-1]), curve, colour))
         for place, (value, curve, colour) in zip(_apart([end[0] for end in ends], 11.0), ends, strict=True):
+            axes.plot(
+                (last, 1.035 * last), (value, place), color=colour, linewidth=0.9, clip_on=False, solid_capstyle="round"
+            )
             runs = f", mean of {len(curve.runs)} runs" if len(curve.runs) > 1 else ""
-            axes.annotate(
-                f"{curve.name}\n", (last, place), (12, 0), textcoords="offset points", color=colour, fontsize=11,
-                fontweight="bold", va="center", annotation_clip=False, linespacing=1.1, parse_math=False,
-            )  # fmt: skip
-            axes.annotate(
-                f"\n{value:.1f} %{runs}", (last, place), (12, 0), textcoords="offset points", color=INK, fontsize=10,
-                va="center", annotation_clip=False, linespacing=1.25,
-            )  # fmt: skip
+            label = {"va": "center", "annotation_clip": False, "textcoords": "offset points", "parse_math": False}
+            at, offset = (1.035 * last, place), (5, 0)
+            axes.annotate(f"{curve.name}\n", at, offset, color=colour, fontsize=11, fontweight="bold", **label)
+            axes.annotate(f"\n{value:.1f} %{runs}", at, offset, color=INK, fontsize=10, **label)
         axes.set_xlim(0, last)
         axes.set_ylim(0, 100)
         axes.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])

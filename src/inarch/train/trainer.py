@@ -6,7 +6,10 @@ one.
 """
 
 import contextlib
+import errno
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ except ImportError as error:
     raise InarchError(missing("accelerate", error)) from error
 
 logger = logging.getLogger(__name__)
+
+FULL = 2**16
+"""With fewer bytes free a disk is full: torch does not say why it could not write."""
 
 
 class AdapterTrainer(Trainer):
@@ -71,6 +77,8 @@ class AdapterTrainer(Trainer):
                 "AdapterTrainer runs on one process, or on several with a whole model each; got FSDP or DeepSpeed in "
                 "the arguments. Turn it off, or use `transformers.Trainer`."
             )
+        # The trainer divides by the number of accumulated parts; with older versions of it accelerate does so again.
+        self.accelerator.gradient_accumulation_steps = 1
 
     @property
     def _network(self) -> nn.Module:
@@ -127,27 +135,33 @@ class AdapterTrainer(Trainer):
         place = Path(self._get_output_dir(trial))
         folder = place / f"checkpoint-{self.state.global_step}"
         try:
+            self._write_checkpoint(model, trial, place, folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
+            reason = str(error) if isinstance(error, StateError) else f"got `{_reason(error, place)}` at `{folder}`."
             if self.args.should_save:
-                resume.begin(folder)
-            self.accelerator.wait_for_everyone()
-            self._staging = resume.draft_of(folder)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._point_to_best(place)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(str(resume.draft_of(folder) / folder.name / resume.STATE))
-                resume.commit(folder)
-                best = self.state.best_model_checkpoint
-                resume.rotate(place, self.args.save_total_limit, Path(best) if best else None)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a `StateError` is a RuntimeError
+                shutil.rmtree(resume.draft_of(folder), ignore_errors=True)  # it may be what fills the disk
             raise StateError(
-                f"A checkpoint must be writable as a whole; got `{_reason(error)}` at `{folder}`. The checkpoints "
-                "before it are as they were. Free some space, or mend the place, and resume."
+                f"A checkpoint must be writable as a whole; {reason} The checkpoints before it are as they were. "
+                "Free some space, or mend the place, and resume."
             ) from error
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, place: Path, folder: Path) -> None:
+        if self.args.should_save:
+            resume.begin(folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = resume.draft_of(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self._point_to_best(place)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(resume.draft_of(folder) / folder.name / resume.STATE))
+            resume.commit(folder)
+            best = self.state.best_model_checkpoint
+            resume.rotate(place, self.args.save_total_limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
 
     def _point_to_best(self, place: Path) -> None:
         """Record the best checkpoint by its final place, wherever the run was when it was written."""
@@ -236,7 +250,11 @@ def check_trainable(model: nn.Module, trains: Trains = "adapter") -> None:
     if idle:
         problems.append(f"What is trained must be active; got `{idle[0]}`, which no forward uses. {_advice(names)}")
     own = {id(p) for n in names for p in _parameters(handle, n).values()}
-    own |= {id(p) for path in task_head(model) for p in model.get_submodule(path).parameters()}
+    own |= {
+        id(p)
+        for path in task_head(model, handle.sites if handle else None)
+        for p in model.get_submodule(path).parameters()
+    }
     base = [key for key, parameter in trainable.items() if id(parameter) not in own]
     if base and trains != "full":
         problems.append(
@@ -262,7 +280,7 @@ def _trained(handle: Adapters | None) -> list[str]:
     return [name for name in handle.names if any(p.requires_grad for p in handle[name].values())]
 
 
-def _parameters(handle: Adapters | None, name: str) -> dict[str, nn.Parameter]:
+def _parameters(handle: Adapters | None, name: str) -> dict[str, Tensor]:
     return {**handle[name], **handle.head(name)} if handle is not None else {}
 
 
@@ -273,9 +291,11 @@ def _copy(found: dict[str, Tensor], wanted: dict[str, Any], place: str) -> None:
             tensor.copy_(found[key])
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, place: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if shutil.disk_usage(place).free < FULL:
+        return os.strerror(errno.ENOSPC)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -1,0 +1,126 @@
+"""What a survey may have missed, so that no model gets half of its sites in silence."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.site import Site
+from .graph import Graph
+from .layers import Layer, Tree, is_checkpointed, parent_path, tree
+from .residual import Branch
+from .roles import is_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """What must be left alone, each with its reason, and what is wrong."""
+
+    refused: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def find_gaps(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer], sites: list[Site]) -> Gaps:
+    """Compare the sites with what ran: with layers built alike, with all attentions, with all layers of the model.
+
+    `layers` has the branches that are sites; `refused` the layers of those that cannot be.
+    """
+    unclaimed, missed = _unclaimed_attentions(graph, layers, sites)
+    found = list(layers.values())
+    return Gaps(
+        refused=(*unclaimed, *_never_run(graph, found)),
+        problems=(*_disagreements(graph, sites), *_without_sites(graph, found, refused), *missed),
+    )
+
+
+def _disagreements(graph: Graph, sites: list[Site]) -> Iterator[str]:
+    """Layers of one stack that are built alike and yet have other roles than most of their siblings."""
+    roles: dict[tuple[str, int], list[str]] = defaultdict(list)
+    where: dict[tuple[str, int], Site] = {}
+    for site in sites:
+        roles[site.stack, site.layer].append(site.role)
+        where[site.stack, site.layer] = site
+    builds = {site.layer_path: _build(graph.model.get_submodule(site.layer_path)) for site in where.values()}
+    siblings: dict[tuple[str, str, Tree], list[tuple[str, int]]] = defaultdict(list)
+    for key, site in where.items():
+        siblings[site.stack, site.layer_class, builds[site.layer_path]].append(key)
+    for members in siblings.values():
+        usual, _ = Counter(tuple(roles[key]) for key in members).most_common(1)[0]
+        for key in members:
+            if tuple(roles[key]) != usual:
+                site = where[key]
+                yield (
+                    f"layers that are built alike have the same sites; got {', '.join(roles[key])} at "
+                    f"`{site.layer_path}` ({site.layer_class}, layer {site.layer} of {site.stack}) where its siblings "
+                    f"have {', '.join(usual)}."
+                )
+
+
+def _without_sites(graph: Graph, layers: list[Layer], refused: list[Layer]) -> Iterator[str]:
+    """Modules that ran and are built like layers next to them, and in which no branch was found."""
+    known = {layer.path for layer in [*layers, *refused]}
+    builds = {(layer.container, tree(layer.scope.module)) for layer in layers if layer.number is None}
+    containers = {container for container, _ in builds}
+    for call in {call.path: call for call in graph.calls if parent_path(call.path) in containers}.values():
+        if call.path not in known and (parent_path(call.path), tree(call.module)) in builds:
+            yield (
+                f"layers that are built alike have the same sites; got none at `{call.path}` "
+                f"({type(call.module).__name__})."
+            )
+
+
+def _build(layer: nn.Module) -> Tree:
+    """What may explain that two layers of one class have different sites: their modules, and switches of these."""
+    switches = tuple(
+        (f"{path}.{name}", str(value))
+        for path, module in layer.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, str)) and name != "training"
+    )
+    return tree(layer) + switches
+
+
+def _unclaimed_attentions(graph: Graph, layers: dict[Branch, Layer], sites: list[Site]) -> tuple[list[str], list[str]]:
+    """Layers with an attention that no residual sum takes up: those to refuse, and those that are a problem.
+
+    A layer that changes the width of the stream has such an attention legitimately. Where no layer of a class has any
+    attention that is added, its sum was missed.
+    """
+    claimed: set[int] = set().union(*(branch.interior for branch in layers))
+    attending = {site.layer_class for site in sites if site.kind in ("self_attention", "cross_attention")}
+    scopes = {layer.scope.index: layer.scope for layer in layers.values()}
+    idle: dict[str, dict[str, None]] = defaultdict(dict)
+    for scope in scopes.values():
+        inside = graph.values[scope.start : scope.stop]
+        if any(is_attention(graph, value) and value.index not in claimed for value in inside if value.users):
+            idle[type(scope.module).__name__][f"`{scope.path}`"] = None
+    refused = [
+        f"{', '.join(paths)} ({name}): an attention whose result is not added to the stream it looks at"
+        for name, paths in idle.items()
+        if name in attending
+    ]
+    problems = [
+        f"the attention of a layer is added to its stream; got one that is not at {', '.join(paths)} ({name})."
+        for name, paths in idle.items()
+        if name not in attending
+    ]
+    return refused, problems
+
+
+def _never_run(graph: Graph, layers: list[Layer]) -> Iterator[str]:
+    """Lists of layers that the forward did not reach: their branches are unknown."""
+    classes = {type(layer.scope.module) for layer in layers if layer.number is None}
+    idle: dict[str, list[str]] = defaultdict(list)
+    inside = "."
+    for path, module in graph.model.named_modules():
+        if id(module) in graph.ran or path.startswith(inside):
+            continue
+        if type(module) in classes or is_checkpointed(module):
+            idle[parent_path(path)].append(type(module).__name__)
+            inside = f"{path}."
+    for path, names in idle.items():
+        yield (
+            f"`{path}` ({len(names)} of {', '.join(sorted(set(names)))}): did not run in the probe; to adapt it, pass "
+            "`example_inputs=` that reach it"
+        )
