@@ -20,7 +20,7 @@ import inarch
 from inarch import cli
 from inarch.cli import COMMANDS, app, main
 from inarch.cli.guard import describe
-from inarch.core.errors import DataError
+from inarch.core.errors import DataError, StateError
 from inarch.train.models import load_model, load_processor
 
 LABELS = ["cat", "dog", "owl"]
@@ -205,14 +205,14 @@ def test_whatever_goes_wrong_is_told_in_one_message(place):
 def test_debug_lets_the_exception_through(place):
     """Before the command in typer's way, and anywhere in ours."""
     result = CliRunner().invoke(app, ["--debug", "predict", "./nowhere", str(place)])
-    assert isinstance(result.exception, inarch.InarchError)
+    assert isinstance(result.exception, StateError)
     done = subprocess.run(
-        [sys.executable, "-m", "inarch", "predict", "./nowhere", str(place), "--debug"],
+        [sys.executable, "-m", "inarch", "predict", "./nowhere", "./none.png", "--debug"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert "StateError" in done.stderr
+    assert "DataError" in done.stderr
 
 
 @pytest.mark.parametrize(

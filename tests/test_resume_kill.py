@@ -114,7 +114,7 @@ def test_two_runs_that_nobody_kills_are_the_same_bytes(whole, start):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("moment", range(2))
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bytes(whole, start, tmp_path, moment):
     folder, seconds = whole
     process = start(tmp_path / "run")
@@ -124,7 +124,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bytes(whole, start,
     finish(start, tmp_path / "run", folder)
 
 
-@pytest.mark.parametrize("number", [1, 4, 7])
+@pytest.mark.parametrize("number", [2, 6])
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_to_the_same_bytes(whole, start, tmp_path, number):
     folder, _ = whole
     process = start(tmp_path / "run")
@@ -148,9 +148,9 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(whole, start, tm
     finish(start, tmp_path / "run", folder)
 
 
-@pytest.mark.parametrize("size", [1_000, 6_000, 9_000, 16_000])
+@pytest.mark.parametrize("size", [1_000, 6_000, 9_000])
 def test_a_disk_that_takes_no_more_is_explained_and_the_run_goes_on(whole, inputs, start, tmp_path, size):
-    """Files may have so many bytes: too few for the record, the adapter, the optimiser, or for none."""
+    """Files may have so many bytes: too few for the record, the adapter, the optimiser."""
     words = [word for key, value in (OPTIONS | inputs).items() for word in (f"--{key}", value)]
     code = (
         f"import os, resource\n"

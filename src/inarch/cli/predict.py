@@ -49,9 +49,10 @@ def predict(
     if json + jsonl + csv > 1:
         raise typer.BadParameter("Results have one form; got several of `--json`, `--jsonl` and `--csv`. Choose one.")
     from ..train.images import find_images
-    from ..train.predict import load_predictor
 
     found = find_images(images, skip_bad=skip_bad)
+    from ..train.predict import load_predictor  # after the images: a wrong path is told at once
+
     predictor = load_predictor(adapter, model=model, device=device)
     results = predictor.predict(found, top=top, threshold=threshold, batch_size=batch_size, skip_bad=skip_bad)
     is_watched = output is None and out().is_terminal
