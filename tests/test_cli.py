@@ -17,7 +17,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from typer.testing import CliRunner
 
 import inarch
-from inarch import cli
 from inarch.cli import COMMANDS, app, main
 from inarch.cli.guard import describe
 from inarch.core.errors import DataError, StateError
@@ -260,31 +259,6 @@ def test_main_takes_arguments(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("inarch ")
-
-
-@pytest.mark.parametrize(
-    ("words", "environment", "is_anew"),
-    [
-        (["demo"], {}, True),
-        (["--debug", "train", "--model", "demo"], {}, True),
-        (["probe", "demo"], {}, False),
-        (["train"], {"OMP_WAIT_POLICY": "ACTIVE"}, False),
-        (["train"], {"RANK": "0"}, False),
-    ],
-)
-def test_training_starts_anew_with_threads_that_sleep(words, environment, is_anew, monkeypatch):
-    """Unless the user has decided otherwise, or the process is one of several."""
-    for name in ("OMP_WAIT_POLICY", "RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")  # so that it is as before in the end
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    started = []
-    monkeypatch.setattr(cli.sys, "argv", ["inarch", *words])
-    monkeypatch.setattr(cli.os, "execv", lambda program, arguments: started.append((program, arguments)))
-    monkeypatch.setattr(cli, "app", lambda *_args, **_options: None)
-    main()
-    assert started == ([(sys.executable, [sys.executable, "-m", "inarch", *words])] if is_anew else [])
 
 
 # ------------------------------------------------------------------------------------------------ probe and check

@@ -5,7 +5,6 @@ Every command lives in a file of its own, which is imported when it is called: `
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -25,9 +24,6 @@ COMMANDS = {
     "demo": ("demo", "See it all at work in a minute."),
 }
 """By name: the module of this folder with the function of the same name, and what it does in a line."""
-
-TRAINING = ("train", "demo")
-"""The commands that train."""
 
 
 class _Commands(TyperGroup):
@@ -91,24 +87,9 @@ def settings(
     show_tracebacks(debug)
 
 
-def _let_threads_sleep() -> None:
-    """Start training anew with threads that sleep while they wait.
-
-    Those of OpenMP spin, and where another program wants a core too, small models train ten times slower for it. OpenMP
-    reads the setting when torch is loaded, which the front door of the package has done by now.
-    """
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in TRAINING and os.name == "posix" and not os.environ.keys() & {"OMP_WAIT_POLICY", "RANK", "LOCAL_RANK"}:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        if "torch" in sys.modules:
-            os.execv(sys.executable, [sys.executable, "-m", "inarch", *sys.argv[1:]])  # noqa: S606  our own module
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code. `--debug` may stand anywhere before a `--`."""
     prepare_streams()
-    if arguments is None:
-        _let_threads_sleep()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = words[: words.index("--")] if "--" in words else words
     if "--debug" in options:

@@ -1,19 +1,20 @@
 """`inarch train`: from a folder of images to an adapter folder."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ConfigError, InarchError
-from ..core.records import RunRecord, SeedsRecord
+from ..core.records import EpochRecord, RunRecord, SeedsRecord
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
-from .check import ADAPTER_HELP
+from .check import ADAPTER_HELP, say_report
 from .guard import ERROR
 from .options import configured, in_options, made_from
-from .output import fail, note, say, say_json, say_table
+from .output import err, fail, note, say, say_json, say_table
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -123,19 +124,19 @@ def _request(given: dict[str, Any], output: Path, *, resume: bool) -> dict[str, 
 def _run(request: dict[str, Any], output: Path, *, resume: bool, overwrite: bool, is_quiet: bool) -> Any:
     from ..train.run import train_run, train_seeds
 
-    num_seeds = request.pop("seeds", None)
-    callbacks: list[TrainerCallback] = [] if is_quiet or not _is_main() else _shown()
+    num_seeds = request.pop("seeds", None) or 1
     options = {
         **request,
         "output": output,
         "resume": resume,
         "overwrite": overwrite,
-        "callbacks": callbacks,
         "command": ("inarch", *sys.argv[1:]),
     }
-    if num_seeds is not None and num_seeds > 1:
-        return train_seeds(**options, num_seeds=num_seeds)
-    return train_run(**options)
+    with ExitStack() as stack:
+        callbacks = [] if is_quiet or not _is_main() else [_shown(num_seeds, stack)]
+        if num_seeds > 1:
+            return train_seeds(**options, num_seeds=num_seeds, callbacks=callbacks)
+        return train_run(**options, callbacks=callbacks)
 
 
 def _is_main() -> bool:
@@ -156,53 +157,63 @@ def _how_to_go_on(output: Path) -> str:
     return "Nothing was written."
 
 
-def _shown() -> "list[TrainerCallback]":
-    """What shows how a training goes: the verdict before it, a line for each epoch, a bar on a terminal."""
+def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
+    """What shows how a training goes: the verdict before it, a line for each epoch, and on a terminal a bar.
+
+    However the training ends, `stack` takes the bar away: it hides the cursor.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
     from transformers import TrainerCallback
 
     from ..handle import attached
     from ..train.callbacks import epochs_of
-    from .check import say_report
-    from .output import err
 
     class Shown(TrainerCallback):
-        """Prints to standard error what happens."""
+        """Prints what happens: the verdict as a result, the rest beside the results."""
 
         def __init__(self) -> None:
-            self.bar: Any = None
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            console = err()
+            self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+            self.task = self.bar.add_task("training", total=None)
+            self.is_first = True
+
+        def say(self, text: str) -> None:
+            self.bar.console.print(Text(text))  # above the bar
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             handle = attached(rest["model"])
-            if handle is not None and not state.global_step:
+            if handle is not None and self.is_first:
                 say_report(handle.check())
-            if err().is_terminal:
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                self.bar = Progress(*columns, console=err(), transient=True)
-                self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
-                self.bar.start()
+            self.is_first = False
+            if num_seeds > 1:
+                self.say(f"seed {args.seed}")
+            self.bar.reset(self.task, total=state.max_steps, completed=state.global_step)
+            self.bar.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            if self.bar is not None:
-                self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+            self.bar.update(self.task, completed=state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            epoch = epochs_of(state.log_history)[-1]
-            if epoch.metrics or args.eval_strategy == "no":
-                words = [f"epoch {epoch.epoch:g}"]
-                words += [f"train loss {epoch.train_loss:.4f}"] if epoch.train_loss is not None else []
-                words += [
-                    f"{key.replace('_', ' ')} {value:.4f}" for key, value in epoch.metrics.items() if value is not None
-                ]
-                if "train_runtime" not in (rest.get("logs") or {}):
-                    note("  ".join(words))
+            logs = rest.get("logs") or {}
+            is_last_of_epoch = any(key.startswith("eval_") for key in logs) or args.eval_strategy == "no"
+            if is_last_of_epoch and "train_runtime" not in logs:
+                self.say(_epoch_line(epochs_of(state.log_history)[-1]))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            if self.bar is not None:
-                self.bar.stop()
+            self.bar.stop()
 
-    return [Shown()]
+    shown = Shown()
+    stack.callback(shown.bar.stop)
+    return shown
+
+
+def _epoch_line(epoch: EpochRecord) -> str:
+    words = [f"epoch {epoch.epoch:.3g}"]
+    words += [f"train loss {epoch.train_loss:.4f}"] if epoch.train_loss is not None else []
+    words += [f"{key.replace('_', ' ')} {value:.4f}" for key, value in epoch.metrics.items() if value is not None]
+    return "  ".join(words)
 
 
 def _say_result(record: RunRecord | SeedsRecord, output: Path) -> None:
@@ -217,7 +228,7 @@ def _say_result(record: RunRecord | SeedsRecord, output: Path) -> None:
             "`--learning-rate`."
         )
         return
-    best = f" at epoch {record.best_epoch:g}" if record.best_epoch is not None else ""
+    best = f" at epoch {record.best_epoch:.3g}" if record.best_epoch is not None else ""
     words = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in record.results.items() if value is not None]
     say(f"{', '.join(words)}{best}", style="bold")
     what = f"adapter in {output / 'adapter'}" if record.adapter else f"model in {output / 'model'}"

@@ -52,7 +52,7 @@ class Value:
     matrix: bool = False
     """A parameter of two or more dimensions, or computed from one without any activation."""
     weighted: bool = False
-    """A product of an activation, or of learned queries, with a `matrix`."""
+    """A product of an activation, or of learned or constant queries, with a `matrix`."""
     bilinear: bool = False
     """A matrix product of two activations."""
 

@@ -56,6 +56,11 @@ class Branch:
     siblings: int = 0
     """How many more branches the sum has."""
 
+    def inside(self, start: int) -> "Branch":
+        """The branch without what came about before `start`."""
+        path = frozenset(index for index in self.path if index >= start)
+        return replace(self, path=path, interior=frozenset(index for index in self.interior if index >= start))
+
 
 def see_through(graph: Graph, index: int) -> list[Seen]:
     """The value itself, then what it was before each scale, cast and change of layout, nearest first."""

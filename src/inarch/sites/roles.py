@@ -73,13 +73,14 @@ def _blurs_hidden_features(graph: Graph, values: list[Value], convolutions: list
     """
     first, last = convolutions[0].index, convolutions[-1].index
     depthwise = all(kernel.shape[1] == 1 for value in convolutions for kernel in _kernels(graph, value))
-    maps = [value.index for value in values if value.weighted and value not in convolutions]
-    gates = [
-        value for value in values if value.op == "aten.mul" and sum(graph.values[d].active for d in value.deps) > 1
-    ]
+    maps = [value.index for value in values if value.weighted and "conv" not in value.op]
     after = graph.descendants(first, within={value.index for value in values}) | {first}
-    gated = any(not after.issuperset(gate.deps) for gate in gates)
+    gated = any("glu" in value.op or (_is_gate(graph, value) and not after.issuperset(value.deps)) for value in values)
     return depthwise and not gated and bool(maps) and maps[0] < first and maps[-1] > last
+
+
+def _is_gate(graph: Graph, value: Value) -> bool:
+    return value.op == "aten.mul" and sum(graph.values[dep].active for dep in value.deps) > 1
 
 
 def is_attention(graph: Graph, value: Value) -> bool:

@@ -75,9 +75,10 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         if layer.scope.index not in reaches:
             reaches[layer.scope.index] = Reach(graph, layer)
         reach = reaches[layer.scope.index]
-        attentions = find_attentions(graph, branch)
-        kind = find_kind(graph, branch, attentions)
-        projections, notes = find_projections(graph, branch, reach, kind, attentions)
+        local = branch.inside(layer.scope.start)
+        attentions = find_attentions(graph, local)
+        kind = find_kind(graph, local, attentions)
+        projections, notes = find_projections(graph, local, reach, kind, attentions)
         reading = _Reading(branch, layer, find_taps(graph, branch, reach), kind, projections, notes)
         found[layer.identity][layer.scope.index].append(reading)
     return found

@@ -215,12 +215,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         active = sum(source.active for source in sources)
         matrices = sum(source.matrix for source in sources)
         value.data = any(source.data for source in sources)
-        # Token ids become activations in an embedding, learned queries in the first weight that is applied to them.
+        # Token ids become activations in an embedding; learned or constant queries in the first weight they meet.
         embedded = matrices > 0 and value.data and (traits.lookup or traits.product)
-        projected = matrices > 1 and traits.product
+        queries = matrices > 1 or any(
+            source.floating and not source.matrix and source.op != PARAMETER and len(source.shape) > 1
+            for source in sources
+        )
+        projected = matrices > 0 and queries and traits.product
         value.active = value.floating and (active > 0 or embedded or projected)
         value.matrix = matrices > 0 and not value.active
-        value.weighted = traits.product and matrices > 0 and (active > 0 or projected)
+        value.weighted = projected or (traits.product and matrices > 0 and active > 0)
         value.bilinear = active > 1 and traits.product
 
     def _refresh_aliases(self, tensor: Tensor, made: set[int]) -> None:

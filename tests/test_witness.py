@@ -1,0 +1,95 @@
+"""Verification: every wrong claim about a model is refused before anything is attached."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import inarch
+from inarch import SiteError, Sites
+from inarch.core.site import Tap
+from inarch.testing import PlainTransformer, tiny, tiny_inputs
+
+
+def changed(model, key, **changes):
+    """The model's sites with one of them changed."""
+    sites = inarch.probe(model)
+    rows = [dataclasses.replace(site, **changes) if site.key == key else site for site in sites]
+    return dataclasses.replace(sites, sites=tuple(rows))
+
+
+def verify(model, sites, inputs):
+    from inarch.witness import verify as run
+
+    run(model, sites, (), inputs)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("image0.0.mlp", {"width": 48}, "has the width of its site, 48; got 32"),
+        # The stream of the attention is not the one the MLP is added to.
+        (
+            "image0.0.self_attention",
+            {"stream": Tap(path="layernorm_after", side="in", key=(0,))},
+            "The stream is seen once before each branch output",
+        ),
+        (
+            "image0.0.self_attention",
+            {"stream": Tap(path="layernorm_before", side="out")},
+            "got something else in the stream of `image0.0.mlp`",
+        ),
+        (
+            "image0.0.self_attention",
+            {"output": Tap(path="attention.q_proj", side="out")},
+            "got something else in the stream of `image0.0.mlp`",
+        ),
+    ],
+)
+def test_a_tap_in_the_wrong_place_is_named(key, changes, message):
+    model = tiny("vit")
+    with pytest.raises(SiteError, match=message):
+        verify(model, changed(model, key, **changes), tiny_inputs("vit"))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_norm_after_a_sum_must_receive_the_sum():
+    model = tiny("bert")
+    sites = changed(model, "text0.1.mlp", output=Tap(path="output.dense", side="out"))
+    verify(model, sites, tiny_inputs("bert"))  # without dropout the same tensor
+    sites = changed(model, "text0.1.mlp", stream=Tap(path="attention.self.query", side="in", key=(0,)))
+    with pytest.raises(SiteError, match="what its norm receives"):
+        verify(model, sites, tiny_inputs("bert"))
+
+
+def test_a_site_that_never_runs_is_named():
+    class Half(PlainTransformer):
+        def forward(self, x, whole=True):
+            for block in self.blocks if whole else self.blocks[:1]:
+                x = block(x)
+            return self.head(self.norm(x).mean(dim=1))
+
+    model = Half().eval()
+    sites = inarch.probe(model, example_inputs={"x": torch.randn(1, 4, 32)})
+    with pytest.raises(SiteError, match="got no call of `blocks.1.out`"):
+        verify(model, sites, {"x": torch.randn(1, 4, 32), "whole": False})
+
+
+def test_verification_leaves_mode_and_random_state_as_they_were():
+    model = tiny("vit").train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    verify(model, inarch.probe(model), tiny_inputs("vit"))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_wrong_layout_attaches_nothing():
+    model = tiny("vit")
+    wrong = changed(model, "image0.1.self_attention", stream=Tap(path="layernorm_before", side="out"))
+    assert isinstance(wrong, Sites)
+    with pytest.raises(SiteError, match="got something else"):
+        inarch.attach(model, layout=wrong)
+    assert not [name for name, _ in model.named_modules() if "inarch" in name]
+    inarch.attach(model)
