@@ -859,6 +859,25 @@ def test_state_space_layers_are_mixers():
     assert [(site.key, site.projections) for site in sites] == [("text0.0.mixer", {}), ("text0.1.mixer", {})]
 
 
+def test_convolutions_are_mixers_except_inside_an_mlp():
+    """Conformer's convolution module mixes tokens; SegFormer's MLP has a convolution per channel between its maps."""
+    conformer = tf.Wav2Vec2ConformerConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, intermediate_size=INNER, conv_dim=(16, 16),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        conv_depthwise_kernel_size=3,
+    )  # fmt: skip
+    roles = [site.role for site in probe(tf.Wav2Vec2ConformerModel(conformer))]
+    assert roles == ["mlp", "self_attention", "mixer", "mlp_2"]
+    segformer = tf.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+    )  # fmt: skip
+    sites = probe(tf.SegformerModel(segformer))
+    assert [(site.key, site.width) for site in sites] == [
+        ("image0.0.self_attention", 16), ("image0.0.mlp", 16), ("image0.1.self_attention", 32), ("image0.1.mlp", 32)
+    ]  # fmt: skip
+
+
 class TwoMLPs(nn.Module):
     def __init__(self):
         super().__init__()

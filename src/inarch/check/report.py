@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..compose import Setup, check_runnable, names
 from ..core.site import Site, Sites
-from ..core.table import render
+from ..core.table import ranges, render
 from ..methods import AdapterConfig
 from ..plan import plan, sublayer_part, sublayer_sites
 from .proof import Proof, fixes, prove
@@ -29,7 +29,7 @@ class SiteReport:
     def place(self) -> str:
         """The sites in words: stack, role and layers."""
         first = self.sites[0]
-        return f"{first.stack} {first.role}, layers {_ranges([site.layer for site in self.sites])}"
+        return f"{first.stack} {first.role}, layers {ranges([site.layer for site in self.sites])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +114,3 @@ def _finding(group: SiteReport, configs: Mapping[str, AdapterConfig], setup: Set
     changes = fixes(group.sites[0], parts[0]) if isinstance(setup, str) else []
     texts = tuple(", ".join(f"{key}={value!r}" for key, value in change.items()) for change in changes)
     return Finding("unsound-wiring", "error", group.place, message, texts)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.table import ranges
 from .output import say, say_json, say_table
 
 if TYPE_CHECKING:
@@ -61,14 +62,3 @@ def _row(group: list["Site"]) -> tuple[object, ...]:
         "-" if first.stream is None else first.stream.path or "(the layer)",
         " ".join(first.projections) or "-",
     )
-
-
-def ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Plain-text tables, and what is written in their cells."""
 
 from collections.abc import Sequence
 
@@ -16,3 +16,14 @@ def render(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         ).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
