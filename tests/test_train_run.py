@@ -397,6 +397,20 @@ def test_a_run_is_resumed_with_its_own_options_and_data(tmp_path, model, picture
         train_run(QUICK, model, pictures, CONFIG, tmp_path, resume=True)
 
 
+def test_another_number_of_processes_is_announced(tmp_path, model, pictures, caplog):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **rest):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(QUICK, model, pictures, CONFIG, tmp_path, callbacks=[Interrupt()])
+    data = json.loads((tmp_path / "run.json").read_text())
+    data["environment"]["processes"] = 3
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert train_run(QUICK, model, pictures, CONFIG, tmp_path, resume=True).status == "finished"
+    assert "this run, begun on 3, goes on with 1" in caplog.text
+
+
 def test_neutral_options_may_change_when_a_run_is_resumed(tmp_path, model, pictures):
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):

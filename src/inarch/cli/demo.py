@@ -19,7 +19,7 @@ OUTPUT_HELP = "Where to write it, in the place of an earlier demonstration."
 def demo(*, output: Annotated[Path, typer.Option(metavar="FOLDER", help=OUTPUT_HELP)] = Path("runs/demo")) -> None:
     """Teach digits to a small backbone that knows letters: with a new head, with an adapter, and with an unsound one.
 
-    Takes about a minute on two cores and needs no network. Each configuration is judged before it is trained, and
+    Takes about a minute and needs no network. Each configuration is judged before it is trained, and
     the adapter is loaded again in a fresh process.
     """
     from ..train.demo import run_demo

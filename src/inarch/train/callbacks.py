@@ -64,7 +64,7 @@ class Divergence(TrainerCallback):
 class Report(TrainerCallback):
     """Writes the record after each checkpoint."""
 
-    def __init__(self, write: Callable[[TrainerState], None]) -> None:
+    def __init__(self, write: Callable[[TrainerState], object]) -> None:
         self.write = write
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

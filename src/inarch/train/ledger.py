@@ -44,8 +44,8 @@ class Ledger:
         """Write `run.json`."""
         self.record.save(self.folder.path)
 
-    def update(self, state: TrainerState, status: Status = "running") -> None:
-        """Write what the trainer's state says."""
+    def update(self, state: TrainerState, status: Status = "running") -> RunRecord:
+        """Write what the trainer's state says. Returns it."""
         epochs = epochs_of(state.log_history)
         best = self._best(epochs)
         seconds = time.perf_counter() - self._start
@@ -63,6 +63,7 @@ class Ledger:
             peak_memory=peak_memory(),
         )
         self.write()
+        return self.record
 
     def _best(self, epochs: tuple[EpochRecord, ...]) -> EpochRecord | None:
         """The first of the best epochs, as the trainer chooses it."""

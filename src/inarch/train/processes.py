@@ -22,6 +22,8 @@ class Processes:
     def __init__(self, recipe: Recipe) -> None:
         self.state = PartialState(cpu=recipe.device == "cpu")
         self.number = int(self.state.num_processes)
+        # One that fails at once would take the meeting place down before the others have arrived.
+        self.state.wait_for_everyone()
         parts = self.number * recipe.accumulation
         if recipe.batch_size % parts:
             raise ConfigError(

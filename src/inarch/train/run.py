@@ -263,8 +263,7 @@ class _Run:
             )  # fmt: skip
         if status == "finished" or trainer.state.best_model_checkpoint:
             self.processes.agree(lambda: _write_result(self.job.name, self.folder, network, handle, processor))
-        self.processes.agree(lambda: ledger.update(trainer.state, status))
-        return ledger.record
+        return self.processes.agree(lambda: ledger.update(trainer.state, status))
 
     def _new_record(self, network: nn.Module, handle: Adapters | None) -> RunRecord:
         job = self.job
@@ -314,18 +313,19 @@ def _go_on(trainer: ImageTrainer, checkpoint: Path | None, ledger: Ledger) -> No
 
 def _check_same(earlier: RunRecord, images: ImageData, processes: Processes) -> None:
     """Refuse to go on with other data; announce what makes the result another one in the last digits."""
-    now_described = describe_data(images)
+    described = describe_data(images)
     for key, before in earlier.data.items():
-        if now_described.get(key) != before:
+        if described.get(key) != before:
             raise DataError(
                 f"A run is resumed with the data it was started with; got other `{key}` in `{images.name}`: "
-                f"{_brief(now_described.get(key))} instead of {_brief(before)}. Restore the data, or start another run."
+                f"{_brief(described.get(key))} instead of {_brief(before)}. Restore the data, or start another run."
             )
-    before = earlier.environment.get("processes")
-    if before != processes.number:
+    number = earlier.environment.get("processes")
+    if number != processes.number and processes.is_main:
         logger.warning(
-            "A run started on %s processes goes on with %d: it may differ by rounding.", before, processes.number
-        )
+            "The result is the same to the last bit only on as many processes; this run, begun on %s, goes on with %d.",
+            number, processes.number,
+        )  # fmt: skip
 
 
 def _brief(value: object) -> str:
