@@ -210,8 +210,7 @@ def _arm_projections(
                 programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
     handles = []
     for path, program in programs.items():
-        hook = ProjectionSlot(site.key, path)
-        hook.arm(program)
+        hook = ProjectionSlot(program)
         handles.append(model.get_submodule(site.absolute(path)).register_forward_hook(hook.adapt))
     return handles
 

@@ -143,26 +143,26 @@ class SiteSlot(nn.Module):
     def hold_argument(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook where the stream is a positional argument: keep x for the branch output of this call."""
         assert self.site.stream is not None
-        self._held[_thread()] = _pick(args, self.site.stream.key)
+        self._held[_thread()] = pick(args, self.site.stream.key)
 
     def hold_any_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook where the stream is passed by keyword, or, when the caller differs, by position."""
         assert self.site.stream is not None
         key = self.site.stream.key
         if key[0] in kwargs:
-            self._held[_thread()] = _pick(kwargs[str(key[0])], key[1:])
+            self._held[_thread()] = pick(kwargs[str(key[0])], key[1:])
         elif args and isinstance(args[0], Tensor):
             self._held[_thread()] = args[0]
 
     def hold_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook where the stream is the result of a module."""
         assert self.site.stream is not None
-        self._held[_thread()] = _pick(output, self.site.stream.key)
+        self._held[_thread()] = pick(output, self.site.stream.key)
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
         _refuse_replica(module)
-        h = _pick(output, self.site.output.key)
+        h = pick(output, self.site.output.key)
         x = self._held.pop(_thread(), None) if self._reads_stream else None
         if self._reads_stream and (x is None or x.shape != h.shape):
             raise _stream_error(self.site, x, h)
@@ -183,13 +183,11 @@ class SiteSlot(nn.Module):
 class ProjectionSlot(nn.Module):
     """The hook on one projection: runs the linear methods of every role the projection plays."""
 
-    def __init__(self, site_key: str, path: str) -> None:
+    def __init__(
+        self, program: list[tuple[Setup, dict[str, LinearMethod], tuple[tuple[int, int], ...] | None]]
+    ) -> None:
+        """`program`: for each role a setup, its modules, and the rows of a fused projection."""
         super().__init__()
-        self.site_key, self.path = site_key, path
-        self._program: list[tuple[Setup, dict[str, LinearMethod], tuple[tuple[int, int], ...] | None]] = []
-
-    def arm(self, program: list[tuple[Setup, dict[str, LinearMethod], tuple[tuple[int, int], ...] | None]]) -> None:
-        """Choose what the hook will run: for each role a setup, its modules, and the rows of a fused projection."""
         self._program = program
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -230,7 +228,8 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def _pick(value: Any, key: tuple[int | str, ...]) -> Any:
+def pick(value: Any, key: tuple[int | str, ...]) -> Any:
+    """The item of a call's arguments or result that a tap names."""
     for part in key:
         value = value[part]
     return value

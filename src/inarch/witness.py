@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .attach import watch_stream
-from .bank import SiteSlot, tap_module
+from .bank import SiteSlot, pick, tap_module
 from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
 
@@ -61,9 +61,7 @@ class _Witness:
         return handles
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for part in self.site.output.key:
-            output = output[part]
-        self.outputs.append(output.detach().clone())
+        self.outputs.append(pick(output, self.site.output.key).detach().clone())
         self.streams += [held.detach().clone() for held in self._slot.take_held()]
 
     def _on_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
