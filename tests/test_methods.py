@@ -27,6 +27,9 @@ CONFIGS = {
     "lora": True,
     "lora[attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True,use_gating=True,init_weights=bert]": False,
     "lora[alpha=16]|par_bn": True,
+    "ia3": True,
+    "ia3[attn_matrices=[q,k,v,o],after_activation=False,output_lora=True,use_gating=True]": False,
+    "lora[intermediate_lora=True,output_lora=True]|ia3[attn_matrices=[q,v],output_lora=True]": True,
 }
 
 
@@ -169,12 +172,62 @@ def test_lora_is_a_change_of_the_weight(name):
     assert torch.allclose(output(model, name), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize("after", [True, False])
+def test_ia3_is_a_scale_of_the_weight(name, after):
+    """Liu et al. 2022, section 3.3: rows and biases of K and V by l_k and l_v, the MLP's inner side by l_ff."""
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    adapters.add("a", f"ia3[alpha=1.5,after_activation={after},attn_matrices=[q,k,v],output_lora=True]")
+    awake(adapters, "a")
+    adapters.activate("a")
+    expected = output(model, name)
+    adapters.deactivate()
+    with torch.no_grad():
+        for key, scale in adapters["a"].items():
+            site_key, _, role, side = key.rsplit(".", 3)
+            site = adapters.sites[site_key]
+            (projection,) = site.projections[role]
+            module = model.get_submodule(site.absolute(projection.path))
+            weight = module.weight.T if projection.transposed else module.weight
+            if side == "input_scale":
+                weight *= scale * 1.5
+                continue
+            ((start, stop),) = projection.rows or ((0, projection.out_features),)
+            weight[start:stop] *= scale[:, None] * 1.5
+            if module.bias is not None:
+                module.bias[start:stop] *= scale * 1.5
+    assert torch.allclose(output(model, name), expected, atol=2e-5)
+
+
+def test_ia3_scales_by_default_where_the_paper_does():
+    """Not before the activation; in an MLP with a gate there is no difference between the two places."""
+    for name, same in (("vit", False), ("llama", True)):
+        model = tiny(name)
+        adapters = inarch.attach(model)
+        for key, after in (("a", True), ("b", False)):
+            adapters.add(key, f"ia3[selfattn_lora=False,after_activation={after}]")
+        for value, other in zip(adapters["a"].values(), adapters["b"].values(), strict=True):
+            value.data = other.data = torch.rand(value.shape) + 0.5
+        outputs = []
+        for key in "ab":
+            adapters.activate(key)
+            outputs.append(still(model, name))
+        assert torch.allclose(*outputs, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("config", ["ia3[selfattn_lora=False,intermediate_lora=False]", "ia3[attn_matrices=[]]"])
+def test_ia3_without_a_projection_is_refused(config):
+    with pytest.raises(inarch.ConfigError, match="must (be true|name a projection).* got (none|an empty list)"):
+        read_config(config)
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "llama", "t5"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_adapters_follow_the_model_to_another_dtype(name, dtype):
     model = tiny(name)
     adapters = inarch.attach(model)
-    adapters.add("a", "double_seq_bn|lora[init_weights=bert]")
+    adapters.add("a", "double_seq_bn|lora[init_weights=bert]|ia3")
     adapters.activate("a")
     expected = output(model, name)
     model.to(dtype)

@@ -210,19 +210,21 @@ def _arm_projections(
                 programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
     handles = []
     for path, program in programs.items():
-        hook = ProjectionSlot(program)
-        handles.append(model.get_submodule(site.absolute(path)).register_forward_hook(hook.adapt))
+        hook, module = ProjectionSlot(program), model.get_submodule(site.absolute(path))
+        if hook.changes_input:
+            handles.append(module.register_forward_pre_hook(hook.prepare))
+        handles.append(module.register_forward_hook(hook.adapt))
     return handles
 
 
 def _linear_modules(
     slot: SiteSlot, order: tuple[str, ...], configs: Mapping[str, AdapterConfig], role: str
-) -> dict[str, LinearMethod]:
-    found: dict[str, LinearMethod] = {}
+) -> dict[str, list[LinearMethod]]:
+    found: dict[str, list[LinearMethod]] = {}
     for name in order:
         modules = modules_at(slot, name)
         for config in configs[name].parts if modules is not None else ():
             module = modules.find(f"{method_of(config).name}.{role}")  # type: ignore[union-attr]
             if isinstance(module, LinearMethod):
-                found[name] = module
+                found.setdefault(name, []).append(module)
     return found

@@ -184,11 +184,21 @@ class ProjectionSlot(nn.Module):
     """The hook on one projection: runs the linear methods of every role the projection plays."""
 
     def __init__(
-        self, program: list[tuple[Setup, dict[str, LinearMethod], tuple[tuple[int, int], ...] | None]]
+        self, program: list[tuple[Setup, dict[str, list[LinearMethod]], tuple[tuple[int, int], ...] | None]]
     ) -> None:
-        """`program`: for each role a setup, its modules, and the rows of a fused projection."""
+        """`program`: for each role a setup, the modules of its adapters, and the rows of a fused projection."""
         super().__init__()
         self._program = program
+        self.changes_input = any(
+            module.changes_input for _, modules, _ in program for row in modules.values() for module in row
+        )
+
+    def prepare(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pre-hook on a projection: its new input, (..., in)."""
+        inputs = args[0]
+        for setup, modules, _ in self._program:
+            inputs = run(setup, inputs, _InputStep(modules))
+        return (inputs, *args[1:])
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook on a projection: its new output, (..., out)."""
@@ -202,14 +212,28 @@ class ProjectionSlot(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class _LinearStep:
-    """One linear method of a setup, on the projection's input."""
+class _InputStep:
+    """One adapter of a setup, on the way into a projection."""
 
-    modules: Mapping[str, LinearMethod]
+    modules: Mapping[str, list[LinearMethod]]
+
+    def __call__(self, name: str, inputs: Tensor) -> Tensor:
+        for module in self.modules[name]:
+            inputs = module.prepare(inputs)
+        return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearStep:
+    """One adapter of a setup, on the projection's input and output."""
+
+    modules: Mapping[str, list[LinearMethod]]
     inputs: Tensor
 
     def __call__(self, name: str, output: Tensor) -> Tensor:
-        return self.modules[name](self.inputs, output)  # type: ignore[no-any-return]
+        for module in self.modules[name]:
+            output = module(self.inputs, output)
+        return output
 
 
 def _refuse_replica(module: nn.Module) -> None:

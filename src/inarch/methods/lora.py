@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Config, config_class, option
-from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import LinearMethod, Placement, check_layers, layer_number, sequence_gate
-
-_ATTENTION = ("self_attention", "cross_attention", "mixer")
+from .method import LinearMethod, Placement, projection_placements, sequence_gate
 
 
 @config_class
@@ -72,30 +69,7 @@ class LoRA(LinearMethod):
 
     @classmethod
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
-        check_layers("leave_out", config.leave_out, sites)
-        roles = config.roles()
-        present = {role for site in sites for role in site.projections}
-        unmet = [role for role in roles if role not in present]
-        if unmet:
-            raise ConfigError(
-                f"Every projection a configuration asks for must exist; got {', '.join(f'`{role}`' for role in unmet)} "
-                f"from `{roles[unmet[0]]}` for {sites.model_class}, which has "
-                f"{', '.join(f'`{role}`' for role in sorted(present)) or 'no known projection'}. Ask for those it has."
-            )
-        found = [
-            Placement(site=site, port="linear", role=role, part=part)
-            for site in sites
-            if layer_number(site, sites) not in config.leave_out
-            for role in roles
-            if (site.kind in _ATTENTION) == (role in ("q", "k", "v", "o"))
-            for part in range(len(site.projections.get(role, ())))
-        ]
-        if not found:
-            raise ConfigError(
-                f"A configuration must reach at least one projection; got `leave_out={list(config.leave_out)}` for "
-                f"{sites.model_class}. Leave fewer layers out."
-            )
-        return found
+        return projection_placements(config.roles(), config.leave_out, sites)
 
     def __init__(self, config: LoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

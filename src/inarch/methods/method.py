@@ -9,7 +9,7 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -22,6 +22,9 @@ from ..core.site import Site, Sites
 from ..core.wiring import Carry, Summable
 
 V = TypeVar("V", bound=Summable)
+
+_ATTENTION = ("self_attention", "cross_attention", "mixer")
+_ATTENTION_ROLES = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,13 @@ class SublayerMethod(AbstractMethod):
 class LinearMethod(AbstractMethod):
     """A method that plugs into `LinearPort`."""
 
+    changes_input: bool = False
+    """Whether `prepare` does anything."""
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """What a projection gets for its input (..., in)."""
+        return inputs
+
     @abstractmethod
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """The new output (..., rows) of a projection, from its input (..., in) and its output (..., rows)."""
@@ -107,6 +117,37 @@ def layer_number(site: Site, sites: Sites) -> int:
             return offset + site.layer
         offset += count
     raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
+
+
+def projection_placements(wishes: Mapping[str, str], leave_out: tuple[int, ...], sites: Sites) -> list[Placement]:
+    """A placement for each projection of every layer that plays one of some roles.
+
+    Arguments: `wishes` gives the roles, each with the configuration field that asks for it; `leave_out` numbers layers
+    to pass over. Raises `ConfigError` for a role or a layer that the model does not have, or where nothing is left.
+    """
+    check_layers("leave_out", leave_out, sites)
+    present = {role for site in sites for role in site.projections}
+    unmet = [role for role in wishes if role not in present]
+    if unmet:
+        raise ConfigError(
+            f"Every projection a configuration asks for must exist; got {', '.join(f'`{role}`' for role in unmet)} "
+            f"from `{wishes[unmet[0]]}` for {sites.model_class}, which has "
+            f"{', '.join(f'`{role}`' for role in sorted(present)) or 'no known projection'}. Ask for those it has."
+        )
+    found = [
+        Placement(site=site, port="linear", role=role, part=part)
+        for site in sites
+        if layer_number(site, sites) not in leave_out
+        for role in wishes
+        if (site.kind in _ATTENTION) == (role in _ATTENTION_ROLES)
+        for part in range(len(site.projections.get(role, ())))
+    ]
+    if not found:
+        raise ConfigError(
+            f"A configuration must reach at least one projection; got `leave_out={list(leave_out)}` for "
+            f"{sites.model_class}. Leave fewer layers out."
+        )
+    return found
 
 
 def sequence_gate(gate: nn.Module, z: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""(IA)³: learned vectors that scale keys, values and the inner activations of the MLPs.
+
+Liu et al. 2022 (arXiv 2205.05638), section 3.3:
+
+    K <- l_k · K        V <- l_v · V        MLP: W_down (l_ff · f(W_up x))
+
+A projection's output y = W x + b becomes y · l; the vector of the MLP scales the input of its down-projection. The
+library `adapters` scales the output of the up-projection instead, before the activation f (`after_activation=False`
+here); in an MLP with a gate, where f acts on the gate's output alone, both are the same function.
+
+Tensors: (..., in) and (..., out), with B batch and L tokens in front.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import Config, config_class, option
+from ..core.site import Sites
+from .method import LinearMethod, Placement, projection_placements, sequence_gate
+
+
+@config_class
+class IA3Config(Config):
+    """Learned scales of some projections of every layer."""
+
+    selfattn_lora: bool = option(True, "Scale projections of the attentions, those of `attn_matrices`.")
+    attn_matrices: tuple[Literal["q", "k", "v", "o"], ...] = option(
+        ("k", "v"), "Which projections of an attention: query, key, value, output."
+    )
+    intermediate_lora: bool = option(True, "Scale the inner activations of the MLPs.")
+    after_activation: bool = option(
+        True,
+        "Where `intermediate_lora` scales: on the way into the down-projection, as the paper does, or (false) behind "
+        "the up-projection, as the library `adapters` does.",
+    )
+    output_lora: bool = option(False, "Scale the output of the MLPs.")
+    alpha: float = option(1.0, "A constant factor on every scale.", more_than=0)
+    use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha.")
+    leave_out: tuple[int, ...] = option((), "Numbers of the layers without scales, counted from 0.")
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.selfattn_lora and not self.attn_matrices:
+            found.append(
+                "`IA3Config.attn_matrices` must name a projection where `selfattn_lora` is true; got an empty list. "
+                "Write attn_matrices=['k','v'] or selfattn_lora=False."
+            )
+        if not (self.selfattn_lora or self.intermediate_lora or self.output_lora):
+            found.append(
+                "At least one of `selfattn_lora`, `intermediate_lora` and `output_lora` must be true; got none at "
+                "`IA3Config`. Set `selfattn_lora=True`."
+            )
+        return found
+
+    def roles(self) -> dict[str, str]:
+        """The projections asked for by role, each with the field that asks."""
+        wishes: dict[str, str] = dict.fromkeys(self.attn_matrices, "attn_matrices") if self.selfattn_lora else {}
+        if self.intermediate_lora:
+            wishes["down" if self.after_activation else "up"] = "intermediate_lora"
+        return wishes | ({"down": "output_lora"} if self.output_lora else {})
+
+
+class IA3(LinearMethod):
+    """The scales at one projection, or at the rows of a fused one that play one role."""
+
+    name = "ia3"
+    config_class = IA3Config
+    presets: ClassVar[dict[str, Config]] = {"ia3": IA3Config()}
+
+    @classmethod
+    def placements(cls, config: IA3Config, sites: Sites) -> list[Placement]:
+        return projection_placements(config.roles(), config.leave_out, sites)
+
+    def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
+        super().__init__()
+        projection = placement.site.projections[placement.role][placement.part]
+        at_input = placement.role == "down" and config.intermediate_lora and config.after_activation
+        at_output = placement.role != "down" or config.output_lora
+        self.input_scale = nn.Parameter(torch.ones(projection.in_features)) if at_input else None
+        self.scale = nn.Parameter(torch.ones(projection.num_rows)) if at_output else None
+        self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
+        self.alpha = config.alpha
+        self.changes_input = at_input
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
+            nn.init.zeros_(self.gate.bias)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        return inputs if self.input_scale is None else self._scaled(inputs, self.input_scale, inputs)
+
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """(..., in), (..., rows) -> (..., rows)."""
+        return output if self.scale is None else self._scaled(output, self.scale, inputs)
+
+    def _scaled(self, values: Tensor, scale: Tensor, inputs: Tensor) -> Tensor:
+        if self.gate is not None:
+            scale = scale * sequence_gate(self.gate, inputs.to(self.gate.weight.dtype))
+        elif self.alpha != 1.0:
+            scale = scale * self.alpha
+        return values * scale.to(values.dtype)
