@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 MODEL_HELP = "`demo`, a folder, a model type such as `vit`, or the Hub id of a model. No weights are read."
 LAYOUT_HELP = "A JSON file with the model's sites, as `inarch probe --json` prints it, instead of finding them."
 
+_SOURCES = {
+    "layout": "As the layout says.",
+    "golden": "As the layout says that inarch ships for this architecture; a probe found the same.",
+    "meta": "Found by a probe without weights.",
+    "forward": "Found by a probe with weights, as the model's code reads its data.",
+}
+
 
 def probe(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
@@ -22,7 +29,8 @@ def probe(
 ) -> None:
     """Find the residual sites of a model: where adapters can go.
 
-    The architecture is run once without weights; nothing large is downloaded or held in memory.
+    Where inarch ships no layout of the architecture, it is run once without weights; nothing large is downloaded or
+    held in memory.
     """
     from ..sites import ProbeError
     from ..sites import probe as find_sites
@@ -43,6 +51,7 @@ def probe(
 def _say_sites(sites: "Sites") -> None:
     layers = ", ".join(f"{count} layers in `{stack}`" for stack, count in sites.num_layers.items())
     say(f"{sites.model_class}: {len(sites)} sites, {layers or 'no layer'}", style="bold")
+    say(_SOURCES[sites.source])
     headers = ("sites", "norm", "width", "layer", "branch output", "stream", "projections")
     say_table(headers, [_row(group) for group in sites.groups()])
     for note in dict.fromkeys(note for site in sites for note in site.notes):

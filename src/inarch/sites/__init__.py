@@ -5,4 +5,5 @@ from .inputs import given_inputs as given_inputs
 from .layout import resolve as resolve
 from .probe import ProbeError as ProbeError
 from .probe import probe as probe
+from .probe import probe_now as probe_now
 from .probe import synthesise as synthesise

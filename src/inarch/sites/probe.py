@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.errors import SiteError, join_problems
 from ..core.site import Sites
+from .golden import find as find_shipped
 from .graph import Graph
 from .inputs import Inputs, given_inputs, made_inputs
 from .known import Known
@@ -44,14 +45,20 @@ def probe(model: nn.Module, *, layout: Layout | None = None, example_inputs: Any
     """The residual sites of a model, found without changing it.
 
     **Arguments**: `layout` describes the sites and is only checked. `example_inputs` is what the model is called with
-    (a tensor, a tuple of arguments, or a dict of keyword arguments); without it, short inputs are made from the
-    model's configuration.
+    (a tensor, a tuple of arguments, or a dict of keyword arguments); without it, a shipped layout is taken where there
+    is one for exactly this model, and else short inputs are made from the model's configuration.
 
     Raises `SiteError` where no inputs can be made or the model cannot run; its subclass `ProbeError`, with the layout
     found so far in `found`, where there is no residual branch, one cannot be reached, or layers disagree.
     """
     if layout is not None:
         return resolve(model, layout)
+    shipped = find_shipped(model) if example_inputs is None else None
+    return probe_now(model, example_inputs=example_inputs) if shipped is None else shipped
+
+
+def probe_now(model: nn.Module, *, example_inputs: Any = None) -> Sites:
+    """What `probe` finds without a layout."""
     are_given = example_inputs is not None
     candidates = [given_inputs(example_inputs)] if are_given else made_inputs(model)
     if not candidates:
