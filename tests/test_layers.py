@@ -20,7 +20,7 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"bank", "plan", "attach"}
+GRAFT = MECHANISM | {"bank", "weight", "plan", "attach"}
 SERVICES = GRAFT | {"check", "witness", "state", "convert", "heads", "pretrained", "report"}
 USERS = SERVICES | {"handle", "train", "sweep", "testing"}
 
@@ -31,8 +31,9 @@ LAYERS: dict[str, set[str]] = {
     "compose": CORE,
     "sites": CORE,
     "bank": MECHANISM,
+    "weight": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank"},
-    "attach": MECHANISM | {"bank", "plan"},
+    "attach": MECHANISM | {"bank", "weight", "plan"},
     "check": GRAFT,
     "witness": GRAFT,
     "state": GRAFT,

@@ -828,7 +828,7 @@ def test_model_that_describes_its_input_needs_no_example():
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torch_encoder_layers(norm_first):
-    """`nn.TransformerEncoder` works, fast path or not; its fused attention has no linear modules to name."""
+    """`nn.TransformerEncoder` works, fast path or not; its fused attention applies its weights itself."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, batch_first=True, norm_first=norm_first)
     model = nn.Sequential(
         nn.Embedding(VOCAB, WIDTH), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -836,7 +836,13 @@ def test_torch_encoder_layers(norm_first):
     sites = probe(model, example_inputs=torch.arange(12).reshape(2, 6))
     arrangement = "pre" if norm_first else "post"
     assert layers_of(sites)["text0", 1] == [("self_attention", arrangement), ("mlp", arrangement)]
-    assert sites["text0.0.self_attention"].projections == {}
+    projections = sites["text0.0.self_attention"].projections
+    assert {role: (p.path, p.weight, p.rows) for role, (p,) in projections.items()} == {
+        "q": ("self_attn", "in_proj_weight", ((0, WIDTH),)),
+        "k": ("self_attn", "in_proj_weight", ((WIDTH, 2 * WIDTH),)),
+        "v": ("self_attn", "in_proj_weight", ((2 * WIDTH, 3 * WIDTH),)),
+        "o": ("self_attn", "out_proj.weight", None),
+    }
     assert [p.path for p in sites["text0.0.mlp"].projections["up"]] == ["linear1"]
 
 

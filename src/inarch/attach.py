@@ -5,8 +5,8 @@ if the wiring reads it, one on the norm after the sum if the adapter ends behind
 """
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,17 @@ from .bank import (
 )
 from .compose import Setup, keep_only, names
 from .core.errors import SiteError
-from .core.site import Site, Sites, Tap
-from .methods import AdapterConfig, LinearMethod, layer_number, method_of
+from .core.site import Projection, Site, Sites, Tap
+from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
 from .plan import formula, sublayer_part
+from .sites import Unnested, nesting_encoders
+from .weight import WeightRole, WeightSlot
+
+
+class Removable(Protocol):
+    """What undoes one change of a model, such as the handle of a hook."""
+
+    def remove(self) -> None: ...
 
 
 def graft(model: nn.Module, sites: Sites) -> None:
@@ -66,7 +74,7 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, di
     built: dict[str, dict[str, nn.Module]] = {}
     for part in config.parts:
         method = method_of(part)
-        for number, placement in enumerate(method.placements(part, sites)):
+        for number, placement in enumerate(placements(part, sites)):
             seed = getattr(part, "init_weights_seed", None)
             # One stream of random numbers for each module: equal weights in every layer would be no random start.
             generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
@@ -125,18 +133,20 @@ def arm(
     sites: Sites,
     setup: Setup,
     configs: Mapping[str, AdapterConfig],
-    handles: list[RemovableHandle],
+    handles: list[Removable],
 ) -> None:
     """Register the hooks a setup needs, adding what removes them to `handles`."""
     for site in sites:
         handles += _arm_projections(model, site, setup, configs)
+    handles += _arm_weights(model, sites, setup, configs)
     # After the projections': where both hook one module, the projection is part of the branch.
     for site in sites:
         handles += _arm_sum(model, site, setup, configs)
+    handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]
     forget_compiled()
 
 
-def disarm(model: nn.Module, sites: Sites, handles: list[RemovableHandle]) -> None:
+def disarm(model: nn.Module, sites: Sites, handles: list[Removable]) -> None:
     """Remove hooks, and what they hold."""
     if not handles:
         return
@@ -200,14 +210,10 @@ def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> Remo
 def _arm_projections(
     model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
 ) -> list[RemovableHandle]:
-    slot = slot_of(model, site)
     programs: dict[str, list[Any]] = {}
-    for role, projections in site.projections.items():
-        for part, projection in enumerate(projections):
-            modules = _linear_modules(slot, names(setup), configs, f"{role}{part or ''}")
-            kept = keep_only(setup, lambda name, modules=modules: name in modules)  # type: ignore[misc]
-            if kept is not None:
-                programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
+    for projection, kept, modules in _adapted_projections(model, site, setup, configs):
+        if not projection.weight:
+            programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
     handles = []
     for path, program in programs.items():
         hook, module = ProjectionSlot(program), model.get_submodule(site.absolute(path))
@@ -215,6 +221,40 @@ def _arm_projections(
             handles.append(module.register_forward_pre_hook(hook.prepare))
         handles.append(module.register_forward_hook(hook.adapt))
     return handles
+
+
+def _arm_weights(
+    model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> list[RemovableHandle]:
+    # By module through all sites: two slots on one module would not know of each other.
+    programs: dict[nn.Module, tuple[str, dict[str, list[WeightRole]]]] = {}
+    for site in sites:
+        for projection, kept, modules in _adapted_projections(model, site, setup, configs):
+            if projection.weight:
+                path = site.absolute(projection.path)
+                _, program = programs.setdefault(model.get_submodule(path), (path, {}))
+                program.setdefault(projection.weight, []).append(WeightRole(projection, kept, modules))
+    handles = []
+    for owner, (path, program) in programs.items():
+        slot = WeightSlot(path, program)
+        handles += [
+            owner.register_forward_pre_hook(slot.enter, prepend=True),
+            owner.register_forward_hook(slot.leave, always_call=True),
+        ]
+    return handles
+
+
+def _adapted_projections(
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> Iterator[tuple[Projection, Setup, dict[str, list[LinearMethod]]]]:
+    """The projections of a site that adapters of the setup act on, with those adapters."""
+    slot = slot_of(model, site)
+    for role, projections in site.projections.items():
+        for part, projection in enumerate(projections):
+            modules = _linear_modules(slot, names(setup), configs, f"{role}{part or ''}")
+            kept = keep_only(setup, lambda name, modules=modules: name in modules)  # type: ignore[misc]
+            if kept is not None:
+                yield projection, kept, modules
 
 
 def _linear_modules(

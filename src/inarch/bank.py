@@ -161,7 +161,7 @@ class SiteSlot(nn.Module):
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
-        _refuse_replica(module)
+        refuse_replica(module)
         h = pick(output, self.site.output.key)
         x = self._held.pop(_thread(), None) if self._reads_stream else None
         if self._reads_stream and (x is None or x.shape != h.shape):
@@ -202,7 +202,7 @@ class ProjectionSlot(nn.Module):
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook on a projection: its new output, (..., out)."""
-        _refuse_replica(module)
+        refuse_replica(module)
         inputs = args[0]
         for setup, modules, rows in self._program:
             part = output if rows is None else _rows(output, rows)
@@ -236,7 +236,8 @@ class _LinearStep:
         return output
 
 
-def _refuse_replica(module: nn.Module) -> None:
+def refuse_replica(module: nn.Module) -> None:
+    """Raise `SetupError` on a copy of a module that holds no state of its own."""
     if getattr(module, "_is_replica", False):
         raise SetupError(
             "Adapters run on a model, not on copies of it made for each batch; got a replica of `nn.DataParallel`. Use "

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import attach as grafting
 from . import convert, pretrained, state
@@ -136,7 +135,7 @@ class Adapters:
         self._kept: dict[str, dict[str, Tensor]] = {}
         """Heads of adapters, where another adapter has trained the same modules since."""
         self._setup: Setup | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[grafting.Removable] = []
         setattr(model, _ATTRIBUTE, self)
         self._pretrained = pretrained.Door(self)
 

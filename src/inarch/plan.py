@@ -12,7 +12,7 @@ from .core.site import Site, Sites
 from .core.symbols import Expr, symbol
 from .core.table import render
 from .core.wiring import Settled, layer_output
-from .methods import AdapterConfig, Placement, SublayerMethod, layer_number, method_of
+from .methods import AdapterConfig, Placement, SublayerMethod, layer_number, method_of, placements
 
 X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
 
@@ -86,7 +86,7 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
         PlannedModule(name, method_of(part).name, placement, _count(part, placement, sites))
         for name, config in adapters.items()
         for part in config.parts
-        for placement in method_of(part).placements(part, sites)
+        for placement in placements(part, sites)
     ]
     formulas = {}
     if setup is not None:

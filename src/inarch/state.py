@@ -253,7 +253,8 @@ def fingerprint(model: nn.Module, sites: Sites) -> dict[str, list[float]] | str:
     step = max(1, math.ceil(len(maps) / _SAMPLED_MAPS))
     found: dict[str, list[float]] = {}
     for key, module, projection in maps[::step]:
-        weight = getattr(module, "weight", None)
+        holder, _, name = (projection.weight or "weight").rpartition(".")
+        weight = getattr(module.get_submodule(holder), name, None)
         if not isinstance(weight, Tensor) or weight.device.type == "meta" or weight.dtype not in _TOLERANCE:
             return "unknown"
         if weight.dim() != 2 or weight.shape[0] * weight.shape[1] != projection.in_features * projection.out_features:

@@ -12,6 +12,7 @@ from .attach import watch_stream
 from .bank import SiteSlot, pick, tap_module
 from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
+from .sites import unfused
 
 
 def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), unfused(), torch.random.fork_rng(devices=[]):
             model(*args, **kwargs)
     finally:
         for handle in handles:

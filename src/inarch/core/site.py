@@ -44,6 +44,10 @@ class Tap:
 class Projection:
     """A linear map `y = W x + b` inside a branch; `path` is relative to the layer.
 
+    `weight` is empty where `path` is a linear module that is called. Where some other module applies the matrix itself,
+    `path` is that module and `weight` names the parameter in it: `in_proj_weight` or `out_proj.weight` of torch's
+    `nn.MultiheadAttention`. There the input and the output of the map cannot be seen; its weight can be replaced.
+
     `rows` are the output features that play the role, as half-open ranges, for a projection that computes several roles
     at once (fused q, k, v); None means all of them. `transposed` marks weights stored as (in, out).
     """
@@ -53,6 +57,7 @@ class Projection:
     out_features: int
     rows: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
+    weight: str = ""
 
     @property
     def num_rows(self) -> int:

@@ -9,5 +9,6 @@ from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike
 from .registry import method_of as method_of
 from .registry import methods as methods
+from .registry import placements as placements
 from .registry import presets as presets
 from .registry import read_config as read_config

@@ -71,6 +71,12 @@ class LoRA(LinearMethod):
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
         return projection_placements(config.roles(), config.leave_out, sites)
 
+    @classmethod
+    def obstacle_on_weight(cls, config: LoRAConfig) -> str:
+        if config.dropout:
+            return f"`dropout={config.dropout:g}`, which acts on the input of the projection,"
+        return "`use_gating=True`, which reads the input of the projection," if config.use_gating else ""
+
     def __init__(self, config: LoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]
@@ -98,3 +104,7 @@ class LoRA(LinearMethod):
             return torch.add(output, delta.to(output.dtype), alpha=self.scaling)
         gate = sequence_gate(self.gate, inputs.to(self.A.dtype))
         return output + (delta * gate).to(output.dtype)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """W + (alpha / r) · B A, (rows, in) -> (rows, in)."""
+        return torch.add(weight, (self.B @ self.A).to(weight.dtype), alpha=self.scaling)

@@ -3,7 +3,8 @@
 A method is one file of this folder with one leaf class. Its port says where it plugs in:
 
     SublayerMethod   receives the stream x and the branch output h of a site, gives a new site output
-    LinearMethod     receives the input and the output of one projection, gives a new output
+    LinearMethod     receives the input and the output of one projection, gives a new output; where no hook can see
+                     these, because a module applies the weight itself, it gives a new weight, if it can
 
 Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
@@ -32,7 +33,7 @@ class Placement:
     """One module a method wants: at which site, through which port, and, for a projection, in which role."""
 
     site: Site
-    port: Literal["sublayer", "linear"]
+    port: Literal["sublayer", "linear", "weight"]
     role: str = ""
     part: int = 0
     """Which of the projections that share the role (an attention may compute k in two steps)."""
@@ -84,7 +85,7 @@ class SublayerMethod(AbstractMethod):
 
 
 class LinearMethod(AbstractMethod):
-    """A method that plugs into `LinearPort`."""
+    """A method that plugs into `LinearPort` and, where it says so, into `WeightPort`."""
 
     changes_input: bool = False
     """Whether `prepare` does anything."""
@@ -96,6 +97,15 @@ class LinearMethod(AbstractMethod):
     @abstractmethod
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """The new output (..., rows) of a projection, from its input (..., in) and its output (..., rows)."""
+
+    @classmethod
+    def obstacle_on_weight(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
+        """What of a configuration needs the input or the output of a projection; empty if `effective` does it all."""
+        return f"the method `{cls.name}`"
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The new weight (rows, in) of a projection that a module applies itself, from its frozen one."""
+        raise TypeError(f"`{self.name}` has an obstacle on weights")
 
 
 def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:

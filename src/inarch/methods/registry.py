@@ -9,7 +9,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from ..core import grammar
 from ..core.config import Config, thaw
 from ..core.errors import ConfigError, join_problems, nearest
-from .method import AbstractMethod
+from ..core.site import Sites
+from .method import AbstractMethod, LinearMethod, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,35 @@ def _part_text(part: Config) -> str:
         choices.append((len(changes), name, changes))
     _, name, changes = min(choices, key=lambda choice: choice[0])
     return grammar.write(name, changes)
+
+
+def placements(part: Config, sites: Sites) -> list[Placement]:
+    """Every module a method's configuration asks for, through the port that each place has.
+
+    Raises `ConfigError` for a wish that matches nothing, and for a projection whose method cannot act on its weight
+    alone.
+    """
+    return [
+        _through_its_port(method_of(part), part, placement) for placement in method_of(part).placements(part, sites)
+    ]
+
+
+def _through_its_port(method: type[AbstractMethod], part: Config, placement: Placement) -> Placement:
+    if placement.port == "sublayer":
+        return placement
+    site = placement.site
+    projection = site.projections[placement.role][placement.part]
+    if not projection.weight:
+        return placement
+    assert issubclass(method, LinearMethod)
+    obstacle = method.obstacle_on_weight(part)
+    if obstacle:
+        raise ConfigError(
+            f"Where a module applies a weight itself, only the weight can be changed; got {obstacle} for "
+            f"`{placement.role}` of `{site.key}`, which is `{projection.weight}` of `{site.absolute(projection.path)}` "
+            f"({site.layer_class}). Change that setting, or leave the projection out."
+        )
+    return replace(placement, port="weight")
 
 
 @cache

@@ -3,6 +3,9 @@
 from .inputs import Inputs as Inputs
 from .inputs import given_inputs as given_inputs
 from .layout import resolve as resolve
+from .native import Unnested as Unnested
+from .native import nesting_encoders as nesting_encoders
+from .native import unfused as unfused
 from .probe import ProbeError as ProbeError
 from .probe import probe as probe
 from .probe import probe_now as probe_now

@@ -102,6 +102,8 @@ class Graph:
     """The model's inputs: value -> name of the argument."""
     indices: dict[int, tuple[Tensor | None, ...]]
     """Values picked from another by lists of places: value -> the places in every dimension, None for all."""
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    """The values that are parameters."""
 
     @cached_property
     def producers(self) -> dict[int, list[tuple[Call, Key]]]:

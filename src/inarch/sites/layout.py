@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.errors import SiteError, join_problems, nearest
 from ..core.site import Projection, Site, Sites, Tap
-from .roles import linear_shape
+from .maps import linear_shape
 
 Layout = Sites | Mapping[str, Any] | str | PathLike[str]
 
@@ -138,9 +138,14 @@ def _problems_of_projection(
     if path not in modules:
         yield _missing(site, f"projections.{role}", path, modules)
         return
-    real = linear_shape(modules[path])
     described = (projection.in_features, projection.out_features, projection.transposed)
-    if real is None:
+    real = _weight_shape(modules[path], projection) if projection.weight else linear_shape(modules[path])
+    if real is None and projection.weight:
+        yield (
+            f"`weight` of `projections.{role}` names a matrix among the parameters of `{path}`; got "
+            f"`{projection.weight}` at {site.key}. {nearest(projection.weight, _matrices(modules[path]))}"
+        )
+    elif real is None:
         yield (
             f"`projections.{role}` names a linear module; got {type(modules[path]).__name__} at `{path}` of "
             f"{site.key}. Name a linear module or leave the role out."
@@ -155,6 +160,18 @@ def _problems_of_projection(
             f"`rows` of `projections.{role}` are rising half-open ranges below {projection.out_features}; got "
             f"{list(projection.rows)} at {site.key}. Give ranges such as `[[0, {projection.out_features}]]`."
         )
+
+
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 2}
+
+
+def _weight_shape(module: nn.Module, projection: Projection) -> tuple[int, int, bool] | None:
+    matrix = _matrices(module).get(projection.weight)
+    if matrix is None:
+        return None
+    outputs, inputs = reversed(matrix.shape) if projection.transposed else matrix.shape
+    return inputs, outputs, projection.transposed
 
 
 def _are_rows(rows: tuple[tuple[int, int], ...], stop: int) -> bool:

@@ -4,18 +4,17 @@ Queries, keys and values are what enters the attention's product, wherever they 
 plays several roles, each with some of its output features.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from ..core.site import Kind, Projection
-from .features import Features, features_used
-from .graph import ATTENTIONS, Call, Graph, Value
+from .features import Features
+from .graph import ATTENTIONS, Graph, Value
 from .layers import tree
+from .maps import LinearMap, find_maps, linear_shape
 from .residual import Branch, see_through
 from .taps import Reach
 
@@ -39,7 +38,7 @@ class Attention:
 class Source:
     """A linear map that a value is computed from, and which of its output features the value uses."""
 
-    call: Call
+    map: LinearMap
     features: Features
 
 
@@ -164,11 +163,7 @@ class _Maps:
         self._graph = graph
         self._branch = branch
         self._reach = reach
-        self._at: dict[int, Call] = {}
-        for index in branch.interior:
-            for call, _ in graph.producers.get(index, ()):
-                if reach.scope.encloses(call) and linear_shape(call.module) and reach.path(call):
-                    self._at[index] = call
+        self._at = find_maps(graph, branch, reach)
 
     def of_attentions(self, attentions: Sequence[Attention]) -> dict[str, list[Source]]:
         return {
@@ -180,21 +175,23 @@ class _Maps:
 
     def of_mlp(self) -> dict[str, list[Source]]:
         width = self._graph.values[self._branch.total].shape[-1]
-        down = [s for s in self._behind([self._branch.term]) if _shape(s.call.module)[1] == width]
+        down = [s for s in self._behind([self._branch.term]) if s.map.out_features == width]
         roles: dict[str, list[Source]] = {"up": [], "gate": [], "down": down}
         for source in down:
-            up, gate = self._up_and_gate(next(iter(source.call.inputs.values())))
+            up, gate = self._up_and_gate(source.map.input)
             roles["up"] += up
             roles["gate"] += gate
         return roles
 
     def describe(self, sources: list[Source]) -> tuple[Projection, ...]:
         """The sources as records; what several uses of one map add up to counts once."""
-        uses: dict[str, list[Source]] = defaultdict(list)
+        uses: dict[tuple[str, str], list[Source]] = defaultdict(list)
         for source in sources:
-            uses[self._reach.path(source.call) or ""].append(source)
-        found = {path: _projection(path, several) for path, several in uses.items()}
-        idle = {part.path: part for projection in found.values() for part in self._idle_siblings(projection)}
+            uses[source.map.key].append(source)
+        found = {key: _projection(several) for key, several in uses.items()}
+        idle = {
+            (part.path, part.weight): part for projection in found.values() for part in self._idle_siblings(projection)
+        }
         # The number of a projection is part of an adapter's keys: it must not depend on which experts happened to run.
         return tuple(sorted((found | idle).values(), key=_place_in_lists) if idle else found.values())
 
@@ -211,11 +208,11 @@ class _Maps:
                     yield replace(projection, path=".".join([*parts[:depth], other, *parts[depth + 1 :]]))
 
     def other_weights(self) -> tuple[str, ...]:
-        """A note on weights that are applied by no linear module: experts in one tensor, a fused `in_proj`."""
+        """A note on weights that are no projection: experts in one tensor, convolutions."""
         owners = {
             path: type(owner.module).__name__
             for index in sorted(self._branch.path)
-            if self._graph.values[index].weighted
+            if self._graph.values[index].weighted and index not in self._at
             for owner in [self._graph.owner(index)]
             if linear_shape(owner.module) is None and (path := self._reach.path(owner)) is not None
         }
@@ -230,8 +227,7 @@ class _Maps:
         between = self._back_to_maps(start)
         for index in sorted(between):
             if index in self._at:
-                features = _shape(self._at[index].module)[1]
-                yield Source(self._at[index], features_used(self._graph, index, features, between))
+                yield Source(self._at[index], self._at[index].features(self._graph, between))
 
     def _back_to_maps(self, start: int) -> set[int]:
         """What a value is computed from, back to the nearest results of maps and with these."""
@@ -256,7 +252,7 @@ class _Maps:
                 continue
             seen.add(index)
             if index in self._at:
-                found[index] = Source(self._at[index], None)
+                found[index] = Source(self._at[index], self._at[index].features(self._graph, set()))
             else:
                 todo.extend(self._graph.values[index].users)
         return [found[index] for index in sorted(found)]
@@ -286,28 +282,16 @@ def _place_in_lists(projection: Projection) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in projection.path.split(".")]
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
-    """Input features, output features and whether the weight is stored as (in, out); None for other modules."""
-    layers: Any = sys.modules.get("transformers.pytorch_utils")  # not loaded: then no module is of its classes
-    if layers is not None and isinstance(module, layers.Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1]), True
-    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(in_features, int) and isinstance(out_features, int) and hasattr(module, "weight"):
-        return in_features, out_features, False
-    return None
-
-
-def _shape(module: nn.Module) -> tuple[int, int, bool]:
-    shape = linear_shape(module)
-    assert shape is not None
-    return shape
-
-
-def _projection(path: str, sources: list[Source]) -> Projection:
-    in_features, out_features, transposed = _shape(sources[0].call.module)
-    features = _all_features(sources)
-    rows = None if features is None or len(features) == out_features else _ranges(features)
-    return Projection(path=path, in_features=in_features, out_features=out_features, rows=rows, transposed=transposed)
+def _projection(sources: list[Source]) -> Projection:
+    used, features = sources[0].map, _all_features(sources)
+    return Projection(
+        path=used.path,
+        weight=used.weight,
+        in_features=used.in_features,
+        out_features=used.out_features,
+        rows=None if features is None or len(features) == used.out_features else _ranges(features),
+        transposed=used.transposed,
+    )
 
 
 def _all_features(sources: Iterable[Source]) -> Features:
@@ -326,7 +310,7 @@ def _share(a: Features, b: Features) -> bool:
 
 
 def _are_disjoint(left: Iterable[Source], right: Sequence[Source]) -> bool:
-    return not any(a.call.path == b.call.path and _share(a.features, b.features) for a in left for b in right)
+    return not any(a.map.key == b.map.key and _share(a.features, b.features) for a in left for b in right)
 
 
 def _without_ambiguous(roles: dict[str, list[Source]]) -> tuple[dict[str, list[Source]], tuple[str, ...]]:
@@ -334,16 +318,16 @@ def _without_ambiguous(roles: dict[str, list[Source]]) -> tuple[dict[str, list[S
 
     Two roles may share a map altogether (keys that are also values); then their features are the same.
     """
-    users: dict[str, dict[str, Features]] = defaultdict(dict)
+    users: dict[tuple[str, str], dict[str, Features]] = defaultdict(dict)
     for role, sources in roles.items():
-        for path in dict.fromkeys(source.call.path for source in sources):
-            users[path][role] = _all_features(source for source in sources if source.call.path == path)
-    mixed = {path for path, uses in users.items() if _are_mixed(list(uses.values()))}
-    clear = {role: [source for source in sources if source.call.path not in mixed] for role, sources in roles.items()}
+        for key in dict.fromkeys(source.map.key for source in sources):
+            users[key][role] = _all_features(source for source in sources if source.map.key == key)
+    mixed = {key for key, uses in users.items() if _are_mixed(list(uses.values()))}
+    clear = {role: [source for source in sources if source.map.key not in mixed] for role, sources in roles.items()}
     notes = tuple(
-        f"`{path.rpartition('.')[2]}` computes {', '.join(users[path])}, and which of its output features is which "
-        "could not be told"
-        for path in sorted(mixed)
+        f"`{weight or path.rpartition('.')[2]}` computes {', '.join(users[path, weight])}, "
+        "and which of its output features is which could not be told"
+        for path, weight in sorted(mixed)
     )
     return clear, notes
 

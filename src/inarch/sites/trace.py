@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .graph import ALIAS, ATTENTIONS, CONSTANT, INPUT, PARAMETER, Call, Graph, Key, Value
 from .known import KeepsIndices, Known
+from .native import unfused
 
 _PRODUCTS = ("mm", "bmm", "conv", "linear", "matmul", "dot", "rnn", "lstm", "gru")
 _NOT_COMPUTED = ("aten.sym_", "aten.is_same_size", "prim.")
@@ -37,11 +38,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], kn
                 for handle in recorder.watch(path, module):
                     stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(unfused())
         if known is not None:
             stack.enter_context(KeepsIndices())
         stack.enter_context(recorder)
         model(*args, **kwargs)
-    return Graph(model, recorder.values, recorder.calls, recorder.roots, recorder.indices)
+    return Graph(model, recorder.values, recorder.calls, recorder.roots, recorder.indices, recorder.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._version: dict[int, int] = {}
         self._alive: list[Tensor] = []
         self._on_storage: dict[int, list[Tensor]] = defaultdict(list)
-        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self.parameters: dict[int, nn.Parameter] = {}
+        self._parameters = {id(parameter): parameter for parameter in model.parameters()}
         self._argument_names = [
             p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY
         ]
@@ -150,7 +153,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return known
         is_parameter = id(tensor) in self._parameters
         value = self._new(tensor, PARAMETER if is_parameter else CONSTANT)
-        value.matrix = is_parameter and tensor.dim() >= 2
+        if is_parameter:
+            value.matrix = tensor.dim() >= 2
+            self.parameters[value.index] = self._parameters[id(tensor)]
         self._keep(tensor)
         return value.index
 
