@@ -91,11 +91,15 @@ def test_the_version():
     assert (result.exit_code, result.stdout) == (0, f"inarch {inarch.__version__}\n")
 
 
-def test_listing_the_commands_imports_none_of_them():
-    """`--help` is quick: no command and nothing of training is loaded."""
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "--nonsense"], ["predict"]]
+)
+def test_help_and_usage_errors_need_nothing_heavy(arguments):
+    """They are quick: neither torch nor numpy, nothing of a model or of training is loaded."""
     code = (
-        "import sys\nfrom inarch.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print([name for name in sys.modules if name.startswith(('inarch.cli.probe', 'inarch.train', 'transformers'))])"
+        f"import sys\nfrom inarch.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'numpy', 'transformers', 'inarch.handle', 'inarch.train.run') "
+        "if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

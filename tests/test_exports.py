@@ -1,10 +1,14 @@
 """The front door: the names a user may rely on, and what importing them costs."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
+
+import pytest
 
 import inarch
 
@@ -36,7 +40,7 @@ EXPORTS = [
 """Sorted. To take a name away is a breaking change; to add one wants a reason."""
 
 SLOW = ["PIL", "accelerate", "datasets", "matplotlib", "optuna", "pandas", "plotly", "scipy", "sklearn", "transformers"]
-"""Libraries that `import inarch` leaves alone: they take seconds, or come with an extra."""
+"""Libraries that what a user calls first leaves alone: they take seconds, or come with an extra."""
 
 
 def loaded_by(statement):
@@ -49,9 +53,33 @@ def loaded_by(statement):
 
 def test_the_exported_names_are_these():
     public = {name for name in dir(inarch) if not name.startswith("_")}
-    modules = {name for name in public if isinstance(getattr(inarch, name), types.ModuleType)}
-    assert sorted(public - modules) == EXPORTS  # a name missing here may be hidden by the module of that name
-    assert sorted(getattr(inarch, "__all__", EXPORTS)) == EXPORTS
+    assert sorted(public) == EXPORTS
+    modules = [name for name in public if isinstance(getattr(inarch, name), types.ModuleType)]
+    assert modules == []
+    assert sorted(inarch.__all__) == EXPORTS
+
+
+def test_type_checkers_and_users_get_a_name_from_the_same_module():
+    tree = ast.parse(Path(inarch.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]  # `if TYPE_CHECKING:`
+    assert {alias.asname: node.module for node in block.body for alias in node.names} == inarch._HOMES
+
+
+def test_a_module_of_the_same_name_does_not_take_the_place_of_an_export():
+    """Whatever is imported first: `inarch.attach` and `inarch.check` are modules too."""
+    shared = [name for name in EXPORTS if (Path(inarch.__file__).parent / name).with_suffix(".py").exists()
+              or (Path(inarch.__file__).parent / name).is_dir()]  # fmt: skip
+    assert shared == ["attach", "check"]
+    code = (
+        "import inarch.attach, inarch.check.proof, inarch.handle, inarch\n"
+        "assert inarch.attach is inarch.handle.attach and inarch.check is inarch.handle.check"
+    )
+    assert loaded_by(code) == []
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module `inarch` has no attribute `atach`"):
+        inarch.atach  # noqa: B018
 
 
 def test_the_exported_names_are_few_and_sorted():
@@ -64,7 +92,8 @@ def test_every_exported_name_explains_itself():
 
 
 def test_importing_the_package_loads_no_slow_library():
-    assert loaded_by("import inarch") == []
+    assert loaded_by("import inarch, sys; assert 'torch' not in sys.modules") == []
+    assert loaded_by("import inarch; inarch.attach, inarch.check, inarch.probe, inarch.Stack") == []
 
 
 def test_a_slow_library_would_be_seen():

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import attach as grafting
 from . import convert, pretrained, state
+from .attach import arm, build, check_stream, disarm, discard, graft, modules_at, slot_of, store, ungraft
 from .bank import SiteSlot
 from .check import Report, report
 from .compose import Block, Setup, check_runnable, names
@@ -126,7 +126,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         self._trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-        grafting.graft(model, sites)
+        graft(model, sites)
         self.model = model
         self.sites = sites
         self._configs: dict[str, AdapterConfig] = {}
@@ -165,7 +165,7 @@ class Adapters:
         return {
             f"{site.key}.{key}": parameter
             for site in self.sites
-            if (modules := grafting.modules_at(grafting.slot_of(self.model, site), name)) is not None
+            if (modules := modules_at(slot_of(self.model, site), name)) is not None
             for key, parameter in modules.named_parameters()
         }
 
@@ -237,7 +237,7 @@ class Adapters:
             verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
                 raise ConfigError(_refusal(verdict))
-            self._store(name, parsed, grafting.build(self.model, self.sites, parsed), sound=verdict.sound)
+            self._store(name, parsed, build(self.model, self.sites, parsed), sound=verdict.sound)
 
     def _judge(self, name: str, config: AdapterConfig) -> Report:
         """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
@@ -249,7 +249,7 @@ class Adapters:
 
     def _store(self, name: str, config: AdapterConfig, built: dict[str, dict[str, nn.Module]], *, sound: bool) -> None:
         """Put built modules in the model, leaving what is active as it was."""
-        grafting.store(self.model, self.sites, name, built)
+        store(self.model, self.sites, name, built)
         self._configs[name] = config
         self._heads.pop(name, None)
         self._unsound.discard(name)
@@ -267,7 +267,7 @@ class Adapters:
                     f"An active adapter cannot be removed; got `{name}`, part of {self._setup!r}. "
                     "Call `deactivate()` or activate another setup first."
                 )
-            grafting.discard(self.model, self.sites, name)
+            discard(self.model, self.sites, name)
             del self._configs[name]
             self._heads.pop(name, None)
             self._unsound.discard(name)
@@ -283,7 +283,7 @@ class Adapters:
                 return model
             self._arm(None)
             self._pretrained.close()
-            grafting.ungraft(self.model, self.sites)
+            ungraft(self.model, self.sites)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
             model.__dict__.pop(_ATTRIBUTE, None)
@@ -381,14 +381,14 @@ class Adapters:
 
     def _arm(self, setup: Setup | None) -> None:
         """Change the hooks to those of a setup; if that fails, none is active."""
-        grafting.disarm(self.model, self.sites, self._handles)
+        disarm(self.model, self.sites, self._handles)
         self._setup = None
         if setup is None:
             return
         try:
-            grafting.arm(self.model, self.sites, setup, self._configs, self._handles)
+            arm(self.model, self.sites, setup, self._configs, self._handles)
         except BaseException:
-            grafting.disarm(self.model, self.sites, self._handles)
+            disarm(self.model, self.sites, self._handles)
             raise
         self._setup = setup
 
@@ -457,7 +457,7 @@ class Adapters:
             sound = self._judge(chosen, found.config).sound
             if not sound:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
-            built = grafting.build(self.model, self.sites, found.config)
+            built = build(self.model, self.sites, found.config)
             wanted = {
                 f"{site}.{key}.{leaf}": parameter
                 for site, modules in built.items()
@@ -597,7 +597,7 @@ def _check_streams(verdict: Report) -> None:
     for group in verdict.sites:
         if group.proof.formula.reads_stream:
             for site in group.sites:
-                grafting.check_stream(site)
+                check_stream(site)
 
 
 def _refusal(verdict: Report) -> str:
