@@ -21,7 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from . import convert, pretrained, state
-from .attach import arm, build, check_stream, disarm, discard, graft, modules_at, slot_of, store, ungraft
+from .attach import (
+    Removable,
+    arm,
+    build,
+    check_stream,
+    disarm,
+    discard,
+    graft,
+    modules_at,
+    slot_of,
+    store,
+    ungraft,
+)
 from .bank import SiteSlot
 from .check import Report, report
 from .compose import Block, Setup, check_runnable, names
@@ -135,7 +147,7 @@ class Adapters:
         self._kept: dict[str, dict[str, Tensor]] = {}
         """Heads of adapters, where another adapter has trained the same modules since."""
         self._setup: Setup | None = None
-        self._handles: list[grafting.Removable] = []
+        self._handles: list[Removable] = []
         setattr(model, _ATTRIBUTE, self)
         self._pretrained = pretrained.Door(self)
 
