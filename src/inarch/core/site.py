@@ -95,6 +95,8 @@ class Site:
     """Whether `output` is the very operand of the sum; False where a scale or a gate follows it."""
     shared_sum: bool = False
     """Whether other branches of the layer are added in the same sum (parallel attention and MLP)."""
+    batch_dim: int = 0
+    """The dimension of `x` and `h` that tells samples apart: 0 in (B, L, D), 1 in (L, B, D)."""
     projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)
     """By role: q, k, v, o of an attention; up, gate, down of an MLP."""
     notes: tuple[str, ...] = ()
@@ -219,6 +221,8 @@ def _sites_of_row(row: dict[str, Any]) -> list[Site]:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {row['kind']!r}")
     if row["arrangement"] not in ARRANGEMENTS:
         raise ValueError(f"`arrangement` must be one of {', '.join(ARRANGEMENTS)}; got {row['arrangement']!r}")
+    if row.get("batch_dim", 0) not in (0, 1):
+        raise ValueError(f"`batch_dim` must be 0 or 1; got {row['batch_dim']!r}")
     row |= {
         "output": output,
         "stream": _tap(row.get("stream")),

@@ -205,6 +205,7 @@ class Bottleneck(SublayerMethod):
         shape = {"learned": (1,), "channel": (width,)}.get(str(config.scaling))
         self.scale = nn.Parameter(torch.ones(shape)) if shape else None
         self.dropout = config.dropout
+        self.batch_dim = placement.site.batch_dim
         # Only sequential adapters of the reference drop whole samples; a parallel one ignores the field.
         self.stochastic_depth = 0.0 if config.is_parallel else config.stochastic_depth
         _initialise(self, config.init_weights, generator)
@@ -216,7 +217,7 @@ class Bottleneck(SublayerMethod):
             u = self.norm_before(u)
         w: Tensor = self.up(self.activation(self.down(u)))
         if self.training and self.stochastic_depth:
-            w = _drop_samples(w, self.stochastic_depth)
+            w = _drop_samples(w, self.stochastic_depth, self.batch_dim)
         if self.scale is not None:
             w = w * self.scale
         elif self.scaling != 1.0:
@@ -224,7 +225,7 @@ class Bottleneck(SublayerMethod):
         if self.training and self.dropout:
             w = nn.functional.dropout(w, self.dropout)
         if self.gate is not None:
-            w = w * sequence_gate(self.gate, z.to(self.gate.weight.dtype))
+            w = w * sequence_gate(self.gate, z.to(self.gate.weight.dtype), self.batch_dim)
         return w.to(z.dtype)
 
     def norm_branch(self, w: Tensor) -> Tensor:
@@ -234,10 +235,11 @@ class Bottleneck(SublayerMethod):
         return normed.to(w.dtype)
 
 
-def _drop_samples(w: Tensor, probability: float) -> Tensor:
+def _drop_samples(w: Tensor, probability: float, batch_dim: int) -> Tensor:
     """Stochastic depth by sample (Huang et al. 2016, arXiv 1603.09382), survivors scaled up."""
     keep = 1.0 - probability
-    alive = torch.rand((w.shape[0],) + (1,) * (w.dim() - 1), device=w.device) < keep
+    sizes = [size if dim == batch_dim else 1 for dim, size in enumerate(w.shape[:-1])] + [1]
+    alive = torch.rand(sizes, device=w.device) < keep
     return w * alive.to(w.dtype) / keep
 
 

@@ -81,6 +81,7 @@ class IA3(LinearMethod):
         self.input_scale = nn.Parameter(torch.ones(projection.in_features)) if at_input else None
         self.scale = nn.Parameter(torch.ones(projection.num_rows)) if at_output else None
         self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
+        self.batch_dim = placement.site.batch_dim
         self.alpha = config.alpha
         self.changes_input = at_input
         if self.gate is not None:
@@ -96,7 +97,7 @@ class IA3(LinearMethod):
 
     def _scaled(self, values: Tensor, scale: Tensor, inputs: Tensor) -> Tensor:
         if self.gate is not None:
-            scale = scale * sequence_gate(self.gate, inputs.to(self.gate.weight.dtype))
+            scale = scale * sequence_gate(self.gate, inputs.to(self.gate.weight.dtype), self.batch_dim)
         elif self.alpha != 1.0:
             scale = scale * self.alpha
         return values * scale.to(values.dtype)

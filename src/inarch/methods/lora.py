@@ -83,6 +83,7 @@ class LoRA(LinearMethod):
         self.A = nn.Parameter(torch.zeros(config.r, projection.in_features))
         self.B = nn.Parameter(torch.zeros(projection.num_rows, config.r))
         self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
+        self.batch_dim = placement.site.batch_dim
         self.scaling = config.alpha / config.r
         self.dropout = config.dropout
         if config.init_weights == "lora":
@@ -102,7 +103,7 @@ class LoRA(LinearMethod):
         delta = F.linear(F.linear(x, self.A), self.B)
         if self.gate is None:
             return torch.add(output, delta.to(output.dtype), alpha=self.scaling)
-        gate = sequence_gate(self.gate, inputs.to(self.A.dtype))
+        gate = sequence_gate(self.gate, inputs.to(self.A.dtype), self.batch_dim)
         return output + (delta * gate).to(output.dtype)
 
     def effective(self, weight: Tensor) -> Tensor:

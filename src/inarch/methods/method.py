@@ -160,10 +160,12 @@ def projection_placements(wishes: Mapping[str, str], leave_out: tuple[int, ...],
     return found
 
 
-def sequence_gate(gate: nn.Module, z: Tensor) -> Tensor:
-    """A gate of one number for each sample, (B, 1, ..., 1): the mean over its tokens, (B, ..., D) with B first."""
+def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
+    """A gate of one number for each sample, the mean over its tokens: (B, L, D) -> (B, 1, 1) or, with B second,
+    (L, B, D) -> (1, B, 1)."""
     open_: Tensor = torch.sigmoid(gate(z))
-    return open_.mean(dim=tuple(range(1, z.dim() - 1)), keepdim=True) if z.dim() > 2 else open_
+    tokens = tuple(dim for dim in range(z.dim() - 1) if dim != batch_dim)
+    return open_.mean(dim=tokens, keepdim=True) if tokens else open_
 
 
 def activation(name: str) -> nn.Module:

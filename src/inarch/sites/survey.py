@@ -9,6 +9,7 @@ from .graph import Graph
 from .layers import Identity, Layer, place
 from .residual import Branch, find_branches, see_through
 from .roles import Roles, find_attentions, find_kind, find_projections
+from .samples import batch_dim
 from .stream import carried_on, find_stacks
 from .taps import Reach, Taps, find_taps
 
@@ -112,6 +113,7 @@ def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: i
                 same_layout=taps.same_layout,
                 exact=taps.exact,
                 shared_sum=reading.branch.siblings > 0,
+                batch_dim=batch_dim(graph, reading.layer.scope, graph.values[reading.branch.total]),
                 projections=reading.projections,
                 notes=taps.notes + reading.notes,
             )
