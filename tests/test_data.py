@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inarch.core.errors import DataError
-from inarch.train import folders
-from inarch.train.data import load_data
-from inarch.train.examples import Examples, ImageData, divide, hold_out, quotas
+from inarch.data import folders, load_data
+from inarch.data.examples import Examples, ImageData, divide, hold_out, quotas
 
 
 def picture(path, colour=0):

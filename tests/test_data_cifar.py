@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from inarch.core.errors import DataError
-from inarch.train import cifar
-from inarch.train.data import load_data
+from inarch.data import cifar, load_data
 
 
 class Python2Pickler(pickle._Pickler):

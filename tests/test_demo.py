@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from inarch.core.errors import InarchError, StateError
+from inarch.data import load_data
+from inarch.data.examples import ImageData
 from inarch.train import demo as demonstration
-from inarch.train.data import load_data
 from inarch.train.demo import RECIPE, Audience, compare, run_demo
-from inarch.train.examples import ImageData
 from inarch.train.predict import Prediction
 
 

@@ -8,8 +8,8 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from inarch.core.errors import DataError
+from inarch.data.examples import Examples, ImageData
 from inarch.train.evaluate import check_labels, evaluate, score
-from inarch.train.examples import Examples, ImageData
 
 LABELS = ["cat", "dog", "owl"]
 

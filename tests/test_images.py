@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inarch.core.errors import DataError, InarchError
-from inarch.train import extras, images
-from inarch.train.images import EncodedImage, find_images, open_image, source_name, unreadable
+from inarch.data import extras, images
+from inarch.data.images import EncodedImage, find_images, open_image, source_name, unreadable
 
 
 def noise(*shape, dtype=np.uint8, high=256):
@@ -356,7 +356,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
 
 def test_without_pil_the_message_is_the_command_to_run(monkeypatch):
     """Importing the decoder says what to install."""
-    spec = importlib.util.spec_from_file_location("inarch.train.images_again", images.__file__)
+    spec = importlib.util.spec_from_file_location("inarch.data.images_again", images.__file__)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InarchError, match=r'optional package `PIL`.*`pip install "inarch\[train\]"`'):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

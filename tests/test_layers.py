@@ -22,7 +22,7 @@ CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
 GRAFT = MECHANISM | {"bank", "weight", "plan", "attach"}
 SERVICES = GRAFT | {"check", "witness", "state", "convert", "heads", "pretrained", "report"}
-USERS = SERVICES | {"handle", "train", "sweep", "testing"}
+USERS = SERVICES | {"handle", "data", "train", "sweep", "testing"}
 
 LAYERS: dict[str, set[str]] = {
     "core": set(),
@@ -43,8 +43,9 @@ LAYERS: dict[str, set[str]] = {
     "report": CORE,
     "handle": SERVICES,
     "testing": SERVICES | {"handle"},
-    "train": SERVICES | {"handle"},
-    "sweep": SERVICES | {"handle", "train"},
+    "data": CORE,
+    "train": SERVICES | {"handle", "data"},
+    "sweep": SERVICES | {"handle", "data", "train"},
     "compat": USERS,
     "cli": USERS | {"compat", PACKAGE},
     "__main__": {"cli"},
@@ -53,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
 """Each top-level module or folder of the package, and those it may import besides itself."""
 
 TORCH_LAYERS = set(LAYERS) - {"core", "version", "report", "__main__"}
-TRAINING = {"train", "sweep", "testing", "cli"}
+TRAINING = {"data", "train", "sweep", "testing", "cli"}
 
 LIBRARIES: dict[str, set[str]] = {
     "torch": TORCH_LAYERS,

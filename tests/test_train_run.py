@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTCo
 import inarch
 from inarch.core.errors import ConfigError, DataError, StateError
 from inarch.core.records import RunRecord, SeedsRecord, read_record
+from inarch.data import load_data
 from inarch.testing import perturb
-from inarch.train.data import load_data
 from inarch.train.models import load_model
 from inarch.train.predict import load_predictor
 from inarch.train.recipe import DataConfig, Recipe

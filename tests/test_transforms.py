@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from inarch.core.errors import ConfigError, DataError
-from inarch.train.data import load_data
-from inarch.train.examples import Examples, ImageData
-from inarch.train.images import EncodedImage
-from inarch.train.preprocessing import Geometry, Preprocessing
-from inarch.train.transforms import (
+from inarch.data import load_data
+from inarch.data.examples import Examples, ImageData
+from inarch.data.images import EncodedImage
+from inarch.data.preprocessing import Geometry, Preprocessing
+from inarch.data.transforms import (
     Augmentation,
     FinishedSamples,
     ImageDataset,
@@ -480,7 +480,7 @@ def test_threads_end_with_the_stream(tmp_path):
 def test_nothing_heavy_is_imported_before_it_is_needed():
     """Reading images needs neither the library of data sets nor scikit-learn nor transformers."""
     code = (
-        "import sys; import inarch.train.data, inarch.train.transforms; "
+        "import sys; import inarch.data, inarch.data.transforms; "
         "print([name for name in ('datasets', 'sklearn', 'torchvision') if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)

@@ -40,7 +40,7 @@ def evaluate(
     """
     if "data" not in data:
         raise typer.BadParameter("An evaluation needs labelled images.", param_hint="--data")
-    from ..train.data import load_data
+    from ..data import load_data
     from ..train.evaluate import evaluate as evaluate_on
     from ..train.predict import load_predictor
 

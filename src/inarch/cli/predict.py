@@ -48,7 +48,7 @@ def predict(
     """
     if json + jsonl + csv > 1:
         raise typer.BadParameter("Results have one form; got several of `--json`, `--jsonl` and `--csv`. Choose one.")
-    from ..train.images import find_images
+    from ..data.images import find_images
 
     found = find_images(images, skip_bad=skip_bad)
     from ..train.predict import load_predictor  # after the images: a wrong path is told at once

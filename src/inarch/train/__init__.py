@@ -1,1 +1,1 @@
-"""Training and prediction: data, recipe, trainer, runs. Needs the extra `train`."""
+"""Training and prediction: recipe, trainer, runs. Needs the extra `train`."""

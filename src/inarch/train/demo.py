@@ -27,11 +27,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..check import Report
 from ..core.errors import InarchError, StateError
 from ..core.records import RunRecord
+from ..data import load_data
+from ..data.examples import ImageData
+from ..data.images import open_image
 from ..handle import check
 from ..state import TENSORS, replace_folder
-from .data import load_data
-from .examples import ImageData
-from .images import open_image
 from .models import load_model, load_processor
 from .pictures import Curve, Shown, draw_curves, draw_predictions
 from .predict import Prediction, Predictor

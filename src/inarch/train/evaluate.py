@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import DataError, join_problems
-from .examples import ImageData, Task, quoted
-from .extras import extra
+from ..data.examples import ImageData, Task, quoted
+from ..data.extras import extra
 from .predict import Predictor
 
 

@@ -14,15 +14,15 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..core.errors import ConfigError
+from ..data.examples import ImageData
+from ..data.transforms import Augmentation, ImageDataset, collate
 from .callbacks import Divergence, Epochs, Patience
-from .examples import ImageData
 from .folder import RunFolder
 from .metrics import BEST, loss_function, metrics_function, only_logits
 from .order import Order, SlicedBatches, WithBlanks, num_batches
 from .processes import Processes
 from .recipe import Recipe, Trains
 from .trainer import AdapterTrainer
-from .transforms import Augmentation, ImageDataset, collate
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

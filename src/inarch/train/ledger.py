@@ -17,9 +17,9 @@ from transformers import TrainerState
 
 from ..check import Report
 from ..core.records import EpochRecord, GroupRecord, RunRecord, Status, VerdictRecord
+from ..data.examples import ImageData
 from ..handle import Adapters
 from .callbacks import epochs_of
-from .examples import ImageData
 from .folder import RunFolder
 from .processes import Processes
 

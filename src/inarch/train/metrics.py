@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .examples import Task
-from .extras import extra
+from ..data.examples import Task
+from ..data.extras import extra
 from .order import IGNORED
 
 BEST: dict[Task, str] = {"single_label": "accuracy", "multi_label": "mean_average_precision"}

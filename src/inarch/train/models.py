@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ..core.errors import ConfigError
+from ..data.examples import Task
 from ..heads import task_head
-from .examples import Task
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from .. import state
 from ..core.errors import ConfigError, StateError
 from ..core.records import RECORD
+from ..data.examples import Task
+from ..data.images import ImageSource, Sources, source_name
+from ..data.preprocessing import Preprocessing
+from ..data.transforms import batches
 from ..handle import attach
-from .examples import Task
-from .images import ImageSource, Sources, source_name
 from .models import load_model
-from .preprocessing import Preprocessing
-from .transforms import batches
 
 ADAPTER_FOLDER = "adapter"
 """Where a run folder has its adapter."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..core.errors import ConfigError, InarchError
-from .extras import missing
+from ..data.extras import missing
 from .recipe import Recipe
 
 try:

@@ -21,14 +21,14 @@ from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..core.errors import ConfigError, DataError, SetupError, StateError
 from ..core.records import RunRecord, SeedsRecord, Status
+from ..data import load_data
+from ..data.examples import ImageData
 from ..handle import Adapters, Unsound, attach
 from ..heads import task_head
 from ..methods import AdapterConfig, ConfigLike, read_config
 from ..state import replace_folder
 from . import resume as checkpoints
 from .callbacks import Divergence, Patience, Report
-from .data import load_data
-from .examples import ImageData
 from .folder import RunFolder
 from .image_trainer import ImageTrainer, make_trainer, reports, resolve_precision
 from .ledger import Ledger, describe_data, describe_environment, describe_model, describe_verdict, now

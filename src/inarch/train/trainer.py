@@ -23,10 +23,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from .. import state
 from ..compose import names as names_in
 from ..core.errors import InarchError, SetupError, StateError, join_problems
+from ..data.extras import missing
 from ..handle import Adapters, attached
 from ..heads import task_head
 from . import resume
-from .extras import missing
 from .recipe import Trains
 
 try:

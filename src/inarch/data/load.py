@@ -8,13 +8,11 @@ import numpy as np
 
 from ..core.errors import DataError, join_problems, nearest
 from .cifar import is_cifar_folder, load_cifar
-from .examples import Examples, ImageData, Task, divide, hold_out
+from .examples import Examples, ImageData, divide, hold_out
 from .extras import extra
 from .folders import load_folder
 from .hub import HUB_ID, Choice, is_saved, load_hub, load_saved
 from .tables import load_table
-
-__all__ = ["DIGITS_SEED", "SOURCES", "Examples", "ImageData", "Task", "load_data"]
 
 SOURCES = (
     "`digits`",
