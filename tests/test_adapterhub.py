@@ -41,6 +41,7 @@ import inarch
 from inarch import convert
 from inarch.convert.adapterhub_names import TOWERS
 from inarch.methods.bottleneck import BottleneckConfig
+from inarch.methods.ia3 import IA3Config
 from inarch.methods.lora import LoRAConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "adapterhub"
@@ -254,6 +255,7 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "init_weights": "bert",
         "init_weights_seed": None,
         "leave_out": [],
+        "circuits": {},
     }
     assert LoRAConfig().to_dict() == {
         "selfattn_lora": True,
@@ -267,6 +269,19 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "use_gating": False,
         "init_weights": "lora",
         "init_weights_seed": None,
+        "leave_out": [],
+    }
+
+
+def test_fields_of_ia3_that_are_not_stored_have_the_meaning_they_had():
+    assert IA3Config(after_activation=False).to_dict() == {
+        "selfattn_lora": True,
+        "attn_matrices": ["k", "v"],
+        "intermediate_lora": True,
+        "after_activation": False,
+        "output_lora": False,
+        "alpha": 1.0,
+        "use_gating": False,
         "leave_out": [],
     }
 
@@ -508,7 +523,7 @@ def test_layers_in_groups_are_told_apart(tmp_path):
         ("bn_leave_out", settings(phm_layer=True), r"Compacter \(`phm_layer=True`\)"),
         ("bn_leave_out", settings(inv_adapter="nice"), r"an invertible adapter \(`inv_adapter='nice'`\)"),
         ("lora_gate", settings(use_dora=True), r"DoRA \(`use_dora=True`\)"),
-        ("lora_gate", settings(composition_mode="scale"), r"\(IA\)³ \(`composition_mode='scale'`\)"),
+        ("lora_gate", settings(composition_mode="mean"), r"another composition \(`composition_mode='mean'`\)"),
         ("lora_gate", settings(vera_d=0.1), r"VeRA \(`vera_d=0.1`\)"),
         ("lora_gate", settings(architecture="mtl_lora"), "MTL-LoRA"),
         ("lora_gate", settings(architecture="reft"), "ReFT"),
@@ -717,41 +732,17 @@ def test_a_branch_that_the_layer_still_scales_is_refused(vit):
     assert convert.read(folder / "lora_everywhere", sites).tensors
 
 
-ASYMMETRIC = [
-    {},
-    {"is_parallel": True},
-    {"original_ln_before": True, "original_ln_after": False},
-    {"original_ln_before": True, "residual_before_ln": False},
-    {"original_ln_before": True, "ln_after": True, "adapter_residual_before_ln": True},
-]
-SYMMETRIC = [
-    {"original_ln_before": True},
-    {"original_ln_before": True, "residual_before_ln": False, "original_ln_after": False},
-    {"original_ln_before": True, "residual_before_ln": "post_add", "original_ln_after": False},
-]
-
-
-@pytest.mark.parametrize("changes", ASYMMETRIC)
-def test_albert_exchanges_the_stream_and_the_branch(bert, tmp_path, changes):
-    adapters = bert[-1]
-    source = written(tmp_path / "a", "albert", BOTTLENECK | changes, {})
-    with pytest.raises(inarch.StateError, match="takes the stream for the branch output"):
-        convert.read(source, as_type(adapters.sites, "albert"))
-
-
-@pytest.mark.parametrize("changes", SYMMETRIC)
-def test_albert_is_read_where_the_exchange_makes_no_difference(bert, tmp_path, changes):
-    adapters = bert[-1]
-    source = written(tmp_path / "a", "albert", BOTTLENECK | changes, {})
-    assert convert.read(source, as_type(adapters.sites, "albert")).config.parts[0].to_dict().items() >= changes.items()
-
-
-@pytest.mark.parametrize("changes", [{"original_ln_before": True}, {"original_ln_after": False}, {"is_parallel": True}])
-def test_gptj_chains_its_branches(vit, tmp_path, changes):
-    sites = as_type(vit[-1].sites, "gptj")
-    source = written(tmp_path / "a", "gptj", BOTTLENECK | changes | {"output_adapter": True}, {})
-    with pytest.raises(inarch.StateError, match="takes the attention's result for the stream"):
-        convert.read(source, sites)
-    assert convert.read(written(tmp_path / "b", "gptj", BOTTLENECK | changes, {}), sites).config
-    plain = BOTTLENECK | {"output_adapter": True}
-    assert convert.read(written(tmp_path / "c", "gptj", plain, {}), sites).config
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_ia3_of_a_fused_projection_is_read_where_it_scales_nothing_else(tmp_path, alpha):
+    """The reference multiplies the rows of `q` by alpha too, although only `k` and `v` have scales."""
+    adapters = inarch.attach(GPT2Model(GPT2))
+    ia3 = {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": alpha, "attn_matrices": ["v", "k"]}
+    scales = {f"h.{layer}.attn.c_attn.loras.a.lora_B": torch.rand(32, 1) for layer in range(2)}
+    source = written(tmp_path / "a", "gpt2", ia3 | {"intermediate_lora": False}, scales)
+    if alpha != 1:
+        with pytest.raises(inarch.StateError, match=r"scales all of a fused projection \(`alpha=2`\)"):
+            adapters.load(source)
+        return
+    adapters.load(source)
+    halves = [adapters["a"][f"text0.1.self_attention.ia3.{role}.scale"] for role in "kv"]
+    assert torch.equal(torch.cat(halves)[:, None], scales["h.1.attn.c_attn.loras.a.lora_B"])

@@ -11,6 +11,7 @@ import inarch
 from inarch import ConfigError, SetupError, SiteError, Stack, StateError
 from inarch.attach import slot_of
 from inarch.compose import last
+from inarch.core.site import Tap
 from inarch.testing import PlainTransformer, tiny, tiny_inputs
 
 
@@ -253,7 +254,14 @@ def test_layer_numbers_are_those_of_the_model_where_a_layer_has_no_site(model):
 
 
 def test_where_a_scale_follows_the_tap_the_formula_says_so():
-    text = str(inarch.check(tiny("beit"), "seq_bn"))
+    model = tiny("beit")
+    before_scale = {"self_attention": "attention.o_proj", "mlp": "mlp"}
+    sites = [
+        dataclasses.replace(site, output=Tap(path=before_scale[site.role], side="out", key=()), exact=False)
+        for site in inarch.probe(model)
+    ]
+    layout = dataclasses.replace(inarch.probe(model), sites=tuple(sites))
+    text = str(inarch.check(model, "seq_bn", layout=layout))
     assert "y = x + s(h + A(x + h))" in text
 
 

@@ -297,10 +297,34 @@ def test_parallel_branches_share_their_sum(name):
 
 
 def test_layer_scale_is_inside_the_output():
-    """The hook is behind a layer scale that is a module; a scale that is a bare parameter is told."""
+    """The hook is behind a layer scale: the scale itself where it is a module, else one that runs behind it, here a
+    stochastic depth that the branches of a layer share."""
     assert {site.output.path for site in found("dinov2")} == {"layer_scale1", "layer_scale2"}
-    assert all(site.exact for site in found("dinov2"))
-    assert not any(site.exact for site in found("beit"))
+    assert {(site.role, site.output.path, site.output.call) for site in found("beit")} == {
+        ("self_attention", "drop_path", 1),
+        ("mlp", "drop_path", 2),
+    }
+    assert all(site.exact for name in ("dinov2", "beit") for site in found(name))
+
+
+@pytest.mark.parametrize(("probability", "taps"), [(0.0, ["attention", "mlp"]), (0.1, ["dropout 1", "dropout 2"])])
+def test_output_is_behind_a_dropout_that_branches_share_if_it_drops_anything(probability, taps):
+    model = tf.ViTModel(tf.ViTConfig(**IMAGE, hidden_dropout_prob=probability))
+    outputs = [site.output for site in probe(model) if site.layer == 0]
+    assert [f"{tap.path} {tap.call}" if tap.call else tap.path for tap in outputs] == taps
+
+
+def test_scale_that_no_module_follows_is_told():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.map, self.scale = nn.LayerNorm(8), nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return x + self.scale * self.map(self.norm(x))
+
+    sites = probe(nn.Sequential(Block(), Block()), example_inputs=torch.randn(2, 3, 8))
+    assert [(site.output.path, site.exact) for site in sites] == [("map", False), ("map", False)]
 
 
 # -------------------------------------------------------------------- taps, against a real forward
@@ -327,7 +351,13 @@ class Watch:
     def watch_tap(self, model, site, tap, into):
         module = model.get_submodule(site.absolute(tap.path))
 
+        calls = [0]  # of the module, in this call of the layer (no layer here is checkpointed)
+        model.get_submodule(site.layer_path).register_forward_pre_hook(lambda *_: calls.__setitem__(0, 0))
+
         def pick(value, key):
+            calls[0] += 1
+            if tap.call not in (0, calls[0]):
+                return
             for part in key:
                 value = value[part]
             into.setdefault(site.key, []).append(value.clone())

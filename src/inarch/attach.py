@@ -5,7 +5,8 @@ if the wiring reads it, one on the norm after the sum if the adapter ends behind
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from .bank import (
     module_key,
     slot_name,
     tap_module,
+    wired_adapter,
 )
 from .compose import Setup, keep_only, names
 from .core.errors import SiteError
@@ -141,7 +143,7 @@ def arm(
     handles += _arm_weights(model, sites, setup, configs)
     # After the projections': where both hook one module, the projection is part of the branch.
     for site in sites:
-        handles += _arm_sum(model, site, setup, configs)
+        handles += _arm_sum(model, site, sites, setup, configs)
     handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]
     forget_compiled()
 
@@ -164,27 +166,46 @@ def forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def _arm_sum(model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> list[RemovableHandle]:
+def _arm_sum(
+    model: nn.Module, site: Site, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> list[RemovableHandle]:
     slot = slot_of(model, site)
     wired: dict[str, WiredAdapter] = {}
     for name in names(setup):
         part, modules = sublayer_part(configs[name]), modules_at(slot, name)
         branch = modules.find(method_of(part).name) if part is not None and modules is not None else None
         if branch is not None:
-            wired[name] = WiredAdapter(part, method_of(part), branch)  # type: ignore[arg-type]
+            wired[name] = wired_adapter(part, site, branch)
     kept = keep_only(setup, lambda name: name in wired)
     if kept is None:
         return []
     found = formula(site, kept, {name: configs[name] for name in wired})
     assert found is not None
     post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
-    slot.arm(kept, wired, found.reads_stream, post_norm)
-    handles = [tap_module(model, site, site.output).register_forward_hook(slot.rewrite)]
+    slot.arm(kept, wired, post_norm, reads_stream=found.reads_stream, reads_others=found.reads_others)
+    handles = watch_output(model, site, slot, slot.rewrite)
     if found.reads_stream and site.stream is not None:
         handles.append(watch_stream(model, site, site.stream, slot))
     if post_norm is not None and found.passes_norm:
         handles.append(post_norm.register_forward_hook(slot.close))
+    if found.reads_others:
+        handles += _watch_others(model, site, sites, slot)
     return handles
+
+
+def _watch_others(model: nn.Module, site: Site, sites: Sites, slot: SiteSlot) -> Iterator[RemovableHandle]:
+    """Register the hooks that let a slot hold what branches of the same sum hand to it; those branches' own hooks, of
+    sites that run before, are registered already."""
+    for other in sites:
+        if other.key == site.key:
+            return
+        if other.shared_sum and (other.layer_path, other.stack, other.layer) == (
+            site.layer_path,
+            site.stack,
+            site.layer,
+        ):
+            hook = partial(slot.hold_other, other.output.key)
+            yield tap_module(model, other, other.output).register_forward_hook(hook)
 
 
 def check_stream(site: Site) -> None:
@@ -195,6 +216,15 @@ def check_stream(site: Site) -> None:
             f"branch output; got {'none' if site.stream is None else 'another layout'} at site `{site.key}` "
             f"(`{site.layer_path}`). Use `original_ln_before=False` and `is_parallel=False`."
         )
+
+
+def watch_output(model: nn.Module, site: Site, slot: SiteSlot, hook: Callable[..., Any]) -> list[RemovableHandle]:
+    """Register a hook on the module of the branch output. Returns what removes it."""
+    handles = [tap_module(model, site, site.output).register_forward_hook(hook)]
+    if site.output.since is not None:
+        start = model.get_submodule(site.absolute(site.output.since))
+        handles.append(start.register_forward_pre_hook(slot.begin))
+    return handles
 
 
 def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> RemovableHandle:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compose import Setup, last, run
+from .compose import Setup, last, names, run
 from .core.errors import SetupError, SiteError
 from .core.site import Site, Tap
-from .core.wiring import Carry, Settled, settle
-from .methods import LinearMethod, Placement, SublayerMethod
+from .core.wiring import Carry, Circuit, Settled, settle
+from .methods import LinearMethod, Placement, SublayerMethod, method_of
 
 CHILD = "inarch"
 """The name of the child that a layer is given."""
@@ -33,6 +33,14 @@ class WiredAdapter:
     config: Any
     method: type[SublayerMethod]
     branch: Any
+    circuit: Circuit
+
+
+def wired_adapter(config: Any, site: Site, branch: Any) -> WiredAdapter:
+    """One part of an adapter, at a site."""
+    method = method_of(config)
+    assert issubclass(method, SublayerMethod)
+    return WiredAdapter(config, method, branch, method.circuit(config, site.kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +62,38 @@ def rewire(
     adapters: Mapping[str, WiredAdapter],
     x: Any,
     h: Any,
+    *,
+    others: Any,
     norm: Callable[[Any], Any] | None,
 ) -> Settled[Any]:
-    """What a site hands to its layer instead of `h`. The forward runs it on tensors, the proof on symbols."""
-    carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
+    """What a site hands to its layer instead of `h`. The forward runs it on tensors, the proof on symbols.
+
+    `others` is what branches of the same sum that ran before hand to it; None where there are none.
+    """
     final = adapters[last(setup)]
-    return settle(carry, x, h, add=final.method.keeps_sum(final.config), post_norm=norm is not None)
+    add = final.method.keeps_sum(final.config)
+    if final.circuit == "exchanged":
+        total = run(setup, Carry(x), _SumStep(adapters, h, norm)).value(h)
+        if add:
+            total = total + h if norm is None else norm(total + h)
+        return settle(Carry(total), x, h, add=False, post_norm=norm is not None)
+    if final.circuit == "joined" and others is not None:
+        x = x + others
+    if final.circuit == "unnormed":
+        norm = None
+    carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
+    return settle(carry, x, h, add=add, post_norm=norm is not None)
+
+
+def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Site) -> None:
+    """Raise `SetupError` for adapters that take different things for the stream and the branch of one site."""
+    found = {adapters[name].circuit: name for name in names(setup)}
+    if len(found) > 1:
+        raise SetupError(
+            "The adapters of a setup must take the same for stream and branch; got "
+            f"{' and '.join(f'`{name}` ({circuit})' for circuit, name in found.items())} at site `{site.key}`. "
+            "Activate one of them, or stack adapters of one origin."
+        )
 
 
 def module_key(method: str, placement: Placement) -> str:
@@ -112,33 +146,61 @@ class SiteSlot(nn.Module):
         # In a tuple, so that the layer's norm does not become a child of ours.
         self._post_norm: tuple[nn.Module | None] = (None,)
         self._held: dict[int, Tensor] = {}
+        self._others: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
+        self._calls: dict[int, int] = {}
         self._setup: Setup = ""
         self._wired: dict[str, WiredAdapter] = {}
         self._reads_stream = False
+        self._reads_others = False
 
     def arm(
-        self, setup: Setup, wired: dict[str, WiredAdapter], reads_stream: bool, post_norm: nn.Module | None
+        self,
+        setup: Setup,
+        wired: dict[str, WiredAdapter],
+        post_norm: nn.Module | None,
+        *,
+        reads_stream: bool,
+        reads_others: bool,
     ) -> None:
         """Choose what the hooks will run."""
         self.let_go()
-        self._setup, self._wired, self._reads_stream = setup, wired, reads_stream
+        self._setup, self._wired = setup, wired
+        self._reads_stream, self._reads_others = reads_stream, reads_others
         self._post_norm = (post_norm,)
 
     def let_go(self) -> None:
         """Forget tensors of a forward that did not end, by an exception or by checkpointing."""
         self._held.clear()
+        self._others.clear()
         self._final.clear()
+        self._calls.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tensors of a forward, which belong to no copy."""
-        return self.__dict__ | {"_held": {}, "_final": {}}
+        return self.__dict__ | {"_held": {}, "_others": {}, "_final": {}, "_calls": {}}
 
     def take_held(self) -> list[Tensor]:
         """Hand over what is held."""
         held = list(self._held.values())
         self._held.clear()
         return held
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook on the module since whose call those of the output's module are counted."""
+        self._calls[_thread()] = 0
+
+    def is_meant(self) -> bool:
+        """Whether the call of the output's module that just ended is the one that gives the branch output."""
+        if not self.site.output.call:
+            return True
+        number = self._calls.pop(_thread(), None)
+        if number is None:  # it has been
+            return False
+        if number + 1 < self.site.output.call:
+            self._calls[_thread()] = number + 1
+            return False
+        return True
 
     def hold_argument(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook where the stream is a positional argument: keep x for the branch output of this call."""
@@ -159,16 +221,25 @@ class SiteSlot(nn.Module):
         assert self.site.stream is not None
         self._held[_thread()] = pick(output, self.site.stream.key)
 
+    def hold_other(self, key: tuple[int | str, ...], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook on the output of another branch of the same sum, after that branch's adapters."""
+        other, before = pick(output, key), self._others.get(_thread())
+        self._others[_thread()] = other if before is None else before + other
+
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
         refuse_replica(module)
+        if not self.is_meant():
+            return output
         h = pick(output, self.site.output.key)
         x = self._held.pop(_thread(), None) if self._reads_stream else None
         if self._reads_stream and (x is None or x.shape != h.shape):
             raise _stream_error(self.site, x, h)
+        others = self._others.pop(_thread(), None) if self._reads_others else None
         post_norm = self._post_norm[0]
         # The norm's forward, not the norm: it must not trigger hooks, ours among them.
-        settled = rewire(self._setup, self._wired, x, h, None if post_norm is None else post_norm.forward)
+        norm = None if post_norm is None else post_norm.forward
+        settled = rewire(self._setup, self._wired, x, h, others=others, norm=norm)
         if settled.output is not None:
             self._final[_thread()] = settled.output
             return output

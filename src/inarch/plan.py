@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .bank import WiredAdapter, module_key, rewire
+from .bank import check_circuits, module_key, rewire, wired_adapter
 from .compose import Setup, check_runnable, keep_only, names
 from .core.config import Config
 from .core.site import Site, Sites
@@ -27,6 +27,7 @@ class Formula:
     at_zero: Expr
     """`adapted` with every adapter branch zero."""
     reads_stream: bool
+    reads_others: bool
     passes_norm: bool
     """Whether the adapter ends behind the norm after the sum."""
 
@@ -117,13 +118,14 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     if kept is None:
         return None
     branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
-    adapters = {name: WiredAdapter(part, method_of(part), branches[name]) for name, part in wired.items()}  # type: ignore[arg-type]
+    adapters = {name: wired_adapter(part, site, branches[name]) for name, part in wired.items()}
+    check_circuits(kept, adapters, site)
 
     def norm(total: Expr) -> Expr:
         return total.applied("LN")
 
     post = norm if site.post_norm is not None else None
-    settled = rewire(kept, adapters, X, H, post)
+    settled = rewire(kept, adapters, X, H, others=OTHERS if site.shared_sum else None, norm=post)
     stream = X + OTHERS if site.shared_sum else X
 
     def output(handed: Settled[Expr]) -> Expr:
@@ -136,7 +138,14 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     for branch in branches.values():
         at_zero = at_zero.vanish(branch.name)
     handed = settled.branch if settled.output is None else settled.output
-    return Formula(output(Settled(H)), adapted, at_zero, handed.mentions("x"), settled.output is not None)
+    return Formula(
+        pretrained=output(Settled(H)),
+        adapted=adapted,
+        at_zero=at_zero,
+        reads_stream=handed.mentions("x"),
+        reads_others=handed.mentions("g"),
+        passes_norm=settled.output is not None,
+    )
 
 
 def sublayer_part(config: AdapterConfig) -> Config | None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attach import watch_stream
-from .bank import SiteSlot, pick, tap_module
+from .attach import watch_output, watch_stream
+from .bank import SiteSlot, pick
 from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
 from .sites import unfused
@@ -53,7 +53,7 @@ class _Witness:
 
     def watch(self) -> list[RemovableHandle]:
         site = self.site
-        handles = [tap_module(self.model, site, site.output).register_forward_hook(self._on_output)]
+        handles = watch_output(self.model, site, self._slot, self._on_output)
         if site.stream is not None:
             handles.append(watch_stream(self.model, site, site.stream, self._slot))
         if site.post_norm is not None:
@@ -62,6 +62,8 @@ class _Witness:
         return handles
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._slot.is_meant():
+            return
         self.outputs.append(pick(output, self.site.output.key).detach().clone())
         self.streams += [held.detach().clone() for held in self._slot.take_held()]
 

@@ -26,6 +26,7 @@ from ..core.errors import StateError
 from ..core.site import Site, Sites
 from ..methods import AdapterConfig, Placement
 from ..methods.bottleneck import Bottleneck, BottleneckConfig
+from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from .adapterhub_config import translate
 from .adapterhub_names import RANDOM_BASES, Place
@@ -251,7 +252,7 @@ def _pieces(module: _Module, tensor: Tensor, config: AdapterConfig, folder: Path
     for part in config.parts:
         if isinstance(part, BottleneckConfig) and not module.place.roles:
             return _of_bottleneck(module, tensor, part, folder)
-        if isinstance(part, LoRAConfig) and module.place.roles:
+        if isinstance(part, LoRAConfig | IA3Config) and module.place.roles:
             return _of_linear(module, tensor, part, folder)
     return {}
 
@@ -272,16 +273,21 @@ def _of_bottleneck(module: _Module, tensor: Tensor, config: BottleneckConfig, fo
     return {".".join([prefix, ours, *rest]): tensor} if ours else {}
 
 
-def _of_linear(module: _Module, tensor: Tensor, config: LoRAConfig, folder: Path) -> dict[str, Tensor]:
+def _of_linear(module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, folder: Path) -> dict[str, Tensor]:
     site, (head, *rest), roles = module.site, module.leaf, module.place.roles
     if len(roles) > 1:  # a fused projection: the updates of the roles asked for lie one below the other
         _check_fused(site, roles, folder)
         roles = tuple(role for role in roles if role in config.attn_matrices)
-    if head not in _LEAVES or not roles or not tensor.shape or len(tensor) < len(roles) or len(tensor) % len(roles):
+    leaf, method = _LEAVES.get(head), LoRA.name
+    if isinstance(config, IA3Config):
+        leaf, method = {"lora_B": "scale", "gate": "gate"}.get(head), IA3.name
+        if head == "lora_B":
+            tensor = tensor.flatten()  # (rows, 1)
+    if leaf is None or not roles or not tensor.shape or len(tensor) < len(roles) or len(tensor) % len(roles):
         return {}
-    keys = [f"{site.key}.{module_key(LoRA.name, Placement(site=site, port='linear', role=role))}" for role in roles]
+    keys = [f"{site.key}.{module_key(method, Placement(site=site, port='linear', role=role))}" for role in roles]
     pieces = tensor.chunk(len(roles))
-    return {".".join([key, _LEAVES[head], *rest]): piece for key, piece in zip(keys, pieces, strict=True)}
+    return {".".join([key, leaf, *rest]): piece for key, piece in zip(keys, pieces, strict=True)}
 
 
 def _check_fused(site: Site, roles: tuple[str, ...], folder: Path) -> None:

@@ -12,6 +12,7 @@ from ..core.errors import ConfigError, StateError, join_problems
 from ..core.site import Kind
 from ..methods import AdapterConfig
 from ..methods.bottleneck import BottleneckConfig
+from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRAConfig
 from .adapterhub_names import Place
 from .adapterhub_sites import Stacks
@@ -37,7 +38,7 @@ _IDLE = {
     *("phm_layer", "phm_dim", "phm_rank", "phm_bias", "phm_c_init", "phm_init_range", "learn_phm"),
     *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule", "hypercomplex_nonlinearity"),
 }
-"""Fields that say nothing about what a bottleneck or LoRA computes, or that are looked at for a refusal."""
+"""Fields that say nothing about what a bottleneck, LoRA or (IA)³ computes, or that are looked at for a refusal."""
 
 
 def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> AdapterConfig:
@@ -61,13 +62,18 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
 
 
 def _part(row: Mapping[str, Any], stacks: Stacks) -> Config:
-    return _lora(row, stacks) if row.get("architecture") == "lora" else _bottleneck(row, stacks)
+    if row.get("architecture") != "lora":
+        return _bottleneck(row, stacks)
+    if row.get("composition_mode") != "scale":
+        return _linear(row, stacks, LoRAConfig())
+    return _linear(row, stacks, IA3Config(after_activation=False))
 
 
 def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     values = _known(row, BottleneckConfig) | dict.fromkeys(_FIELD_OF_KIND.values(), False)
-    for place in _wanted(row, stacks.bottlenecks()):
-        values[_FIELD_OF_KIND[place.kind]] = True
+    places = list(_wanted(row, stacks.bottlenecks()))
+    values |= {_FIELD_OF_KIND[place.kind]: True for place in places}
+    values["circuits"] = {_FIELD_OF_KIND[place.kind]: place.circuit for place in places if place.circuit != "own"}
     values["leave_out"] = _layers(row, stacks)
     values["non_linearity"] = str(values["non_linearity"]).lower()
     factor = values["reduction_factor"]
@@ -80,19 +86,19 @@ def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     return BottleneckConfig.from_dict(values)
 
 
-def _lora(row: Mapping[str, Any], stacks: Stacks) -> LoRAConfig:
-    values = _known(row, LoRAConfig)
+def _linear(row: Mapping[str, Any], stacks: Stacks, default: LoRAConfig | IA3Config) -> Config:
+    values = _known(row, type(default))
     if values.get("init_weights") not in ("lora", "bert"):
         values.pop("init_weights", None)  # one of another method's; the weights are loaded anyway
-    places = list(_wanted(LoRAConfig().to_dict() | dict(row), stacks.linears()))
+    places = list(_wanted(default.to_dict() | dict(row), stacks.linears()))
     roles = {role for place in places for role in place.roles}
-    asked = row.get("attn_matrices", LoRAConfig().attn_matrices)
+    asked = row.get("attn_matrices", default.attn_matrices)
     # The reference accepts "o" and adapts nothing for it.
     values["attn_matrices"] = [role for role in ("q", "k", "v") if role in asked and role in roles]
     values["selfattn_lora"] = bool(values["attn_matrices"])
     values |= {field: role in roles for role, field in _FIELD_OF_ROLE.items()}
     values["leave_out"] = _layers(row, stacks)
-    return LoRAConfig.from_dict(values)
+    return default.replace(**values)
 
 
 def _known(row: Mapping[str, Any], config: type[Config]) -> dict[str, Any]:
@@ -119,21 +125,21 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
     kind = row.get("architecture")
     if kind not in (None, "bottleneck", "lora"):
         return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
-    reasons = _lora_reasons(row) if kind == "lora" else _bottleneck_reasons(row)
+    reasons = _lora_reasons(row, stacks) if kind == "lora" else _bottleneck_reasons(row)
     if later:
-        known = {f.name for f in dataclasses.fields(LoRAConfig if kind == "lora" else BottleneckConfig)} | _IDLE  # type: ignore[arg-type]
+        ours = LoRAConfig if kind == "lora" else BottleneckConfig
+        known = {field.name for field in dataclasses.fields(ours)} | _IDLE  # type: ignore[arg-type]
         reasons += [
             (key, value, "a field of a later version") for key, value in row.items() if value and key not in known
         ]
     found = [_refusal(*reason, place) for reason in reasons]
     if kind == "lora":
         return found
-    found += [
+    return found + [
         f"A bottleneck adapter's `config` must hold `{key}`; got none at `{place}`. Add it."
         for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
         if key not in row
     ]
-    return found or _wiring_problems(row, stacks, place)
 
 
 def _bottleneck_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
@@ -146,10 +152,14 @@ def _bottleneck_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     return reasons
 
 
-def _lora_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any, str]]:
     reasons = []
-    if row.get("composition_mode", "add") != "add":
-        reasons.append(("composition_mode", row["composition_mode"], "(IA)³"))
+    mode = row.get("composition_mode", "add")
+    if mode not in ("add", "scale"):
+        reasons.append(("composition_mode", mode, "another composition"))
+    alpha, fused = row.get("alpha", 1), any(len(place.roles) > 1 for place in stacks.linears())
+    if mode == "scale" and fused and alpha != 1 and not row.get("use_gating"):
+        reasons.append(("alpha", alpha, "(IA)³ that scales all of a fused projection"))
     if row.get("use_dora"):
         reasons.append(("use_dora", True, "DoRA"))
     vera = [field for field in ("vera_d", "vera_b") if row.get(field) is not None]
@@ -160,43 +170,7 @@ def _lora_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
 
 def _refusal(field: str, value: Any, method: str, place: object) -> str:
     return (
-        f"This version reads bottleneck adapters and LoRA of the library `adapters`; got {method} "
+        f"This version reads bottleneck adapters, LoRA and (IA)³ of the library `adapters`; got {method} "
         f"(`{field}={value!r}`) at `{place}`. It is not supported yet: keep the library that wrote it, or train one of "
         "those."
     )
-
-
-def _wiring_problems(row: Mapping[str, Any], stacks: Stacks, place: object) -> list[str]:
-    """Where the reference wires a model's bottlenecks in a way that no configuration here has."""
-    quirks = {stack.tower.quirk for stack in stacks}
-    defaults = {"original_ln_before": False, "original_ln_after": True, "is_parallel": False}
-    wiring = ", ".join(f"`{field}={row.get(field, default)}`" for field, default in defaults.items())
-    problems = []
-    if "swapped" in quirks and row["mh_adapter"] and not _symmetric(row):
-        problems.append(
-            "In the library `adapters`, the attention's adapter of this model takes the stream for the branch output, "
-            "which makes no difference only where both are treated alike; got `mh_adapter=True` with "
-            f"{wiring} at `{place}`. It is not supported: train it anew."
-        )
-    reads_stream = row.get("original_ln_before") or row.get("is_parallel") or not row.get("original_ln_after", True)
-    if "chained" in quirks and row["output_adapter"] and reads_stream:
-        problems.append(
-            "In the library `adapters`, the MLP's adapter of this model takes the attention's result for the stream, "
-            "which makes no difference only where it does not read the stream; got `output_adapter=True` with "
-            f"{wiring} at `{place}`. It is not supported: train it anew."
-        )
-    return problems
-
-
-def _symmetric(row: Mapping[str, Any]) -> bool:
-    """Whether a bottleneck computes the same when the stream and the branch output change places.
-
-    It does where both occur only in their sum: the adapter reads the sum, and either its own residual and the layer's
-    are the two of them, or its own is the sum and the layer adds none.
-    """
-    if row.get("is_parallel") or not row.get("original_ln_before"):
-        return False
-    if row.get("residual_before_ln", True) is not True:
-        return not row.get("original_ln_after", True)
-    own_norm = row.get("ln_after") and row.get("adapter_residual_before_ln")
-    return bool(row.get("original_ln_after", True) and not own_norm)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.site import Kind
+from ..core.wiring import Circuit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,12 +17,13 @@ class Place:
     """What a module of the reference is in our terms.
 
     `field` is the configuration field that asks for it; `roles` are those of a projection: one, several for a fused
-    one, none for a bottleneck.
+    one, none for a bottleneck, which has a `circuit` instead: what it is given for stream, branch and norm.
     """
 
     kind: Kind
     field: str
     roles: tuple[str, ...] = ()
+    circuit: Circuit = "own"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +36,6 @@ class Tower:
     linears: Mapping[str, Place]
     modality: str = ""
     """What the name of our stack begins with, where the order of the towers does not say which is which."""
-    quirk: Literal["", "swapped", "chained"] = ""
-    """`swapped`: the attention's bottleneck takes the stream for the branch output and the reverse. `chained`: the
-    MLP's bottleneck takes the attention's result for the stream, though both branches meet in one sum."""
 
 
 _WORDS = ("query", "key", "value")
@@ -60,13 +59,14 @@ def _tower(
     cross_field: str = "cross_adapter",
     intermediate: Literal["up", "down"] = "up",
     modality: str = "",
-    quirk: Literal["", "swapped", "chained"] = "",
+    mh_circuit: Circuit = "own",
+    output_circuit: Circuit = "own",
 ) -> Tower:
     """A row: `qkv` has one path where the projection is fused, `up` one path for each form the MLP may have, and
     `intermediate` says which of the MLP's projections `intermediate_lora` adapts."""
     bottlenecks = {
-        mh: Place(kind="self_attention", field="mh_adapter"),
-        output: Place(kind="mlp", field="output_adapter"),
+        mh: Place(kind="self_attention", field="mh_adapter", circuit=mh_circuit),
+        output: Place(kind="mlp", field="output_adapter", circuit=output_circuit),
     }
     if cross:
         bottlenecks[cross] = Place(kind="cross_attention", field=cross_field)
@@ -79,7 +79,7 @@ def _tower(
     fields = ("intermediate_lora", "output_lora") if intermediate == "up" else ("output_lora", "intermediate_lora")
     linears |= {path: Place(kind="mlp", field=fields[0], roles=("up",)) for path in up}
     linears[down] = Place(kind="mlp", field=fields[1], roles=("down",))
-    return Tower(layers=layers, bottlenecks=bottlenecks, linears=linears, modality=modality, quirk=quirk)
+    return Tower(layers=layers, bottlenecks=bottlenecks, linears=linears, modality=modality)
 
 
 def _bert(qkv: tuple[str, ...] = _three("attention.self.{}", _WORDS)) -> tuple[Tower, ...]:
@@ -158,7 +158,7 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
             qkv=_three("attention.{}", _WORDS),
             up=("ffn",),
             down="ffn_output",
-            quirk="swapped",
+            mh_circuit="exchanged",  # called with its arguments in the other order
         ),
     ),
     "bart": _bart(),
@@ -173,7 +173,7 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
     "distilbert": (_tower("transformer.layer", qkv=_three("attention.{}_lin"), up=("ffn.lin1",), down="ffn.lin2"),),
     "electra": _bert(),
     "gpt2": (_tower("h", qkv=("attn.c_attn",), up=("mlp.c_fc",), down="mlp.c_proj"),),
-    "gptj": (_tower("h", qkv=_three("attn.{}_proj"), up=("mlp.fc_in",), down="mlp.fc_out", quirk="chained"),),
+    "gptj": (_tower("h", qkv=_three("attn.{}_proj"), up=("mlp.fc_in",), down="mlp.fc_out", output_circuit="joined"),),
     "llama": _llama(),
     "mbart": _bart(),
     "mistral": _llama(),

@@ -33,11 +33,15 @@ class Tap:
 
     `path` is relative to the layer ("" is the layer itself). `key` is the way into the call's arguments (a position or
     a keyword) or into its result: () for a result that is the tensor itself, (0,) for the first item of a tuple.
+    Where the module is called several times in one call of the layer, `call` is the number of the call that is meant,
+    from 1, and `since` another module of the layer: one that is called once, before the first of them.
     """
 
     path: str
     side: Literal["in", "out"]
     key: tuple[int | str, ...] = ()
+    call: int = 0
+    since: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +207,12 @@ class Sites:
 
 
 def _tap(data: Mapping[str, Any] | None) -> Tap | None:
-    return None if data is None else Tap(path=data["path"], side=data["side"], key=tuple(data["key"]))
+    if data is None:
+        return None
+    call, since = int(data.get("call", 0)), data.get("since")
+    if (call > 0) != isinstance(since, str):
+        raise ValueError(f"`call` and `since` go together; got {call} and {since!r}")
+    return Tap(path=data["path"], side=data["side"], key=tuple(data["key"]), call=call, since=since)
 
 
 def _projection(data: Mapping[str, Any]) -> Projection:

@@ -8,7 +8,7 @@ layer: in every sound wiring the last term is absent and nothing is rounded twic
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 
 class Summable(Protocol):
@@ -19,6 +19,17 @@ class Summable(Protocol):
 
 
 V = TypeVar("V", bound=Summable)
+
+Circuit = Literal["own", "exchanged", "unnormed", "joined"]
+"""What an adapter is given for the stream, the branch output and the norm after the sum:
+
+    own        those of the layer
+    exchanged  the branch output for the stream, and the stream for the branch output
+    unnormed   no norm: the layer's own comes after whatever the adapter makes of the sum
+    joined     for the stream, the sum of the stream and the branches of the same sum that ran before
+
+All but the first are habits of other libraries on certain models, needed for adapters that were trained there.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.config import Config, config_class, option
+from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Kind, Sites
-from ..core.wiring import Carry
+from ..core.wiring import Carry, Circuit
 from .method import Branch, Placement, SublayerMethod, activation, check_layers, layer_number, sequence_gate
 
 _LAYER = re.compile(r"0|[1-9][0-9]*")
@@ -61,6 +61,11 @@ class BottleneckConfig(Config):
     )
     init_weights_seed: int | None = option(None, "Seed of the initial weights; none takes the global generator.")
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an adapter, counted from 0.")
+    circuits: Mapping[str, Circuit] = option(
+        FrozenMap({}),
+        "What the adapter takes for stream, branch and norm, by `mh_adapter`, `output_adapter` or `cross_adapter`, "
+        "where these are not the layer's own: set for adapters of other libraries.",
+    )
 
     def problems(self) -> list[str]:
         found = []
@@ -76,6 +81,12 @@ class BottleneckConfig(Config):
                     f"The keys of `BottleneckConfig.reduction_factor` are layer numbers or `default`; got "
                     f"{', '.join(map(repr, wrong))}. Write {{'0': 8, 'default': 16}}."
                 )
+        unknown = [key for key in self.circuits if key not in ("mh_adapter", "output_adapter", "cross_adapter")]
+        if unknown:
+            found.append(
+                "The keys of `BottleneckConfig.circuits` are `mh_adapter`, `output_adapter` and `cross_adapter`; got "
+                f"{', '.join(map(repr, unknown))}. Leave the field out."
+            )
         return found
 
     def kinds(self) -> dict[Kind, str]:
@@ -190,6 +201,10 @@ class Bottleneck(SublayerMethod):
     @staticmethod
     def keeps_sum(config: BottleneckConfig) -> bool:
         return config.original_ln_after
+
+    @staticmethod
+    def circuit(config: BottleneckConfig, kind: Kind) -> Circuit:
+        return config.circuits.get(config.kinds().get(kind, ""), "own")
 
     def __init__(self, config: BottleneckConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 from ..core.errors import ConfigError
-from ..core.site import Site, Sites
-from ..core.wiring import Carry, Summable
+from ..core.site import Kind, Site, Sites
+from ..core.wiring import Carry, Circuit, Summable
 
 V = TypeVar("V", bound=Summable)
 
@@ -82,6 +82,11 @@ class SublayerMethod(AbstractMethod):
     @abstractmethod
     def keeps_sum(config: Any) -> bool:
         """Whether the layer's own sum (and norm) is wanted after the adapter."""
+
+    @staticmethod
+    def circuit(config: Any, kind: Kind) -> Circuit:  # noqa: ARG004 - for those that have a choice
+        """What `wire` is given at the sites of a kind."""
+        return "own"
 
 
 class LinearMethod(AbstractMethod):

@@ -96,6 +96,8 @@ def _problems_of_tap(site: Site, name: str, tap: Tap, modules: Mapping[str, nn.M
     path = site.absolute(tap.path)
     if path not in modules:
         yield _missing(site, name, path, modules)
+    elif tap.since is not None and site.absolute(tap.since) not in modules:
+        yield _missing(site, f"since of {name}", site.absolute(tap.since), modules)
     elif tap.side == "in" and not tap.key:
         yield (
             f"`{name}` on the side `in` has the position or the name of an argument as `key`; got none at {site.key}. "

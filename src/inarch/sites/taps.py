@@ -1,6 +1,6 @@
 """Where hooks can reach a branch: its output `h`, the stream `x`, and the norms around them."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,11 +35,12 @@ class Reach:
         self.scope = layer.scope
         self._prefix = f"{layer.path}." if layer.path else ""
         self._elsewhere: dict[int, str] | None = None
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[str, list[Call]] = defaultdict(list)
+        """The calls of each module, in order."""
         for call in graph.calls[layer.scope.index + 1 :]:
             if not layer.scope.encloses(call):
                 break
-            self._calls[call.path] += 1
+            self._calls[call.path].append(call)
 
     def path(self, call: Call) -> str | None:
         """The module's path inside the layer; None for a module that is not in the layer's tree."""
@@ -51,10 +52,24 @@ class Reach:
 
     def hookable(self, call: Call) -> bool:
         """Whether a hook on the module fires exactly once in a call of the layer."""
-        return self.scope.encloses(call) and self._calls[call.path] == 1 and self.path(call) is not None
+        return self.scope.encloses(call) and len(self._calls[call.path]) == 1 and self.path(call) is not None
+
+    def countable(self, call: Call) -> bool:
+        """Whether a hook on the module can tell this call, if necessary by counting since another module was called."""
+        return self.hookable(call) or (
+            self.scope.encloses(call) and self.path(call) is not None and self._since(call) is not None
+        )
+
+    def _since(self, call: Call) -> str | None:
+        first = self._calls[call.path][0]
+        before = (calls[0] for calls in self._calls.values() if calls[0].index < first.index)
+        return next((self.path(other) for other in before if self.hookable(other)), None)
 
     def tap(self, call: Call, side: str, key: Key) -> Tap:
-        return Tap(path=self.path(call) or "", side="in" if side == "in" else "out", key=key)
+        number, since = 0, None
+        if len(self._calls[call.path]) > 1:
+            number, since = self._calls[call.path].index(call) + 1, self._since(call)
+        return Tap(path=self.path(call) or "", side="in" if side == "in" else "out", key=key, call=number, since=since)
 
     def norms_on(self, value: int) -> list[tuple[Call, str]]:
         """The norms inside the layer that take the value, each with its path."""
@@ -100,12 +115,20 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
         found = [
             (call.returned, -len(key), call, key)
             for call, key in graph.producers.get(seen.value, ())
-            if call.stop <= branch.total and reach.hookable(call)
+            if call.stop <= branch.total and reach.countable(call)
         ]
-        if found:
-            _, _, call, key = max(found, key=lambda entry: entry[:2])
+        # Counting the calls of a module costs a hook; one that never changes anything is not worth it.
+        chosen = [entry for entry in found if reach.hookable(entry[2]) or not _is_idle(entry[2].module)] or found
+        if chosen:
+            _, _, call, key = max(chosen, key=lambda entry: entry[:2])
             return reach.tap(call, "out", key), seen, call
     return None
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether the module returns what it gets, in training too: a dropout or a stochastic depth of probability 0."""
+    probability = getattr(module, "p", getattr(module, "drop_prob", None))
+    return isinstance(module, nn.Identity) or probability == 0
 
 
 def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Tap | None, bool]:
