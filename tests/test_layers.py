@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "weight": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank"},
     "attach": MECHANISM | {"bank", "weight", "plan"},
-    "check": GRAFT,
+    "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
     "convert": GRAFT,

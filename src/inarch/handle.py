@@ -35,7 +35,7 @@ from .attach import (
     ungraft,
 )
 from .bank import SiteSlot
-from .check import Report, report
+from .check import Data, Report, Training, examine, report
 from .compose import Block, Setup, check_runnable, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError, nearest
 from .core.site import Sites
@@ -102,23 +102,43 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check(
-    model: nn.Module, config: ConfigLike | None = None, *, layout: Any = None, example_inputs: Any = None
+    model: nn.Module,
+    config: ConfigLike | None = None,
+    *,
+    layout: Any = None,
+    example_inputs: Any = None,
+    training: Training | None = None,
+    data: Data | None = None,
+    measure: bool = True,
 ) -> Report:
-    """Prove what adapters make of a model's function; the model is left untouched.
+    """Prove what adapters make of a model's function, measure it on one small batch, and name all that will go wrong.
 
-    Arguments: `config` is a configuration to judge; without one, the active setup of the model is judged.
+    The model is left untouched; nothing needs to be attached. Arguments: `config` is a configuration to judge; without
+    one, the active setup of the model is judged. `example_inputs` is the batch; without it, one is made up where that
+    can be done. `training` and `data` say what is known of the training to come. `measure=False` runs nothing but the
+    probe.
+
+    Raises `SiteError`, `ConfigError` or `SetupError` for what could not even be attached, added or activated.
     """
     model = unwrap(model)
-    handle = model.__dict__.get(_ATTRIBUTE)
-    if config is None:
-        if not isinstance(handle, Adapters):
+    with _LOCK:
+        handle = attached(model)
+        if handle is None and config is None:
             raise SetupError(
                 f"There must be something to check; got no configuration and no adapters on {type(model).__name__}. "
                 "Pass a configuration, as in `inarch.check(model, 'seq_bn')`."
             )
-        return handle.check()
-    sites = handle.sites if isinstance(handle, Adapters) else probe(model, layout=layout, example_inputs=example_inputs)
-    return report(sites, "adapter", {"adapter": read_config(config)})
+        if handle is not None:
+            return handle.check(config, example_inputs=example_inputs, training=training, data=data, measure=measure)
+        assert config is not None
+        if not measure:
+            sites = probe(model, layout=layout, example_inputs=example_inputs)
+            return report(sites, "adapter", {"adapter": read_config(config)}, training=training, data=data)
+        handle = attach(model, layout=layout, example_inputs=example_inputs)
+        try:
+            return handle.check(config, example_inputs=example_inputs, training=training, data=data)
+        finally:
+            handle.detach()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,14 +241,47 @@ class Adapters:
     def __str__(self) -> str:
         return self.summary()
 
-    def check(self) -> Report:
-        """Prove what the active setup, or else all adapters one after the other, makes of the model's function."""
-        if self._setup is None and len(self._configs) != 1:
-            raise SetupError(
-                f"There must be one thing to check; got no active setup and {len(self._configs)} adapters. "
-                "Activate a setup first, or pass a configuration to `inarch.check`."
-            )
-        return report(self.sites, self._setup or self.names[0], self._configs)
+    def check(
+        self,
+        config: ConfigLike | None = None,
+        *,
+        example_inputs: Any = None,
+        training: Training | None = None,
+        data: Data | None = None,
+        measure: bool = True,
+    ) -> Report:
+        """What `inarch.check` does, for a configuration or, without one, for the active setup or the only adapter."""
+        with _LOCK:
+            inputs = None
+            if measure:
+                made = synthesise(self.model) if example_inputs is None else None
+                inputs = (
+                    Inputs((), made) if made else given_inputs(example_inputs) if example_inputs is not None else None
+                )
+            if config is not None:
+                with self._on_trial(read_config(config)) as name:
+                    return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data)
+            if self._setup is None and len(self._configs) != 1:
+                raise SetupError(
+                    f"There must be one thing to check; got no active setup and {len(self._configs)} adapters. "
+                    "Activate a setup first, or pass a configuration to `inarch.check`."
+                )
+            setup = self._setup or self.names[0]
+            return examine(self, setup, self._configs, inputs, on_trial=False, training=training, data=data)
+
+    @contextmanager
+    def _on_trial(self, config: AdapterConfig) -> Iterator[str]:
+        """Have an adapter, sound or not, for the length of a `with` block; afterwards all is as it was."""
+        name = "adapter" if "adapter" not in self else f"adapter {len(self._configs)}"
+        active = self._setup
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.add(name, config, unsound="allow")
+        try:
+            yield name
+        finally:
+            self._arm(active)
+            self.remove(name)
 
     # Adding and removing
 
@@ -613,7 +666,7 @@ def _check_streams(verdict: Report) -> None:
 
 
 def _refusal(verdict: Report) -> str:
-    details = "\n".join(f"  {finding}" for finding in verdict.findings)
+    details = "\n".join(f"  {finding}" for finding in verdict.findings if finding.level == "error")
     return (
         f"An adapter must keep the pre-trained function when its branch is zero; got {verdict.subject} for "
         f'{verdict.model_class}.\n{details}\n  For research, pass `unsound="allow"` to `add`.'

@@ -1,9 +1,17 @@
 """What can be known of a configuration before training."""
 
+from .examine import examine as examine
+from .facts import Data as Data
+from .facts import Evidence as Evidence
+from .facts import Memory as Memory
+from .facts import ModelFacts as ModelFacts
+from .facts import SiteReport as SiteReport
+from .facts import Training as Training
+from .findings import Finding as Finding
+from .findings import rules as rules
 from .proof import Proof as Proof
-from .proof import fixes as fixes
 from .proof import prove as prove
-from .report import Finding as Finding
+from .repair import Repair as Repair
+from .repair import wiring_repairs as wiring_repairs
 from .report import Report as Report
-from .report import SiteReport as SiteReport
 from .report import report as report

@@ -1,17 +1,14 @@
-"""The proof that a wiring keeps the pre-trained function, and the smallest change that makes it so.
+"""The proof that a wiring keeps the pre-trained function.
 
 At each site the code that runs in the forward is run on symbols (`plan.formula`). With the adapter's branch set to zero
 the result must be what the layer computed before: `LN(x + h)` after a post-norm sum, `x + h` everywhere else.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..compose import Setup
-from ..core.config import Config
-from ..core.errors import ConfigError
 from ..core.site import Site
 from ..core.symbols import Applied, Expr
 from ..methods import AdapterConfig
@@ -61,40 +58,3 @@ def _inside(expression: Expr) -> Expr:
     if len(expression.terms) == 1 and isinstance(term := expression.terms[0][0], Applied):
         return term.argument
     return expression
-
-
-_FLAGS: dict[str, tuple[Any, ...]] = {
-    "residual_before_ln": (True, False),
-    "original_ln_after": (True, False),
-    "original_ln_before": (True, False),
-    "adapter_residual_before_ln": (False,),
-    "ln_after": (False,),
-    "is_parallel": (False,),
-}
-"""The fields that decide a wiring, with the values a fix may give them."""
-
-
-def fixes(site: Site, part: Config) -> list[dict[str, Any]]:
-    """The smallest sets of changed fields that make one method configuration sound at a site.
-
-    Every candidate is proved. Returned are all those with the fewest changes; none where no change of flags helps.
-    """
-    flags = [name for name in _FLAGS if hasattr(part, name)]
-    for distance in range(1, len(flags) + 1):
-        candidates = [
-            dict(zip(changed, values, strict=True))
-            for changed in itertools.combinations(flags, distance)
-            for values in itertools.product(*([v for v in _FLAGS[n] if v != getattr(part, n)] for n in changed))
-        ]
-        found = [changes for changes in candidates if _is_sound(site, part, changes)]
-        if found:
-            return found
-    return []
-
-
-def _is_sound(site: Site, part: Config, changes: dict[str, Any]) -> bool:
-    try:
-        proof = prove(site, "a", {"a": AdapterConfig((part.replace(**changes),))})
-    except ConfigError:
-        return False
-    return proof is not None and proof.sound

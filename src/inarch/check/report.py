@@ -1,50 +1,17 @@
-"""The verdict on a configuration: what every group of equal sites computes, and what to change."""
+"""The verdict on a configuration: what every group of equal sites computes, what was measured, and what to change."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..compose import Setup, check_runnable, names
+from ..core.errors import ConfigError
 from ..core.site import Site, Sites
-from ..core.table import ranges, render
+from ..core.table import render
 from ..methods import AdapterConfig
-from ..plan import plan, sublayer_part, sublayer_sites
-from .proof import Proof, fixes, prove
-
-_REASONS = {
-    "skip connection lost": "the stream x does not reach the next layer, so everything below this site is lost",
-    "skip connection doubled": "the stream x is added twice, so it doubles at every layer",
-    "norm lost": "the layer's own norm is skipped, so the next layer receives values it never saw",
-    "norm applied twice": "the stream passes one norm more than it was trained with",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class SiteReport:
-    """Equal sites, and the one proof that holds for all of them."""
-
-    sites: tuple[Site, ...]
-    proof: Proof
-
-    @property
-    def place(self) -> str:
-        """The sites in words: stack, role and layers."""
-        first = self.sites[0]
-        return f"{first.stack} {first.role}, layers {ranges([site.layer for site in self.sites])}"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that will go wrong in training, and how to mend it."""
-
-    code: str
-    level: str
-    place: str
-    message: str
-    fixes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        text = f"{self.level} {self.code} at {self.place}: {self.message}."
-        return text + (f" Set {' or '.join(f'`{fix}`' for fix in self.fixes)}." if self.fixes else "")
+from ..plan import Plan, plan, sublayer_sites
+from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Training
+from .findings import LEVELS, Finding, find
+from .proof import Proof, prove
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +23,91 @@ class Report:
     sites: tuple[SiteReport, ...]
     findings: tuple[Finding, ...]
     num_parameters: int
+    evidence: Evidence | None = None
+    """What one small batch showed; None where nothing was run."""
+    memory: Memory | None = None
+    """What training takes beside the weights; None where no inputs are known."""
 
     @property
     def sound(self) -> bool:
         """Whether the pre-trained function is preserved at every site."""
         return all(group.proof.sound for group in self.sites)
 
+    @property
+    def has_errors(self) -> bool:
+        """Whether any finding is an error."""
+        return any(finding.level == "error" for finding in self.findings)
+
     def __str__(self) -> str:
-        rows = [
-            (
-                group.place,
-                group.sites[0].arrangement,
-                f"y = {group.proof.formula.pretrained}",
-                f"y = {group.proof.formula.adapted}",
-                group.proof.verdict,
-            )
-            for group in self.sites
-        ]
+        rows = site_rows(self)
         head = f"{self.subject} on {self.model_class}: {self.num_parameters:,} parameters"
-        body = render(("sites", "norm", "pre-trained", "with the adapter", "verdict"), rows) if rows else ""
+        body = render(SITE_HEADERS, rows) if rows else ""
         if not rows:
             head += ", no sum of the model is changed"
-        return "\n".join(part for part in (head, body, *map(str, self.findings)) if part)
+        lines = [*evidence_lines(self.evidence), *memory_lines(self.memory)]
+        return "\n".join(part for part in (head, body, *lines, *map(str, self.findings)) if part)
 
 
-def report(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> Report:
-    """Prove a setup of adapters at every site of a model.
+SITE_HEADERS = ("sites", "norm", "pre-trained", "with the adapter", "verdict")
+
+
+def site_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for each group of equal sites."""
+    return [
+        (
+            group.place,
+            group.sites[0].arrangement,
+            f"y = {group.proof.formula.pretrained}",
+            f"y = {group.proof.formula.adapted}",
+            group.proof.verdict,
+        )
+        for group in report.sites
+    ]
+
+
+def evidence_lines(evidence: Evidence | None) -> list[str]:
+    """What one batch showed, in words."""
+    if evidence is None:
+        return []
+    growth = ", ".join(f"{stack} {value:.3g}x" for stack, value in evidence.growth.items())
+    return [
+        f"drift of the output at the initial weights: {evidence.drift:.2g} of its size",
+        f"gradients reach {evidence.reached:.0%} of {len(evidence.gradients)} adapter tensors",
+        *([f"the stream after the last layer, over the base's: {growth}"] if growth else []),
+    ]
+
+
+def memory_lines(memory: Memory | None) -> list[str]:
+    """What training takes, in words."""
+    if memory is None:
+        return []
+    how = "measured" if memory.is_measured else "estimated"
+    batch = "one sample" if memory.samples == 1 else f"a batch of {memory.samples}"
+    peak = f"; peak on the device {_size(memory.device_peak)}" if memory.device_peak is not None else ""
+    line = (
+        f"memory beside the weights, {how}: {_size(memory.activations)} kept for the backward pass of {batch}, "
+        f"{_size(memory.optimizer)} of gradients and AdamW moments{peak}"
+    )
+    return [line]
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB"
+
+
+def report(
+    sites: Sites,
+    setup: Setup,
+    configs: Mapping[str, AdapterConfig],
+    *,
+    model: ModelFacts | None = None,
+    training: Training | None = None,
+    data: Data | None = None,
+    evidence: Evidence | None = None,
+    memory: Memory | None = None,
+    other_base: str = "",
+) -> Report:
+    """Prove a setup of adapters at every site of a model, and apply every rule to what is known.
 
     Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
     cannot run.
@@ -89,6 +115,26 @@ def report(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> 
     check_runnable(setup)
     chosen = {name: configs[name] for name in names(setup)}
     planned = plan(sites, chosen)
+    facts = Facts(
+        sites=sites,
+        setup=setup,
+        configs=chosen,
+        plan=planned,
+        groups=_groups(sites, setup, chosen, planned),
+        model=model,
+        training=training,
+        data=data,
+        evidence=evidence,
+        memory=memory,
+        other_base=other_base,
+    )
+    findings = tuple(_checked(facts, finding) for finding in find(facts))
+    ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
+    subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
+    return Report(subject, sites.model_class, facts.groups, ordered, planned.num_parameters, evidence, memory)
+
+
+def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:
     touched = sublayer_sites(list(planned.modules))
     groups: dict[tuple[object, ...], list[tuple[Site, Proof]]] = {}
     for site in sites:
@@ -96,21 +142,29 @@ def report(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> 
         proof = prove(site, setup, present)
         if proof is not None:
             groups.setdefault((site.signature(), tuple(present)), []).append((site, proof))
-    reports = tuple(SiteReport(tuple(site for site, _ in group), group[0][1]) for group in groups.values())
-    findings = tuple(_finding(group, chosen, setup) for group in reports if not group.proof.sound)
-    subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
-    return Report(subject, sites.model_class, reports, findings, planned.num_parameters)
+    return tuple(SiteReport(tuple(site for site, _ in group), group[0][1]) for group in groups.values())
 
 
-def _finding(group: SiteReport, configs: Mapping[str, AdapterConfig], setup: Setup) -> Finding:
-    proof = group.proof
-    message = (
-        f"{proof.verdict}; with a zero adapter branch `y = {proof.formula.adapted}` becomes "
-        f"`y = {proof.formula.at_zero}`, the base model computes `y = {proof.formula.pretrained}`: "
-        f"{_REASONS[proof.verdict]}"
-    )
-    parts = [part for config in configs.values() if (part := sublayer_part(config)) is not None]
-    # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
-    changes = fixes(group.sites[0], parts[0]) if isinstance(setup, str) else []
-    texts = tuple(", ".join(f"{key}={value!r}" for key, value in change.items()) for change in changes)
-    return Finding("unsound-wiring", "error", group.place, message, texts)
+def _checked(facts: Facts, finding: Finding) -> Finding:
+    """The finding with those of its fixes that clear it and bring no new error, each tried on the whole."""
+    if not finding.fixes or not isinstance(facts.setup, str):
+        return finding
+    errors = {other.code for other in find(facts) if other.level == "error"}
+    kept = []
+    for repair in finding.fixes:
+        try:
+            config = repair.apply(facts.configs[facts.setup])
+            configs = {facts.setup: config}
+            planned = plan(facts.sites, configs)
+        except ConfigError:
+            continue
+        # What was measured belongs to the old configuration.
+        groups = _groups(facts.sites, facts.setup, configs, planned)
+        after = {
+            other.code: other.level
+            for other in find(replace(facts, configs=configs, plan=planned, groups=groups, evidence=None))
+        }
+        brings = {code for code, level in after.items() if level == "error"} - errors
+        if finding.code not in after and not brings:
+            kept.append(repair)
+    return replace(finding, fixes=tuple(kept))

@@ -66,7 +66,8 @@ def report_data(report: "Report") -> dict[str, Any]:
                 "level": finding.level,
                 "place": finding.place,
                 "message": finding.message,
-                "fixes": list(finding.fixes),
+                "fixes": [str(fix) for fix in finding.fixes],
+                "advice": finding.advice,
             }
             for finding in report.findings
         ],

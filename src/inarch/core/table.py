@@ -27,3 +27,9 @@ def ranges(numbers: list[int]) -> str:
         else:
             parts.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def layers(numbers: list[int]) -> str:
+    """`[0, 1, 2]` as "layers 0-2", `[3]` as "layer 3"."""
+    distinct = sorted(set(numbers))
+    return f"layer{'s' if len(distinct) > 1 else ''} {ranges(distinct)}"

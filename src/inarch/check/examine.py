@@ -1,0 +1,167 @@
+"""Brings together what is known of a model with adapters: its state, its data, and what one small batch shows."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..compose import Setup, names
+from ..core.site import Sites
+from ..heads import id2label, task_head
+from ..methods import AdapterConfig
+from ..sites import Inputs
+from .facts import Data, ModelFacts, Training
+from .measure import measure, memory
+from .report import Report, report
+
+_PLACEHOLDER = "LABEL_"
+
+
+class Subject(Protocol):
+    """What is examined: the handle on a model with adapters."""
+
+    model: Any
+    sites: Sites
+
+    def __getitem__(self, name: str) -> dict[str, nn.Parameter]: ...
+    def using(self, setup: Setup | None) -> AbstractContextManager[None]: ...
+
+
+def examine(
+    subject: Subject,
+    setup: Setup,
+    configs: Mapping[str, AdapterConfig],
+    inputs: Inputs | None,
+    *,
+    on_trial: bool,
+    training: Training | None = None,
+    data: Data | None = None,
+    other_base: str = "",
+) -> Report:
+    """The report on a setup of a grafted model, with the evidence of one batch where inputs are given.
+
+    **Arguments**: `on_trial` says that the adapters are there for this examination alone, so that what is frozen says
+    nothing about the training to come.
+    """
+    model: nn.Module = subject.model
+    several = len(dict.fromkeys(names(setup))) > 1
+    parameters = {
+        f"{key} of {name}" if several else key: p for name in names(setup) for key, p in subject[name].items()
+    }
+    evidence, held = None, None
+    if inputs is not None:
+        head = _head_parameters(model, subject.sites)
+        with subject.using(setup):
+            call = inputs.to(*_place(model))
+
+            def run() -> Any:
+                return model(*call.args, **call.kwargs)
+
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                evidence = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
+            held = memory(model, run, [*parameters.values(), *head], samples=_samples(inputs))
+    return report(
+        subject.sites,
+        setup,
+        configs,
+        model=model_facts(model, subject.sites, parameters, attached=not on_trial),
+        training=training,
+        data=_with_pixels(data, inputs),
+        evidence=evidence,
+        memory=held,
+        other_base=other_base,
+    )
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    return (floats[0].device, floats[0].dtype) if floats else (torch.device("cpu"), None)
+
+
+def _samples(inputs: Inputs) -> int:
+    return max((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.dim()), default=1)
+
+
+def _head_parameters(model: nn.Module, sites: Sites) -> list[nn.Parameter]:
+    return [p for path in task_head(model, sites) for p in model.get_submodule(path).parameters()]
+
+
+def model_facts(
+    model: nn.Module, sites: Sites, parameters: Mapping[str, nn.Parameter], *, attached: bool
+) -> ModelFacts:
+    """What rules may know of a model's state."""
+    config = getattr(model, "config", None)
+    head = task_head(model, sites)
+    head_parameters = _head_parameters(model, sites)
+    special = {id(p) for p in (*parameters.values(), *head_parameters)}
+    own = {id(p) for p in parameters.values()}
+    labels = id2label(model)
+    named = labels and not all(label.startswith(_PLACEHOLDER) for label in labels.values())
+    return ModelFacts(
+        num_labels=len(labels) if head and labels else None,
+        labels=tuple(labels[key] for key in sorted(labels)) if named else None,
+        image_size=_image_size(config),
+        head=head,
+        head_looks_untrained=_looks_untrained(model, head, getattr(config, "initializer_range", None)),
+        head_trainable=any(p.requires_grad for p in head_parameters),
+        adapter_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        base_trainable=tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in special),
+        adapter_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) in own})),
+        batch_norms_in_training=tuple(_active_batch_norms(model)),
+        dropouts_in_training=sum(
+            1
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0 and ".inarch." not in path
+        ),
+        attached=attached,
+    )
+
+
+def _active_batch_norms(model: nn.Module) -> list[str]:
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001  its public subclasses are several
+        and module.training
+        and module.track_running_stats
+        and not any(p.requires_grad for p in module.parameters())
+    ]
+
+
+def _image_size(config: Any) -> tuple[int, int] | None:
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None
+
+
+def _looks_untrained(model: nn.Module, head: tuple[str, ...], spread: float | None) -> bool:
+    """Whether all linear maps of a head are as an initialiser leaves them: biases zero, weights centred and of its
+    spread, within four standard errors."""
+    linears = [m for path in head for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)]
+    if not linears or spread is None or any(m.weight.is_meta for m in linears):
+        return False
+    for linear in linears:
+        weight = linear.weight.detach().float()
+        if linear.bias is not None and bool(linear.bias.detach().abs().max() > 0):
+            return False
+        count = weight.numel()
+        if abs(float(weight.mean())) > 4 * spread / count**0.5:
+            return False
+        if abs(float(weight.std()) / spread - 1) > 4 / (2 * count) ** 0.5:
+            return False
+    return True
+
+
+def _with_pixels(data: Data | None, inputs: Inputs | None) -> Data | None:
+    """What a batch says of the images, beside what is given."""
+    pixels = None if inputs is None else inputs.kwargs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or data is None or pixels.is_meta:
+        return data
+    low, high = float(pixels.min()), float(pixels.max())
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    return Data(labels=data.labels, label_ids=data.label_ids, pixel_range=(low, high), pixel_size=size)

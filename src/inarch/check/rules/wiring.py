@@ -1,0 +1,50 @@
+"""Rules about how an adapter meets the layer's sum."""
+
+from collections.abc import Iterator
+
+from ...plan import sublayer_part
+from ..facts import Facts
+from ..findings import Finding, rule
+from ..repair import Repair, wiring_repairs
+
+_REASONS = {
+    "skip connection lost": "the stream x does not reach the next layer, so everything below this site is lost",
+    "skip connection doubled": "the stream x is added twice, so it doubles at every layer",
+    "norm lost": "the layer's own norm is skipped, so the next layer receives values it never saw",
+    "norm applied twice": "the stream passes one norm more than it was trained with",
+}
+
+
+@rule("unsound-wiring", "error")
+def unsound_wiring(facts: Facts) -> Iterator[Finding]:
+    """With a zero adapter branch the site no longer computes what it was pre-trained to compute.
+
+    The function that runs in the forward pass is run on symbols, the adapter's branch A is set to zero, and the result
+    is compared with the layer's own sum. Training starts from a broken model then, shows no error and, where the skip
+    connection is lost, does not converge. On a pre-norm model such as ViT, `original_ln_after=False` with
+    `residual_before_ln=True` is such a case: `y = h + A(x + h)` has no `x` of its own.
+    """
+    for group in facts.groups:
+        proof = group.proof
+        if proof.sound:
+            continue
+        message = (
+            f"{proof.verdict}; with a zero adapter branch `y = {proof.formula.adapted}` becomes "
+            f"`y = {proof.formula.at_zero}`, the base model computes `y = {proof.formula.pretrained}`: "
+            f"{_REASONS[proof.verdict]}"
+        )
+        # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
+        part = sublayer_part(facts.configs[facts.setup]) if isinstance(facts.setup, str) else None
+        found = wiring_repairs([one.sites[0] for one in facts.groups], part) if part is not None else []
+        yield Finding("unsound-wiring", "error", group.place, message, tuple(found), _compared(found))
+
+
+def _compared(found: list[Repair]) -> str:
+    """Whether repairs that are equally small do the same."""
+    if len(found) < 2:
+        return ""
+    formulas = dict.fromkeys(repair.formula for repair in found)
+    if len(formulas) == 1:
+        return f"They compute the same function, `y = {next(iter(formulas))}`."
+    listed = "; ".join(f"`{repair}` gives `y = {repair.formula}`" for repair in found)
+    return f"Each is sound, and they are different functions: {listed}."
