@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inarch.check import fixes, prove
+from inarch.check import prove, wiring_repairs
 from inarch.core.site import Site, Tap
 from inarch.core.symbols import Expr, symbol
 from inarch.core.wiring import Carry, settle
@@ -123,16 +123,22 @@ def test_a_stack_is_proved_as_a_whole():
 
 def test_the_founding_case_is_repaired_by_exactly_two_single_changes():
     broken = read_config("seq_bn[original_ln_after=False]").parts[0]
-    assert fixes(site(False), broken) == [{"residual_before_ln": False}, {"original_ln_after": True}]
-    without = broken.replace(original_ln_before=False)
-    assert fixes(site(False), without) == [{"original_ln_after": True}]
-    # After a norm both repairs are sound as well, and are different functions.
-    assert fixes(site(True), broken) == [{"residual_before_ln": False}, {"original_ln_after": True}]
-    first, second = (
-        prove(site(True), "n", {"n": read_config(broken.replace(**change))}).formula.adapted
-        for change in fixes(site(True), broken)
-    )
-    assert first != second
+    two = ["residual_before_ln=False", "original_ln_after=True"]
+    on_pre, on_post = wiring_repairs([site(False)], broken), wiring_repairs([site(True)], broken)
+    assert [str(repair) for repair in on_pre] == two
+    assert {repair.formula for repair in on_pre} == {"x + h + A(x + h)"}  # the same function
+    assert [str(repair) for repair in on_post] == two
+    assert [repair.formula for repair in on_post] == ["LN(x + h) + A(LN(x + h))", "LN(x + h + A(LN(x + h)))"]
+    without = wiring_repairs([site(False)], broken.replace(original_ln_before=False))
+    assert [str(repair) for repair in without] == ["original_ln_after=True"]
+
+
+def test_a_repair_holds_at_every_site_it_is_for():
+    broken = read_config("seq_bn[residual_before_ln=False]").parts[0]
+    for repair in wiring_repairs([site(False), site(True)], broken):
+        mended = broken.replace(**dict(repair.changes))
+        assert all(prove(site(post), "n", {"n": read_config(mended)}).sound for post in (False, True))
+    assert wiring_repairs([site(False)], read_config("seq_bn").parts[0]) == []
 
 
 def test_every_unsound_combination_has_a_proved_repair():
@@ -151,10 +157,11 @@ def test_every_unsound_combination_has_a_proved_repair():
         )
         proof = prove(site(post), "n", {"n": read_config(config)})
         if not proof.sound:
-            changes = fixes(site(post), config)
-            assert changes
-            for change in changes:
-                assert prove(site(post), "n", {"n": read_config(config.replace(**change))}).sound
+            repairs = wiring_repairs([site(post)], config)
+            assert repairs
+            for repair in repairs:
+                mended = config.replace(**dict(repair.changes))
+                assert prove(site(post), "n", {"n": read_config(mended)}).sound
 
 
 class _Halve:

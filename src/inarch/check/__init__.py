@@ -13,5 +13,9 @@ from .proof import Proof as Proof
 from .proof import prove as prove
 from .repair import Repair as Repair
 from .repair import wiring_repairs as wiring_repairs
+from .report import SITE_HEADERS as SITE_HEADERS
 from .report import Report as Report
+from .report import evidence_lines as evidence_lines
+from .report import memory_lines as memory_lines
 from .report import report as report
+from .report import site_rows as site_rows

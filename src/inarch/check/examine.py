@@ -1,7 +1,8 @@
 """Brings together what is known of a model with adapters: its state, its data, and what one small batch shows."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +12,12 @@ from ..compose import Setup, names
 from ..core.site import Sites
 from ..heads import id2label, task_head
 from ..methods import AdapterConfig
-from ..sites import Inputs
-from .facts import Data, ModelFacts, Training
+from ..sites import Inputs, Known, RunsKnown
+from .facts import Data, Memory, ModelFacts, Training
 from .measure import measure, memory
 from .report import Report, report
+
+logger = logging.getLogger(__name__)
 
 _PLACEHOLDER = "LABEL_"
 
@@ -26,6 +29,7 @@ class Subject(Protocol):
     sites: Sites
 
     def __getitem__(self, name: str) -> dict[str, nn.Parameter]: ...
+    def head(self, name: str) -> dict[str, Tensor]: ...
     def using(self, setup: Setup | None) -> AbstractContextManager[None]: ...
 
 
@@ -50,29 +54,61 @@ def examine(
     parameters = {
         f"{key} of {name}" if several else key: p for name in names(setup) for key, p in subject[name].items()
     }
+    heads = [tensor for name in names(setup) for tensor in subject.head(name).values()]
+    head = [tensor for tensor in heads if isinstance(tensor, nn.Parameter)] or _head_parameters(model, subject.sites)
     evidence, held = None, None
     if inputs is not None:
-        head = _head_parameters(model, subject.sites)
         with subject.using(setup):
-            call = inputs.to(*_place(model))
-
-            def run() -> Any:
-                return model(*call.args, **call.kwargs)
-
-            if not any(parameter.is_meta for parameter in model.parameters()):
+            run = _run_of(model, inputs)
+            if not _has_no_memory(model):
                 evidence = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
-            held = memory(model, run, [*parameters.values(), *head], samples=_samples(inputs))
+            held = _memory(model, run, [*parameters.values(), *head], _samples(inputs))
     return report(
         subject.sites,
         setup,
         configs,
-        model=model_facts(model, subject.sites, parameters, attached=not on_trial),
+        model=model_facts(model, subject.sites, parameters, head, attached=not on_trial),
         training=training,
         data=_with_pixels(data, inputs),
         evidence=evidence,
         memory=held,
         other_base=other_base,
     )
+
+
+def _has_no_memory(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _run_of(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+    """A call of the model on these inputs."""
+    call = inputs.to(*_place(model))
+    known = Known()
+    for tensor, value in zip(call.tensors(), inputs.tensors(), strict=True):
+        known.put(tensor, value)
+
+    def run() -> Any:
+        with RunsKnown(known) if _has_no_memory(model) else nullcontext():
+            return model(*call.args, **call.kwargs)
+
+    return run
+
+
+def _memory(
+    model: nn.Module, run: Callable[[], Any], parameters: Sequence[nn.Parameter], samples: int
+) -> Memory | None:
+    """What training takes; None, with a warning, for a model whose code does not run without memory."""
+    try:
+        return memory(model, run, parameters, samples=samples)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        if not _has_no_memory(model):
+            raise
+        logger.warning(
+            "The memory of %s cannot be estimated without its weights (%s); measure it with them.",
+            type(model).__name__,
+            str(error).partition("\n")[0],
+        )
+        return None
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
@@ -89,12 +125,16 @@ def _head_parameters(model: nn.Module, sites: Sites) -> list[nn.Parameter]:
 
 
 def model_facts(
-    model: nn.Module, sites: Sites, parameters: Mapping[str, nn.Parameter], *, attached: bool
+    model: nn.Module,
+    sites: Sites,
+    parameters: Mapping[str, nn.Parameter],
+    head_parameters: Sequence[nn.Parameter],
+    *,
+    attached: bool,
 ) -> ModelFacts:
     """What rules may know of a model's state."""
     config = getattr(model, "config", None)
     head = task_head(model, sites)
-    head_parameters = _head_parameters(model, sites)
     special = {id(p) for p in (*parameters.values(), *head_parameters)}
     own = {id(p) for p in parameters.values()}
     labels = id2label(model)

@@ -1,19 +1,25 @@
 """`inarch check`: what a configuration makes of a model, before anything is trained."""
 
+import dataclasses
+import json as json_library
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.errors import ConfigError
 from .guard import ERROR
 from .output import say, say_json, say_table
 from .probe import LAYOUT_HELP, MODEL_HELP
 
 if TYPE_CHECKING:
     from ..check import Report
+    from ..methods import AdapterConfig
 
 ADAPTER_HELP = (
     "A configuration: `seq_bn` or another preset, with changes as in `seq_bn[reduction_factor=8]`; or a JSON file."
 )
+_BATCH = 32
 
 
 def check(
@@ -21,23 +27,100 @@ def check(
     *,
     adapter: Annotated[str, typer.Option(help=ADAPTER_HELP, metavar="CONFIG", show_default=False)],
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP, metavar="FILE", show_default=False)] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The learning rate you mean to train with, for the rules that ask.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch whose memory is told.")] = _BATCH,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Load the weights and run one batch: drift, gradients, memory. Else they are estimated."
+        ),
+    ] = False,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Apply the smallest repair of every error: rewrite a JSON file, else print it."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Prove whether a model with an adapter still computes what it was pre-trained to compute.
+    """Prove whether a model with an adapter still computes what it was pre-trained to compute, and name what will fail.
 
-    Exit code 0 if it does, 1 if it does not.
+    Exit code 0 if nothing is wrong, 1 if a finding is an error.
     """
-    from ..handle import check as prove
+    from ..check import Training
+    from ..handle import attach
     from ..methods import read_config
-    from .skeleton import skeleton
 
-    report = prove(skeleton(model), read_config(adapter), layout=layout)
+    network = _network(model, with_weights=measure)
+    config = read_config(adapter)
+    training = None if learning_rate is None else Training(learning_rate=learning_rate)
+    handle = attach(network, layout=layout)
+    inputs = _batch(network, batch_size)
+
+    def judge(candidate: "AdapterConfig") -> "Report":
+        return handle.check(candidate, example_inputs=inputs, training=training, measure=inputs is not None)
+
+    report = judge(config)
+    if fix and report.has_errors:
+        repaired = _repaired(config, report, judge)
+        place = _write(adapter, repaired)
+        if not json:
+            say_report(report)
+            say(f"{report.subject} becomes {repaired}{place}", style="bold")
+        report = judge(repaired)
     if json:
         say_json(report_data(report))
     else:
         say_report(report)
-    if any(finding.level == "error" for finding in report.findings):
+    if report.has_errors:
         raise typer.Exit(ERROR)
+
+
+def _network(model: str, *, with_weights: bool) -> Any:
+    from .skeleton import skeleton, with_own_weights
+
+    return with_own_weights(model) if with_weights else skeleton(model)
+
+
+def _batch(network: Any, size: int) -> dict[str, Any] | None:
+    """Made-up inputs of that many samples; None where none can be made."""
+    from torch import Tensor
+
+    from ..sites import synthesise
+
+    made = synthesise(network)
+    if made is None:
+        return None
+    return {
+        key: value.expand(size, *value.shape[1:]) if isinstance(value, Tensor) and value.shape[:1] == (1,) else value
+        for key, value in made.items()
+    }
+
+
+def _repaired(config: "AdapterConfig", report: "Report", judge: Any) -> "AdapterConfig":
+    """The configuration with the smallest repair of each error; every step is checked again."""
+    while errors := [finding for finding in report.findings if finding.level == "error"]:
+        mendable = [finding for finding in errors if finding.fixes]
+        if not mendable:
+            raise ConfigError(
+                f"`--fix` changes a configuration; got `{errors[0].code}`, which no change of it clears. "
+                f"{errors[0].advice or 'Choose another configuration.'}"
+            )
+        config = mendable[0].fixes[0].apply(config)
+        report = judge(config)
+    return config
+
+
+def _write(adapter: str, repaired: "AdapterConfig") -> str:
+    """Write the repaired configuration where the old one came from, if that is a file."""
+    path = Path(adapter)
+    if path.suffix != ".json" or not path.is_file():
+        return ""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json_library.dumps(repaired.to_dict(), indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return f", written to {path}"
 
 
 def report_data(report: "Report") -> dict[str, Any]:
@@ -60,13 +143,15 @@ def report_data(report: "Report") -> dict[str, Any]:
             }
             for group in report.sites
         ],
+        "evidence": None if report.evidence is None else dataclasses.asdict(report.evidence),
+        "memory": None if report.memory is None else dataclasses.asdict(report.memory),
         "findings": [
             {
                 "code": finding.code,
                 "level": finding.level,
                 "place": finding.place,
                 "message": finding.message,
-                "fixes": [str(fix) for fix in finding.fixes],
+                "fixes": [dict(fix.changes) for fix in finding.fixes],
                 "advice": finding.advice,
             }
             for finding in report.findings
@@ -74,23 +159,20 @@ def report_data(report: "Report") -> dict[str, Any]:
     }
 
 
+_STYLES = {"error": "red", "warning": "yellow", "note": ""}
+
+
 def say_report(report: "Report") -> None:
     """A report as a table."""
+    from ..check import SITE_HEADERS, evidence_lines, memory_lines, site_rows
+
     say(f"{report.subject} on {report.model_class}: {report.num_parameters:,} parameters", style="bold")
-    rows = [
-        (
-            group.place,
-            group.sites[0].arrangement,
-            f"y = {group.proof.formula.pretrained}",
-            f"y = {group.proof.formula.adapted}",
-            group.proof.verdict,
-        )
-        for group in report.sites
-    ]
     styles = ["" if group.proof.sound else "red" for group in report.sites]
-    if rows:
-        say_table(("sites", "norm", "pre-trained", "with the adapter", "verdict"), rows, styles=styles)
+    if rows := site_rows(report):
+        say_table(SITE_HEADERS, rows, styles=styles)
+    for line in (*evidence_lines(report.evidence), *memory_lines(report.memory)):
+        say(line)
     for finding in report.findings:
-        say(str(finding), style="red" if finding.level == "error" else "yellow")
+        say(str(finding), style=_STYLES[finding.level])
     if report.sound:
         say("Sound: with a zero adapter branch the model computes what it was pre-trained to compute.", style="green")

@@ -1,4 +1,4 @@
-"""Models without weights: what the architecture alone can tell costs no download and no memory."""
+"""Models by name: without weights, as what the architecture alone can tell costs no download and no memory; or with."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +37,25 @@ def skeleton(model: str) -> Any:
         raise SiteError(
             f"A model must be buildable from its configuration; got `{_reason(error)}` for `{model}`. "
             "Build it in Python and pass it to `inarch.probe`."
+        ) from error
+
+
+def with_own_weights(model: str) -> Any:
+    """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`."""
+    from transformers import CONFIG_MAPPING
+
+    from ..train.models import quiet
+
+    config = read_model_config(model)
+    if model in CONFIG_MAPPING and not Path(model).exists():
+        return _model_class(config)._from_config(config).eval()
+    try:
+        with quiet():
+            return _model_class(config).from_pretrained(DEMO_BACKBONE if model == DEMO else model).eval()
+    except Exception as error:  # the Hub's client and the readers of weights raise errors of many kinds
+        raise SiteError(
+            f"A model to measure must have weights; got `{_reason(error)}` for `{model}`. Leave `--measure` out to "
+            "judge its architecture alone."
         ) from error
 
 

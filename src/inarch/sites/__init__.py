@@ -2,6 +2,8 @@
 
 from .inputs import Inputs as Inputs
 from .inputs import given_inputs as given_inputs
+from .known import Known as Known
+from .known import RunsKnown as RunsKnown
 from .layout import resolve as resolve
 from .native import Unnested as Unnested
 from .native import nesting_encoders as nesting_encoders

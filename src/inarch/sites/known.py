@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 _MOST_ELEMENTS = 2**16
@@ -94,6 +95,22 @@ class Known:
             for arg in args
         ]
         return func(*indexed, **kwargs)
+
+
+class RunsKnown(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, a model without memory runs with the values that are known."""
+
+    def __init__(self, known: Known) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = known
+        self._alive: list[Any] = []  # values are known by a tensor's identity, which must not be used again
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = self._known.run(func, args, kwargs or {})[0]
+        self._alive.append(result)
+        return result
 
 
 class KeepsIndices(TorchFunctionMode):

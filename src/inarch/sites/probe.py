@@ -71,14 +71,18 @@ def probe_now(model: nn.Module, *, example_inputs: Any = None) -> Sites:
 
 
 def synthesise(model: nn.Module) -> dict[str, Any] | None:
-    """Short inputs the model can be called with, as keyword arguments on its device; None if none can be made."""
+    """Short inputs the model can be called with, as keyword arguments; None if none can be made.
+
+    They are on the model's device, or, for a model without memory, on the CPU: their values are known then.
+    """
     candidates = made_inputs(model)
     if not candidates:
         return None
     dtype = _dtype(model)
     accepted = (inputs for inputs in candidates if isinstance(_attempt(_on_meta, model, inputs, dtype), Graph))
     chosen = candidates[0] if len(candidates) == 1 else next(accepted, candidates[0])
-    return dict(chosen.to(_device(model), dtype).kwargs)
+    device = _device(model)
+    return dict(chosen.to("cpu" if device.type == "meta" else device, dtype).kwargs)
 
 
 def _sites(model: nn.Module, graph: Graph, source: Source) -> Sites:

@@ -243,7 +243,7 @@ class _Stage:
 
     def try_way(self, way: Way) -> Outcome:
         """Prove, train and keep one way."""
-        report = None if way.adapter is None else check(self.network, way.adapter)
+        report = None if way.adapter is None else check(self.network, way.adapter, measure=False)
         num_runs = self.num_seeds if way.repeats else 1
         self.audience.begin(way, report, num_runs)
         watch = _Watch(self.audience)

@@ -45,7 +45,7 @@ def load_model(
             f"A model must be one that transformers can make a classifier of images of; got `{name}`, a "
             f"`{config.model_type}`. Use a model such as ViT, DeiT, BEiT, Swin or DINOv2."
         )
-    with _quiet():
+    with quiet():
         try:
             model, info = AutoModelForImageClassification.from_pretrained(
                 locate_model(name),
@@ -68,7 +68,7 @@ def load_model(
 
 def load_processor(name: str, *, revision: str | None = None) -> Any:
     """The image processor of a model. Raises `ConfigError` if it has none."""
-    with _quiet():
+    with quiet():
         advice = "Add that file to the model"
         try:
             return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ def _config(name: str, revision: str | None) -> Any:
             f"The folder of a model has a `config.json`; got `{name}`, which has none. Give the folder that "
             "`save_pretrained` wrote."
         )
-    with _quiet():
+    with quiet():
         try:
             return AutoConfig.from_pretrained(
                 str(path) if path.exists() else name, revision=revision, trust_remote_code=False
@@ -134,7 +134,7 @@ def _lasting(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the library's report of what it loads: a new task head is meant."""
     verbosity = transformers.logging.get_verbosity()
     has_bars = transformers.logging.is_progress_bar_enabled()

@@ -277,7 +277,7 @@ class _Run:
             command=self.command,
             model=describe_model(job.model, network, handle),
             data=describe_data(self.images),
-            verdict=None if handle is None else describe_verdict(handle.check()),
+            verdict=None if handle is None else describe_verdict(handle.check(measure=False)),
             environment=describe_environment(self.processes, precision),
             metric=BEST[self.images.task] if len(self.images.validation) else None,
             started=now(),
