@@ -20,6 +20,7 @@ import inarch
 from inarch.cli import COMMANDS, app, main
 from inarch.cli.guard import describe
 from inarch.core.errors import DataError, StateError
+from inarch.methods import read_config
 from inarch.train.models import load_model, load_processor
 
 LABELS = ["cat", "dog", "owl"]
@@ -332,7 +333,7 @@ def test_check_as_json():
     unsound = json.loads(result.stdout)
     assert not unsound["sound"]
     assert unsound["sites"][0]["at_zero"] == "y = h"
-    assert unsound["findings"][0]["fixes"] == ["residual_before_ln=False", "original_ln_after=True"]
+    assert unsound["findings"][0]["fixes"] == [{"residual_before_ln": False}, {"original_ln_after": True}]
     assert len(unsound["sites"][0]["sites"]) == 12
 
 
@@ -418,3 +419,29 @@ def test_eval_draws_the_confusion_matrix(place, tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "new" / "c.png").convert("L"))
     assert pixels.std() > 5
     assert "c.png" in result.stderr
+
+
+def test_check_measures_what_a_batch_shows_and_counts_its_memory():
+    result = run("check", "demo", "--adapter", "seq_bn", "--measure", "--batch-size", "4", "--json")
+    assert result.exit_code == 0
+    measured = json.loads(result.stdout)
+    assert measured["evidence"]["dead"] == [] and 0 < measured["evidence"]["drift"] < 1
+    estimated = json.loads(run("check", "demo", "--adapter", "seq_bn", "--batch-size", "4", "--json").stdout)
+    assert measured["memory"]["is_measured"] and not estimated["memory"]["is_measured"]
+    assert estimated["memory"]["activations"] == pytest.approx(measured["memory"]["activations"], rel=0.15)
+
+
+def test_fix_rewrites_a_file_and_prints_what_it_became(tmp_path):
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps(read_config("seq_bn[original_ln_after=False,scaling=0.0]").to_dict()))
+    result = run("check", "demo", "--adapter", str(file), "--fix")
+    assert result.exit_code == 0
+    assert "written to" in result.stdout
+    assert str(read_config(str(file))) == "seq_bn[original_ln_after=False,residual_before_ln=False]"
+    assert run("check", "demo", "--adapter", str(file)).exit_code == 0
+
+
+def test_a_learning_rate_is_judged():
+    result = run("check", "demo", "--adapter", "seq_bn", "--learning-rate", "5e-5", "--json")
+    assert [found["code"] for found in json.loads(result.stdout)["findings"]] == ["small-rate"]
+    assert result.exit_code == 0  # a warning is no error
