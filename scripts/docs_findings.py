@@ -15,9 +15,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "findings.md"
 
 HEAD = """# Findings
 
-What `inarch check` and `inarch.check` may say, by code. A code keeps its meaning from version to version. An *error*
-will go wrong and makes the command end with 1; a *warning* often goes wrong; a *note* is worth knowing. Where a change of
-the configuration helps, the finding has the smallest one, checked again; `--fix` applies it.
+What `inarch check` and `inarch.check` may say, by code. A code keeps its meaning from version to version. An
+*error* will go wrong and makes the command end with 1; a *warning* often goes wrong; a *note* is worth knowing.
+Where a change of the configuration helps, the finding has the smallest one, checked again; `--fix` applies it.
 
 This page is written by `scripts/docs_findings.py` from the rules in `src/inarch/check/rules/`.
 """
