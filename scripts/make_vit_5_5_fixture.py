@@ -2,8 +2,10 @@
 
 Run where that version is installed, from the root of the project:
 
-    python -m venv /tmp/old && /tmp/old/bin/pip install torch==2.13.0 transformers==5.5.0 typer rich
+    python -m venv /tmp/old && /tmp/old/bin/pip install torch==2.13.0 transformers==5.5.4 typer rich
     PYTHONPATH=src /tmp/old/bin/python scripts/make_vit_5_5_fixture.py tests/fixtures/vit_transformers_5_5
+
+A base that is there is kept, so that a new format of adapter folders gets an adapter of its own beside the old ones.
 """
 
 import sys
@@ -14,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 
 import inarch
+from inarch.state import FORMAT_VERSION
 from inarch.testing import tiny, tiny_inputs
 
 
@@ -27,16 +30,21 @@ def main(target: Path) -> None:
     names = [name for name, _ in model.named_modules()]
     if not any("encoder.layer.0" in name for name in names):
         sys.exit("This version has renamed the modules already; the fixture would show nothing.")
-    model.save_pretrained(target / "base")
+    if (target / "base").is_dir():
+        model = type(model).from_pretrained(target / "base").eval()
+    else:
+        model.save_pretrained(target / "base")
     adapters = inarch.attach(model)
     adapters.add("old", "double_seq_bn[reduction_factor=4]|lora[attn_matrices=[q,k,v,o],intermediate_lora=True,r=2]")
     adapters.train("old")
     for parameter in adapters["old"].values():
         move(parameter)
-    adapters.save("old", target / "adapter")
+    adapters.save("old", target / f"adapter_format_{FORMAT_VERSION}")
     with torch.no_grad():
         logits = model(**tiny_inputs("vit-classifier")).logits
-    save_file({"logits": logits, **tiny_inputs("vit-classifier")}, target / "expected.safetensors")
+    save_file(
+        {"logits": logits, **tiny_inputs("vit-classifier")}, target / f"expected_format_{FORMAT_VERSION}.safetensors"
+    )
 
 
 @torch.no_grad()

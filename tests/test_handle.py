@@ -12,6 +12,7 @@ from torch import nn
 
 import inarch
 from inarch import ConfigError, SetupError, SiteError, Stack
+from inarch.methods.bottleneck import Bottleneck
 from inarch.testing import PlainTransformer, tiny, tiny_inputs
 
 UNSOUND = "seq_bn[original_ln_after=False]"
@@ -329,3 +330,28 @@ def test_a_state_dict_without_the_adapters_is_refused(model):
     assert not model.load_state_dict(full).missing_keys
     adapters.detach()
     assert not model.load_state_dict(plain).missing_keys
+
+
+def test_adding_makes_every_module_once(monkeypatch):
+    made = []
+    init = Bottleneck.__init__
+    monkeypatch.setattr(Bottleneck, "__init__", lambda self, *args: made.append(args) or init(self, *args))
+    adapters = inarch.attach(tiny("vit"))
+    adapters.add("a", "seq_bn")
+    assert len(made) == 2
+    assert adapters.check().num_parameters == sum(p.numel() for p in adapters["a"].values())
+
+
+def test_a_configuration_that_no_module_can_be_made_of_is_refused_by_check_and_by_add():
+    model = tiny("vit")
+    refusals = (
+        inarch.check,
+        lambda m, c: inarch.check(m, c, measure=False),
+        lambda m, c: inarch.attach(m).add("a", c),
+    )
+    for refuse in refusals:
+        with pytest.raises(ConfigError, match="`non_linearity` must be an activation by name; got 'foo'"):
+            refuse(model, "seq_bn[non_linearity=foo]")
+        with pytest.raises(ConfigError, match="got none for layer 1"):
+            refuse(model, "seq_bn[reduction_factor={'0':8}]")
+    assert not inarch.attach(model).names

@@ -21,7 +21,7 @@ PACKAGE = "inarch"
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
 GRAFT = MECHANISM | {"bank", "weight", "plan", "attach"}
-SERVICES = GRAFT | {"check", "witness", "state", "convert", "heads", "pretrained", "report"}
+SERVICES = GRAFT | {"check", "witness", "state", "fingerprint", "convert", "heads", "pretrained", "report", "loading"}
 USERS = SERVICES | {"handle", "data", "train", "sweep", "testing"}
 
 LAYERS: dict[str, set[str]] = {
@@ -37,9 +37,11 @@ LAYERS: dict[str, set[str]] = {
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
+    "fingerprint": GRAFT,
     "convert": GRAFT,
     "heads": GRAFT,
     "pretrained": GRAFT | {"state"},
+    "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "report": CORE,
     "handle": SERVICES,
     "testing": SERVICES | {"handle"},
@@ -60,7 +62,7 @@ LIBRARIES: dict[str, set[str]] = {
     "torch": TORCH_LAYERS,
     "safetensors": TORCH_LAYERS,
     "transformers": {"sites", "methods", "heads", "train", "testing", "cli", "compat", "pretrained"},
-    "huggingface_hub": {"state", "convert", "train", "testing", "cli", "compat"},
+    "huggingface_hub": {"loading", "convert", "train", "testing", "cli", "compat"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numpy": TRAINING,

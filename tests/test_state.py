@@ -6,13 +6,15 @@ import os
 import pickle
 import shutil
 import struct
+import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import inarch
-from inarch import state
+from inarch import convert, handle, state
 from inarch.core.errors import SetupError, StateError
 from inarch.testing import tiny, tiny_inputs
 
@@ -88,12 +90,12 @@ def test_keys_name_positions_not_modules(saved):
 def test_the_record_says_what_is_needed_to_use_the_adapter(saved):
     _, folder, _ = saved
     record = json.loads((folder / state.RECORD).read_text())
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["base"]["model_type"] == "vit"
     assert record["base"]["model_class"] == "ViTForImageClassification"
     assert record["head"]["labels"] == [f"LABEL_{i}" for i in range(5)]
     assert set(record["versions"]) == {"inarch", "torch", "transformers"}
-    assert len(record["base"]["fingerprint"]) > 3
+    assert "image0.0.mlp.up.weight" in record["base"]["fingerprint"]["parts"]
 
 
 def test_only_the_head_can_be_left_out(saved):
@@ -144,11 +146,55 @@ def test_a_failed_rename_puts_the_old_adapter_back(saved, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(self, target)
 
+    monkeypatch.setattr("inarch.state._exchange", lambda *_: False)
     monkeypatch.setattr("pathlib.Path.rename", fail_second)
     with pytest.raises(StateError, match="Input/output error"):
         inarch.attach(model).save("task", folder)
     assert (folder / state.TENSORS).read_bytes() == before
     assert len(renames) == 3
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_is_replaced_whole_and_nothing_is_left_over(in_one_step, tmp_path, monkeypatch):
+    if not in_one_step:
+        monkeypatch.setattr("inarch.state._exchange", lambda *_: False)
+    target = tmp_path / "target"
+    for text in ("old", "new"):
+        draft = tmp_path / "draft"
+        draft.mkdir()
+        (draft / text).write_text(text)
+        state.replace_folder(draft, target)
+        assert [file.name for file in target.iterdir()] == [text]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets two folders change places in one step")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path, monkeypatch):
+    target, looks = tmp_path / "target", []
+    for folder in (target, tmp_path / "other"):
+        folder.mkdir()
+    if not state._exchange(target, tmp_path / "other"):
+        pytest.skip("this file system does not let two folders change places")
+
+    def never(*_):
+        raise AssertionError("after a first renaming there is no folder until the second")
+
+    monkeypatch.setattr("pathlib.Path.rename", never)
+    done = threading.Event()
+
+    def look():
+        while not done.is_set():
+            looks.append(target.exists())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(50):
+        draft = tmp_path / f"draft{number}"
+        draft.mkdir()
+        state.replace_folder(draft, target)
+    done.set()
+    reader.join()
+    assert looks and all(looks)
 
 
 class Bomb:
@@ -242,8 +288,9 @@ def test_a_damaged_file_gives_one_error_and_leaves_the_model_unchanged(damage, s
         (None, "got no `inarch.json`"),
         ("{", "must be readable JSON"),
         ("[]", "got None"),
-        ('{"format_version": 99}', "reads adapter format 1 to 1; got 99"),
+        ('{"format_version": 99}', "reads adapter format 1 to 2; got 99"),
         ('{"format_version": 1}', "got none for config, sites, base"),
+        ("[" * 100_000, "must be readable JSON"),
     ],
 )
 def test_a_damaged_record_is_refused(text, message, saved):
@@ -323,6 +370,83 @@ def test_a_taken_name_is_refused_and_can_be_overwritten(saved):
 def test_a_source_that_is_not_there_is_refused(source):
     with pytest.raises(StateError, match="neither|no folder here"):
         inarch.attach(tiny("vit")).load(source)
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """A Hub with one repository, in a folder; gives that folder and what was asked of it."""
+    remote, local, asked = saved[1], tmp_path / "snapshots" / "c0ffee", []
+
+    def is_free():
+        found = handle._LOCK.acquire(blocking=False)
+        if found:
+            handle._LOCK.release()
+        return found
+
+    def snapshot_download(repository, *, allow_patterns, revision):
+        free = []
+        other = threading.Thread(target=lambda: free.append(is_free()))
+        other.start()
+        other.join()
+        assert free == [True], "a download must not keep other threads from their models"
+        asked.append((repository, tuple(allow_patterns), revision))
+        local.mkdir(parents=True, exist_ok=True)
+        for file in allow_patterns:
+            if (remote / file).exists():
+                shutil.copy(remote / file, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return remote, asked
+
+
+def test_of_a_hub_repository_the_record_is_fetched_first_then_the_weights_of_that_revision(saved, hub):
+    _, asked = hub
+    adapters = inarch.attach(fresh())
+    assert adapters.load("owner/name") == "task"
+    assert asked == [
+        ("owner/name", (state.RECORD, *convert.RECORDS), None),
+        ("owner/name", (state.TENSORS,), "c0ffee"),
+    ]
+
+
+def test_weights_of_what_cannot_be_read_are_not_fetched(saved, hub):
+    remote, asked = hub
+    (remote / state.RECORD).write_text('{"format_version": 99}')
+    with pytest.raises(StateError, match="reads adapter format 1 to 2; got 99"):
+        inarch.attach(fresh()).load("owner/name")
+    (remote / state.RECORD).unlink()
+    with pytest.raises(StateError, match="format 1 to 2"):  # from the snapshot that is there
+        inarch.attach(fresh()).load("owner/name")
+    assert [revision for _, _, revision in asked] == [None, None]
+
+
+def test_a_repository_without_an_adapter_is_refused_by_name(saved, hub):
+    remote, asked = hub
+    (remote / state.RECORD).unlink()
+    with pytest.raises(StateError, match="got no `inarch.json` and nothing of that library in `owner/name`"):
+        inarch.attach(fresh()).load("owner/name")
+    assert len(asked) == 1
+
+
+def test_a_taken_name_costs_no_download(saved, hub):
+    adapters = inarch.attach(saved[0])
+    with pytest.raises(SetupError, match="got `task` again"):
+        adapters.load("owner/name", name="task")
+    assert not hub[1]
+
+
+@pytest.mark.parametrize("stored", ["adapter.safetensors", "pytorch_adapter.bin"])
+def test_of_a_foreign_repository_the_safe_file_is_preferred(stored, saved, hub):
+    remote, asked = hub
+    for file in (state.RECORD, state.TENSORS):
+        (remote / file).unlink()
+    (remote / "adapter_config.json").write_text('{"name": "a", "model_type": "bert", "config": {}}')
+    (remote / stored).write_bytes(b"")
+    with pytest.raises(StateError, match="the model types of an adapter's base|The model types"):
+        inarch.attach(fresh()).load("owner/name")
+    wanted = [files for _, files, _ in asked[1:] if "adapter" in files[0]]
+    assert wanted == [("adapter.safetensors",), ("pytorch_adapter.bin",)][: 1 if "safe" in stored else 2]
 
 
 def test_files_written_by_format_1_are_still_read():

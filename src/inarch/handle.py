@@ -12,15 +12,13 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import convert, pretrained, state
+from . import loading, pretrained, state
 from .attach import (
     Removable,
     arm,
@@ -37,10 +35,12 @@ from .attach import (
 from .bank import SiteSlot
 from .check import Data, Report, Training, examine, report
 from .compose import Block, Setup, check_runnable, names
-from .core.errors import ConfigError, SetupError, SiteError, StateError, nearest
+from .core.errors import ConfigError, SetupError, SiteError, nearest
 from .core.site import Sites
 from .core.table import render
+from .fingerprint import describe_sites, fingerprint
 from .heads import id2label, task_head
+from .loading import OtherBase
 from .methods import AdapterConfig, ConfigLike, read_config
 from .plan import Plan, plan
 from .sites import Inputs, given_inputs, probe, synthesise
@@ -133,24 +133,15 @@ def check(
         assert config is not None
         if not measure:
             sites = probe(model, layout=layout, example_inputs=example_inputs)
-            return report(sites, "adapter", {"adapter": read_config(config)}, training=training, data=data)
+            verdict = report(sites, "adapter", {"adapter": read_config(config)}, training=training, data=data)
+            for module in verdict.plan.modules:  # what cannot be made is refused here, as `add` does
+                module.sketch()
+            return verdict
         handle = attach(model, layout=layout, example_inputs=example_inputs)
         try:
             return handle.check(config, example_inputs=example_inputs, training=training, data=data)
         finally:
             handle.detach()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Found:
-    """An adapter folder of any format, in terms of one model."""
-
-    folder: Path
-    name: str
-    config: AdapterConfig
-    tensors: Mapping[str, Tensor]
-    head: tuple[str, ...] = ()
-    """The modules of the task head whose tensors are among them."""
 
 
 class Adapters:
@@ -205,6 +196,12 @@ class Adapters:
         """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
         self._require(name)
         return self._head_tensors(self._heads.get(name, ()))
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The modules of the model that belong to a task and not to the base."""
+        trained = [path for paths in self._heads.values() for path in paths]
+        return tuple(dict.fromkeys((*task_head(self.model, self.sites), *trained)))
 
     def plan(self, setup: Setup | None = None) -> Plan:
         """Every module of the adapters in a setup (all adapters by default), with the formulas of the sites."""
@@ -483,9 +480,9 @@ class Adapters:
                 "model_type": self.sites.model_type,
                 "model_class": self.sites.model_class,
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-                "fingerprint": state.fingerprint(self.model, self.sites),
+                "fingerprint": fingerprint(self.model, self.sites, self.heads),
             },
-            "sites": state.describe_sites(self.sites),
+            "sites": describe_sites(self.sites),
             "head": {
                 "modules": list(self._heads[name]),
                 "labels": [label for _, label in sorted(id2label(self.model).items())],
@@ -504,7 +501,7 @@ class Adapters:
         name: str | None = None,
         overwrite: bool = False,
         head: bool = True,
-        other_base: Literal["refuse", "allow"] = "refuse",
+        other_base: OtherBase = "refuse",
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
@@ -515,8 +512,13 @@ class Adapters:
 
         Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
         """
+        self._require_attached()
+        if name is not None:
+            self._check_new(name, overwrite)
+        # Outside the lock, because a download may take minutes.
+        folder = loading.locate(source)
+        found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
         with _LOCK:
-            found = self._find(state.locate(source), head, other_base)
             chosen = name or found.name
             self._check_new(chosen, overwrite)
             sound = self._judge(chosen, found.config).sound
@@ -541,76 +543,6 @@ class Adapters:
             if found.head:
                 self._heads[chosen] = found.head
             return chosen
-
-    def _find(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
-        """What an adapter folder of any format holds for this model."""
-        if state.is_adapter(folder):
-            return self._find_own(folder, head, other_base)
-        if convert.is_adapterhub(folder):
-            return self._find_adapterhub(folder, head, other_base)
-        raise StateError(
-            f"An adapter folder holds `{state.RECORD}`, as `save` writes it, or what the library `adapters` saves; got "
-            f"no `{state.RECORD}` and nothing of that library in `{folder}`. Give the folder of one adapter."
-        )
-
-    def _find_own(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
-        stored = state.read(folder)
-        try:
-            return self._fit(stored, head, other_base)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise StateError(
-                f"`{state.RECORD}` must be as `save` wrote it; got one that cannot be read at `{folder}`: {error}. "
-                "Save the adapter again."
-            ) from None
-
-    def _fit(self, stored: state.Stored, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
-        difference = state.compare_bases(stored.record, self.sites, self.model)
-        if difference and other_base != "allow":
-            raise StateError(
-                f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
-                f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
-                '`other_base="allow"` if the change is wanted.'
-            )
-        if difference:
-            logger.warning("Loading %s although %s.", stored.folder, difference)
-        return _Found(
-            folder=stored.folder,
-            name=str(stored.record.get("name", "")),
-            config=read_config(stored.record["config"]),
-            tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
-            head=self._stored_head(stored) if head else (),
-        )
-
-    def _find_adapterhub(self, folder: Path, head: bool, other_base: Literal["refuse", "allow"]) -> "_Found":
-        read = convert.read(folder, self.sites, head=head, other_base=other_base)
-        if read.head is not None:
-            logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
-        return _Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors)
-
-    def _stored_head(self, stored: state.Stored) -> tuple[str, ...]:
-        record = stored.record.get("head") or {}
-        paths = tuple(record.get("modules", ()))
-        modules = dict(self.model.named_modules())
-        absent = [path for path in paths if path not in modules]
-        if absent:
-            raise StateError(
-                f"The task head of an adapter must exist in the model; got `{absent[0]}` of `{stored.folder}` for "
-                f"{type(self.model).__name__}. Load the model with its task head, or pass `head=False`."
-            )
-        labels, own = list(record.get("labels", ())), [label for _, label in sorted(id2label(self.model).items())]
-        if paths and labels and own and len(labels) != len(own):
-            raise StateError(
-                f"The labels of an adapter's head and of the model must agree; got {len(labels)} in `{stored.folder}` "
-                f"and {len(own)} in {type(self.model).__name__}. Load the model with `num_labels={len(labels)}`."
-            )
-        unnamed = [f"LABEL_{number}" for number in range(len(own))]
-        if paths and labels not in (own, unnamed) and own not in ([], unnamed):
-            place, theirs, ours = next((n, a, b) for n, (a, b) in enumerate(zip(labels, own, strict=True)) if a != b)
-            raise StateError(
-                f"The labels of an adapter's head and of the model must agree in order; got `{theirs}` and `{ours}` "
-                f"for label {place}, at `{stored.folder}`. Load the model with the adapter's `id2label`."
-            )
-        return paths
 
     # Checks
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .bank import check_circuits, module_key, rewire, wired_adapter
 from .compose import Setup, check_runnable, keep_only, names
@@ -37,14 +38,29 @@ class PlannedModule:
     """One module of one adapter."""
 
     adapter: str
-    method: str
+    config: Config
     placement: Placement
-    num_parameters: int
+    layer: int
+    """The layer's number through all stacks."""
+
+    @property
+    def method(self) -> str:
+        return method_of(self.config).name
 
     @property
     def key(self) -> str:
         """Its place in an adapter file: site, method and role."""
         return f"{self.placement.site.key}.{module_key(self.method, self.placement)}"
+
+    def sketch(self) -> nn.Module:
+        """The module on the meta device. Raises `ConfigError` if it cannot be made."""
+        with torch.device("meta"):
+            return method_of(self.config)(self.config, self.placement, self.layer)
+
+    @property
+    def num_parameters(self) -> int:
+        """Counted when it is asked for, so that adding an adapter makes its modules once, not twice."""
+        return sum(parameter.numel() for parameter in self.sketch().parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +100,7 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
     if setup is not None:
         check_runnable(setup)
     modules = [
-        PlannedModule(name, method_of(part).name, placement, _count(part, placement, sites))
+        PlannedModule(name, part, placement, layer_number(placement.site, sites))
         for name, config in adapters.items()
         for part in config.parts
         for placement in placements(part, sites)
@@ -164,9 +180,3 @@ class _Symbols:
 
     def norm_branch(self, w: Expr) -> Expr:
         return w.applied(self.norm_name)
-
-
-def _count(part: Config, placement: Placement, sites: Sites) -> int:
-    with torch.device("meta"):
-        module = method_of(part)(part, placement, layer_number(placement.site, sites))
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -5,27 +5,26 @@ task head trained with them: positions in the architecture, not names of modules
 library changes nothing. No pickle is ever executed.
 """
 
+import ctypes
 import json
-import math
 import os
 import shutil
 import struct
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core.errors import StateError
-from .core.site import Sites
 
 TENSORS, RECORD = "adapter.safetensors", "inarch.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the fingerprint of the base summarises all of it; that of 1 holds some values of some matrices."""
 _HEADER_LIMIT = 16 * 2**20
-_SAMPLED_MAPS, _SAMPLED_VALUES = 32, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,16 @@ class Stored:
     record: dict[str, Any]
     folder: Path
 
+    def stacks(self) -> set[str]:
+        """The stacks of the base that the adapter touches."""
+        return {key.partition(".")[0] for key in self.tensors if not key.startswith("head.")}
+
 
 def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
     """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
 
-    Where an old one is replaced, there is an instant between the two renames in which a reader sees none.
+    Where the system cannot let two folders change places (Linux can, on most file systems), there is an instant between
+    two renames in which a reader sees none.
 
     Raises `StateError` if the folder holds something else, or cannot be written.
     """
@@ -78,19 +82,31 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
 def replace_folder(draft: Path, target: Path) -> None:
     """Put the finished folder `draft` in the place of `target` by renaming, and make the renaming durable."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = None
-    if target.exists():
+    if target.exists() and _exchange(draft, target):
+        old = draft
+    elif target.exists():
         old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
         target.rename(old)
-    try:
-        draft.rename(target)
-    except OSError:
-        if old is not None:
+        try:
+            draft.rename(target)
+        except OSError:
             old.rename(target)
-        raise
+            raise
+    else:
+        draft.rename(target)
+        old = None
     sync(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2(2)
 
 
 def sync(path: Path) -> None:
@@ -113,31 +129,6 @@ def _contents(target: Path) -> str:
     return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The local folder of an adapter: the folder itself, or a snapshot of the Hub repository of that name.
-
-    Raises `StateError` if there is neither.
-    """
-    path = Path(source).expanduser()
-    if os.fspath(source) and path.is_dir():
-        return path
-    text = os.fspath(source)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise StateError(
-            f"An adapter is a folder or a Hub repository `owner/name`; got `{text}`, which is neither. "
-            "Give the folder that `save` wrote."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-    except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries: all mean that it cannot be had
-        raise StateError(
-            f"An adapter is a folder, or a Hub repository that can be reached or is cached; got `{text}`, which is no "
-            f"folder here: {type(error).__name__}: {str(error).splitlines()[0]}. Check the name and the connection."
-        ) from None
-
-
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder is in this format."""
     return (Path(folder) / RECORD).is_file()
@@ -149,10 +140,13 @@ def read(folder: str | os.PathLike[str]) -> Stored:
     Raises `StateError` for anything missing, damaged, of a later format, or not what it says it is.
     """
     path = Path(folder)
-    return Stored(read_tensors(path / TENSORS), _read_record(path / RECORD), path)
+    record = read_record(path)
+    return Stored(read_tensors(path / TENSORS), record, path)
 
 
-def _read_record(file: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of an adapter folder. Raises `StateError` for one that is missing, damaged or of a later format."""
+    file = folder / RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,7 +154,7 @@ def _read_record(file: Path) -> dict[str, Any]:
             f"An adapter folder holds `{RECORD}` and `{TENSORS}`; got no `{RECORD}` in `{file.parent}`. "
             "Give the folder that `save` wrote."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"`{RECORD}` must be readable JSON; got `{file}`: {error}. Save the adapter again.") from None
     version = record.get("format_version") if isinstance(record, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -232,65 +226,3 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pla
             f"The tensors of an adapter must be those its configuration makes on this model; got `{place}`, where "
             f"{'; '.join(problems[:6])}{more}. Load it on the base model it was trained on."
         )
-
-
-def describe_sites(sites: Sites) -> dict[str, Any]:
-    """What an adapter file keeps of the sites it was made for: enough to say how another model differs."""
-    return {site.key: [site.width, site.arrangement] for site in sites}
-
-
-def fingerprint(model: nn.Module, sites: Sites) -> dict[str, list[float]] | str:
-    """Some values of some projection matrices, by site and role; "unknown" for a quantised or unmaterialised base.
-
-    Depends on the weights and on the architecture, not on the names of modules, and is compared within the tolerance of
-    the dtype, so the same weights loaded in half precision agree.
-    """
-    maps = [
-        (f"{site.key}.{role}", model.get_submodule(site.absolute(parts[0].path)), parts[0])
-        for site in sites
-        for role, parts in sorted(site.projections.items())
-    ]
-    step = max(1, math.ceil(len(maps) / _SAMPLED_MAPS))
-    found: dict[str, list[float]] = {}
-    for key, module, projection in maps[::step]:
-        holder, _, name = (projection.weight or "weight").rpartition(".")
-        weight = getattr(module.get_submodule(holder), name, None)
-        if not isinstance(weight, Tensor) or weight.device.type == "meta" or weight.dtype not in _TOLERANCE:
-            return "unknown"
-        if weight.dim() != 2 or weight.shape[0] * weight.shape[1] != projection.in_features * projection.out_features:
-            return "unknown"
-        count = projection.in_features * projection.out_features
-        places = [(2 * place + 1) * count // (2 * _SAMPLED_VALUES) for place in range(_SAMPLED_VALUES)]
-        rows = [place // projection.in_features for place in places]
-        columns = [place % projection.in_features for place in places]
-        values = weight.detach()[columns, rows] if projection.transposed else weight.detach()[rows, columns]
-        found[key] = [float(value) for value in values.double().cpu()]
-    return found or "unknown"
-
-
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def compare_bases(stored: Mapping[str, Any], sites: Sites, model: nn.Module) -> str:
-    """How the base of an adapter differs from this model, as a sentence; empty if it does not, or none can tell."""
-    own = describe_sites(sites)
-    theirs = stored["sites"]
-    differing = [key for key in theirs if own.get(key) != theirs[key]] + [key for key in own if key not in theirs]
-    if differing:
-        key = differing[0]
-        return (
-            f"the sites of an adapter's base and of the model must agree; got {len(differing)} that differ, first "
-            f"`{key}`: {theirs.get(key, 'absent')} in the adapter, {own.get(key, 'absent')} in {sites.model_class}"
-        )
-    before, now = stored["base"].get("fingerprint", "unknown"), fingerprint(model, sites)
-    if isinstance(before, str) or isinstance(now, str):
-        return ""
-    tolerance = max(_TOLERANCE.get(p.dtype, 1e-6) for p in model.parameters())
-    tolerance = max(tolerance, _TOLERANCE.get(getattr(torch, str(stored["base"].get("dtype")), None), 1e-6))  # type: ignore[arg-type]
-    for key in before.keys() & now.keys():
-        if any(abs(a - b) > tolerance * max(abs(a), abs(b), 1e-3) for a, b in zip(before[key], now[key], strict=True)):
-            return (
-                f"the weights of an adapter's base and of the model must agree; got others at `{key}`: "
-                f"{before[key][0]:.6g} in the adapter, {now[key][0]:.6g} in {sites.model_class}"
-            )
-    return ""

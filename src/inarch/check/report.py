@@ -22,11 +22,16 @@ class Report:
     model_class: str
     sites: tuple[SiteReport, ...]
     findings: tuple[Finding, ...]
-    num_parameters: int
+    plan: Plan
     evidence: Evidence | None = None
     """What one small batch showed; None where nothing was run."""
     memory: Memory | None = None
     """What training takes beside the weights; None where no inputs are known."""
+
+    @property
+    def num_parameters(self) -> int:
+        """The parameters of all adapters."""
+        return self.plan.num_parameters
 
     @property
     def sound(self) -> bool:
@@ -131,7 +136,7 @@ def report(
     findings = tuple(_checked(facts, finding) for finding in find(facts))
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
     subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
-    return Report(subject, sites.model_class, facts.groups, ordered, planned.num_parameters, evidence, memory)
+    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
 
 
 def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:

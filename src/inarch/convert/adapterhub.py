@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_RECORD, HEAD_SAFE, HEAD_TORCH = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 OTHER_RECORDS = {"adapter_fusion_config.json": "an AdapterFusion", "adapter_setup.json": "a setup of several adapters"}
+RECORDS = (RECORD, HEAD_RECORD, *OTHER_RECORDS)
+WEIGHTS = ((SAFE, TORCH), (HEAD_SAFE, HEAD_TORCH))
+"""Of each pair one file is there; the first is preferred."""
 LATEST = (1, 3)
 """The latest version whose configurations are known."""
 

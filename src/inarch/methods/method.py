@@ -10,7 +10,7 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -163,6 +163,24 @@ def projection_placements(wishes: Mapping[str, str], leave_out: tuple[int, ...],
             f"{sites.model_class}. Leave fewer layers out."
         )
     return found
+
+
+def renumber(config: Config, numbers: Mapping[int, int], others: Iterable[int]) -> Config:
+    """A configuration for a model that counts the same layers otherwise.
+
+    Arguments: `numbers` are the new numbers by the old ones, `others` those of layers to be left out besides. By
+    convention a configuration names layers in `leave_out` and in the keys of mappings.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if name == "leave_out":
+            changes[name] = sorted({numbers[old] for old in value if old in numbers} | set(others))
+        elif isinstance(value, dict):
+            kept = {
+                str(numbers[int(key)]): item for key, item in value.items() if key.isdigit() and int(key) in numbers
+            }
+            changes[name] = kept | {key: item for key, item in value.items() if not key.isdigit()}
+    return config.replace(**changes)
 
 
 def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:

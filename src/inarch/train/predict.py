@@ -21,6 +21,7 @@ from ..data.images import ImageSource, Sources, source_name
 from ..data.preprocessing import Preprocessing
 from ..data.transforms import batches
 from ..handle import attach
+from ..loading import locate
 from .models import load_model
 
 ADAPTER_FOLDER = "adapter"
@@ -150,7 +151,7 @@ def find_adapter(source: str | os.PathLike[str]) -> Path:
     """
     path = Path(source).expanduser()
     if not path.is_dir():
-        return state.locate(source)
+        return locate(source)
     if state.is_adapter(path):
         return path
     if state.is_adapter(path / ADAPTER_FOLDER):

@@ -24,6 +24,7 @@ from .. import state
 from ..compose import names as names_in
 from ..core.errors import InarchError, SetupError, StateError, join_problems
 from ..data.extras import missing
+from ..fingerprint import compare_bases
 from ..handle import Adapters, attached
 from ..heads import task_head
 from . import resume
@@ -201,7 +202,9 @@ class AdapterTrainer(Trainer):
         for name in _trained(handle):
             assert handle is not None
             stored = state.read(folder / resume.ADAPTERS / name)
-            difference = state.compare_bases(stored.record, handle.sites, self._network)
+            difference = compare_bases(
+                stored.record, handle.sites, self._network, stacks=stored.stacks(), heads=handle.heads
+            )
             if difference:
                 raise StateError(
                     f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base it was trained on."

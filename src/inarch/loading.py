@@ -1,0 +1,186 @@
+"""Finds what an adapter folder of any format, or a repository of the Hub, holds for one model.
+
+Nothing here changes the model: a folder is read, compared with the model and told in its terms, or refused.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from . import convert, state
+from .core.errors import StateError
+from .core.site import Sites
+from .fingerprint import compare_bases
+from .heads import id2label
+from .methods import AdapterConfig, read_config, renumber
+
+logger = logging.getLogger(__name__)
+
+OtherBase = Literal["refuse", "allow"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """An adapter folder of any format, in terms of one model."""
+
+    folder: Path
+    name: str
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    head: tuple[str, ...] = ()
+    """The modules of the task head whose tensors are among them."""
+
+
+# Where it is
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The local folder of an adapter: the folder itself, or a snapshot of the Hub repository of that name.
+
+    Of a repository the record is fetched first, so that what is no adapter, or one that this version cannot read, costs
+    no download of weights. Raises `StateError` if there is neither.
+    """
+    path = Path(source).expanduser()
+    text = os.fspath(source)
+    if text and path.is_dir():
+        return path
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise StateError(
+            f"An adapter is a folder or a Hub repository `owner/name`; got `{text}`, which is neither. "
+            "Give the folder that `save` wrote."
+        )
+    folder = _fetch(text, [state.RECORD, *convert.RECORDS])
+    if state.is_adapter(folder):
+        state.read_record(folder)
+        return _fetch(text, [state.TENSORS], folder.name)
+    if not convert.is_adapterhub(folder):
+        raise _unknown(text)
+    for safe, other in convert.WEIGHTS:
+        if not (_fetch(text, [safe], folder.name) / safe).is_file():
+            _fetch(text, [other], folder.name)
+    return folder
+
+
+def _fetch(repository: str, files: list[str], revision: str | None = None) -> Path:
+    """The snapshot of a repository, with those of the files that it has."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=files, revision=revision))
+    except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries: all mean that it cannot be had
+        reason = (str(error).splitlines() or [""])[0]
+        raise StateError(
+            "An adapter is a folder, or a Hub repository that can be reached or is cached; got "
+            f"`{repository}`, which is no folder here: {type(error).__name__}: {reason}. "
+            "Check the name and the connection."
+        ) from None
+
+
+def _unknown(place: str | Path) -> StateError:
+    return StateError(
+        f"An adapter folder holds `{state.RECORD}`, as `save` writes it, or what the library `adapters` saves; got "
+        f"no `{state.RECORD}` and nothing of that library in `{place}`. Give the folder of one adapter."
+    )
+
+
+# What it holds
+
+
+def find(
+    folder: Path, model: nn.Module, sites: Sites, *, heads: Iterable[str], head: bool, other_base: OtherBase
+) -> Found:
+    """What an adapter folder of any format holds for this model.
+
+    Arguments: `heads` are the paths of the model's task heads, no part of its base; `head=False` leaves out the stored
+    one; `other_base="allow"` takes an adapter made on a base with other weights.
+
+    Raises `StateError` for anything that does not fit.
+    """
+    if state.is_adapter(folder):
+        stored = state.read(folder)
+        try:
+            stacks = stored.stacks()
+            difference = compare_bases(stored.record, sites, model, stacks=stacks, heads=heads)
+            _check_difference(difference, stored, other_base)
+            return Found(
+                folder=folder,
+                name=str(stored.record.get("name", "")),
+                config=_for_stacks(read_config(stored.record["config"]), stored.record["sites"], sites, stacks),
+                tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
+                head=_head(stored, model) if head else (),
+            )
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise StateError(
+                f"`{state.RECORD}` must be as `save` wrote it; got one that cannot be read at `{folder}`: {error}. "
+                "Save the adapter again."
+            ) from None
+    if convert.is_adapterhub(folder):
+        read = convert.read(folder, sites, head=head, other_base=other_base)
+        if read.head is not None:
+            logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
+        return Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors)
+    raise _unknown(folder)
+
+
+def _check_difference(difference: str, stored: state.Stored, other_base: OtherBase) -> None:
+    """Raise `StateError` for another base, unless it is allowed."""
+    if difference and other_base != "allow":
+        raise StateError(
+            f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
+            f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
+            '`other_base="allow"` if the change is wanted.'
+        )
+    if difference:
+        logger.warning("Loading %s although %s.", stored.folder, difference)
+
+
+def _for_stacks(config: AdapterConfig, before: Iterable[str], sites: Sites, stacks: set[str]) -> AdapterConfig:
+    """A configuration that counts the layers of one model, for one that has other stacks beside those it touches."""
+    theirs: dict[str, int] = {}
+    for key in before:
+        stack, layer, _ = key.split(".")
+        theirs[stack] = max(theirs.get(stack, 0), int(layer) + 1)
+    ours = sites.num_layers
+    if list(theirs.items()) == list(ours.items()):
+        return config
+    old, new = ({place: n for n, place in enumerate(_places(counts))} for counts in (theirs, ours))
+    numbers = {old[place]: number for place, number in new.items() if place in old and place[0] in stacks}
+    others = [number for place, number in new.items() if place[0] not in stacks]
+    return replace(config, parts=tuple(renumber(part, numbers, others) for part in config.parts))
+
+
+def _places(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Every layer by stack and number, in the order in which configurations count them."""
+    return [(stack, layer) for stack, count in counts.items() for layer in range(count)]
+
+
+def _head(stored: state.Stored, model: nn.Module) -> tuple[str, ...]:
+    """The modules of the stored task head. Raises `StateError` if the model's head is none of its kind."""
+    record: Mapping[str, Any] = stored.record.get("head") or {}
+    paths = tuple(record.get("modules", ()))
+    modules = dict(model.named_modules())
+    absent = [path for path in paths if path not in modules]
+    if absent:
+        raise StateError(
+            f"The task head of an adapter must exist in the model; got `{absent[0]}` of `{stored.folder}` for "
+            f"{type(model).__name__}. Load the model with its task head, or pass `head=False`."
+        )
+    labels, own = list(record.get("labels", ())), [label for _, label in sorted(id2label(model).items())]
+    if paths and labels and own and len(labels) != len(own):
+        raise StateError(
+            f"The labels of an adapter's head and of the model must agree; got {len(labels)} in `{stored.folder}` "
+            f"and {len(own)} in {type(model).__name__}. Load the model with `num_labels={len(labels)}`."
+        )
+    unnamed = [f"LABEL_{number}" for number in range(len(own))]
+    if paths and labels not in (own, unnamed) and own not in ([], unnamed):
+        place, theirs, ours = next((n, a, b) for n, (a, b) in enumerate(zip(labels, own, strict=True)) if a != b)
+        raise StateError(
+            f"The labels of an adapter's head and of the model must agree in order; got `{theirs}` and `{ours}` "
+            f"for label {place}, at `{stored.folder}`. Load the model with the adapter's `id2label`."
+        )
+    return paths
