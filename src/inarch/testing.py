@@ -26,6 +26,8 @@ _SEQ2SEQ = {
     "decoder_ffn_dim": 48,
     "decoder_start_token_id": 2,
 }
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_SPEECH = {"num_mel_bins": 20, "max_source_positions": 30, "begin_suppress_tokens": None}
 _STAGES = {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2, "image_size": 32, "patch_size": 4}
 
 
@@ -67,17 +69,13 @@ _RECIPES: dict[str, _Recipe] = {
     "llama": _Recipe("LlamaModel", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "llama-lm": _Recipe("LlamaForCausalLM", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "qwen2": _Recipe("Qwen2Model", "Qwen2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
-    "t5": _Recipe(
-        "T5Model",
-        "T5Config",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0} | _TEXT,
-        "text2text",
-    ),
+    "qwen2-lm": _Recipe("Qwen2ForCausalLM", "Qwen2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
+    "t5": _Recipe("T5Model", "T5Config", _T5 | _TEXT, "text2text"),
+    "t5-lm": _Recipe("T5ForConditionalGeneration", "T5Config", _T5 | _TEXT, "text2text"),
     "bart": _Recipe("BartModel", "BartConfig", _SEQ2SEQ | _TEXT, "text2text"),
     "bart-lm": _Recipe("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ | _TEXT, "text2text"),
-    "whisper": _Recipe(
-        "WhisperModel", "WhisperConfig", _SEQ2SEQ | _TEXT | {"num_mel_bins": 20, "max_source_positions": 30}, "audio"
-    ),
+    "whisper": _Recipe("WhisperModel", "WhisperConfig", _SEQ2SEQ | _TEXT | _SPEECH, "audio"),
+    "whisper-lm": _Recipe("WhisperForConditionalGeneration", "WhisperConfig", _SEQ2SEQ | _TEXT | _SPEECH, "audio"),
 }
 
 
