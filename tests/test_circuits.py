@@ -11,6 +11,7 @@ from transformers import GPTJConfig, GPTJModel, ViTConfig, ViTModel
 
 import inarch
 from inarch.bank import rewire, wired_adapter
+from inarch.core.errors import SiteError
 from inarch.core.site import Site, Tap
 from inarch.core.wiring import layer_output
 from inarch.methods import AdapterConfig
@@ -163,6 +164,17 @@ def test_a_joined_adapter_reads_what_the_other_branch_hands_to_the_sum():
     first = seen["x"] + seen["attention"] + branches["self_attention"].branch(seen["x"] + seen["attention"])
     expected = first + seen["mlp"] + branches["mlp"].branch(first + seen["mlp"])
     torch.testing.assert_close(seen["y"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_joined_adapter_without_the_other_branch_says_so():
+    model = gptj()
+    adapters = inarch.attach(model)
+    adapters.add("a", JOINED)
+    adapters.activate("a")
+    block, x = model.h[1], torch.randn(1, 6, 16)
+    block.ln_1(x)  # where the stream is held
+    with pytest.raises(SiteError, match=r"runs after them; got none before the output of site `text0\.1\.mlp`"):
+        block.mlp(x)
 
 
 def module(model, place):

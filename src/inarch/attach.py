@@ -4,6 +4,7 @@ Hooks exist only where an adapter is active, at most two or three a site: one wh
 if the wiring reads it, one on the norm after the sum if the adapter ends behind it.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,11 +19,15 @@ from .bank import (
     LayerSlot,
     Modules,
     ProjectionSlot,
+    Role,
     SiteSlot,
     WiredAdapter,
+    input_program,
     layer_home,
+    linear_program,
     module_key,
     slot_name,
+    sum_program,
     tap_module,
     wired_adapter,
 )
@@ -30,7 +35,7 @@ from .compose import Setup, keep_only, names
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
-from .plan import formula, sublayer_part
+from .plan import sublayer_part
 from .sites import Unnested, nesting_encoders
 from .weight import WeightRole, WeightSlot
 
@@ -179,33 +184,30 @@ def _arm_sum(
     kept = keep_only(setup, lambda name: name in wired)
     if kept is None:
         return []
-    found = formula(site, kept, {name: configs[name] for name in wired})
-    assert found is not None
     post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
-    slot.arm(kept, wired, post_norm, reads_stream=found.reads_stream, reads_others=found.reads_others)
+    others = _earlier_in_sum(site, sites)
+    program = sum_program(kept, wired, post_norm, joins_others=bool(others))
+    slot.arm(program)
     handles = watch_output(model, site, slot, slot.rewrite)
-    if found.reads_stream and site.stream is not None:
+    if program.reads(0) and site.stream is not None:
         handles.append(watch_stream(model, site, site.stream, slot))
-    if post_norm is not None and found.passes_norm:
+    if post_norm is not None and program.results[1] is not None:
         handles.append(post_norm.register_forward_hook(slot.close))
-    if found.reads_others:
-        handles += _watch_others(model, site, sites, slot)
+    if program.reads(2):
+        # Those branches' own hooks, of sites that run before, are registered already.
+        for other in others:
+            hook = partial(slot.hold_other, other.output.key)
+            handles.append(tap_module(model, other, other.output).register_forward_hook(hook))
     return handles
 
 
-def _watch_others(model: nn.Module, site: Site, sites: Sites, slot: SiteSlot) -> Iterator[RemovableHandle]:
-    """Register the hooks that let a slot hold what branches of the same sum hand to it; those branches' own hooks, of
-    sites that run before, are registered already."""
-    for other in sites:
-        if other.key == site.key:
-            return
-        if other.shared_sum and (other.layer_path, other.stack, other.layer) == (
-            site.layer_path,
-            site.stack,
-            site.layer,
-        ):
-            hook = partial(slot.hold_other, other.output.key)
-            yield tap_module(model, other, other.output).register_forward_hook(hook)
+def _earlier_in_sum(site: Site, sites: Sites) -> list[Site]:
+    """The sites that run before and whose branches are added in the same sum."""
+    if not site.shared_sum:
+        return []
+    place = (site.layer_path, site.stack, site.layer)
+    earlier = itertools.takewhile(lambda other: other.key != site.key, sites)
+    return [other for other in earlier if other.shared_sum and (other.layer_path, other.stack, other.layer) == place]
 
 
 def check_stream(site: Site) -> None:
@@ -232,24 +234,25 @@ def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> Remo
     module = tap_module(model, site, tap)
     if tap.side == "out":
         return module.register_forward_hook(slot.hold_result)
-    if isinstance(tap.key[0], int):
-        return module.register_forward_pre_hook(slot.hold_argument)
-    return module.register_forward_pre_hook(slot.hold_any_argument, with_kwargs=True)
+    slot.watch(module)
+    return module.register_forward_pre_hook(slot.hold_argument, with_kwargs=True)
 
 
 def _arm_projections(
     model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
 ) -> list[RemovableHandle]:
-    programs: dict[str, list[Any]] = {}
+    roles: dict[str, list[Role]] = {}
     for projection, kept, modules in _adapted_projections(model, site, setup, configs):
         if not projection.weight:
-            programs.setdefault(projection.path, []).append((kept, modules, projection.rows))
+            on_input, on_output = input_program(kept, modules), linear_program(kept, modules)
+            roles.setdefault(projection.path, []).append(Role(on_input, on_output, projection.rows))
     handles = []
-    for path, program in programs.items():
-        hook, module = ProjectionSlot(program), model.get_submodule(site.absolute(path))
+    for path, played in roles.items():
+        module = model.get_submodule(site.absolute(path))
+        hook = ProjectionSlot(module, played)
         if hook.changes_input:
-            handles.append(module.register_forward_pre_hook(hook.prepare))
-        handles.append(module.register_forward_hook(hook.adapt))
+            handles.append(module.register_forward_pre_hook(hook.prepare, with_kwargs=True))
+        handles.append(module.register_forward_hook(hook.adapt, with_kwargs=True))
     return handles
 
 

@@ -8,9 +8,11 @@ copied and pickled with the model.
 Tensors: x the stream, h the output of the branch, both (B batch, L tokens, D width).
 """
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from .compose import Setup, last, names, run
 from .core.errors import SetupError, SiteError
+from .core.program import Program, Recorder, Register
 from .core.site import Site, Tap
 from .core.wiring import Carry, Circuit, Settled, settle
 from .methods import LinearMethod, Placement, SublayerMethod, method_of
@@ -66,7 +69,7 @@ def rewire(
     others: Any,
     norm: Callable[[Any], Any] | None,
 ) -> Settled[Any]:
-    """What a site hands to its layer instead of `h`. The forward runs it on tensors, the proof on symbols.
+    """What a site hands to its layer instead of `h`. The proof runs it on symbols, `sum_program` on registers.
 
     `others` is what branches of the same sum that ran before hand to it; None where there are none.
     """
@@ -94,6 +97,93 @@ def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Sit
             f"{' and '.join(f'`{name}` ({circuit})' for circuit, name in found.items())} at site `{site.key}`. "
             "Activate one of them, or stack adapters of one origin."
         )
+
+
+def sum_program(
+    setup: Setup, adapters: Mapping[str, WiredAdapter], post_norm: nn.Module | None, *, joins_others: bool
+) -> Program:
+    """What `rewire` does, as a program of x, h and others that returns the branch and the output of `Settled`."""
+    recorder = Recorder(3)
+    x, h, others = recorder.arguments
+    recorded = {name: replace(part, branch=_Recorded(recorder, part.branch)) for name, part in adapters.items()}
+    norm = None if post_norm is None else _Recording(recorder, _ForwardOf(post_norm))
+    settled: Settled[Register] = rewire(setup, recorded, x, h, others=others if joins_others else None, norm=norm)
+    return recorder.program(settled.branch, settled.output)
+
+
+def input_program(setup: Setup, modules: Mapping[str, list[LinearMethod]]) -> Program:
+    """What the linear methods of a setup make of a projection's input."""
+    recorder = Recorder(1)
+    return recorder.program(run(setup, recorder.arguments[0], _InputStep(recorder, modules)))
+
+
+def linear_program(setup: Setup, modules: Mapping[str, list[LinearMethod]]) -> Program:
+    """What the linear methods of a setup make of a projection's output, as a program of its input and output."""
+    recorder = Recorder(2)
+    inputs, output = recorder.arguments
+    return recorder.program(run(setup, output, _LinearStep(recorder, modules, inputs)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The branch of an adapter while its wiring is recorded."""
+
+    recorder: Recorder
+    module: Any
+
+    def branch(self, z: Register) -> Register:
+        return self.recorder.call(self.module.branch, z)
+
+    def norm_branch(self, w: Register) -> Register:
+        return self.recorder.call(self.module.norm_branch, w)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A function while calls of it are recorded."""
+
+    recorder: Recorder
+    function: Callable[[Any], Any]
+
+    def __call__(self, value: Register) -> Register:
+        return self.recorder.call(self.function, value)
+
+
+@dataclass(frozen=True, slots=True)
+class _ForwardOf:
+    """The forward that a module has when it is called; not the module, which would run hooks, ours among them."""
+
+    module: nn.Module
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self.module.forward(value)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _InputStep:
+    """One adapter of a setup, on the way into a projection."""
+
+    recorder: Recorder
+    modules: Mapping[str, list[LinearMethod]]
+
+    def __call__(self, name: str, inputs: Register) -> Register:
+        for module in self.modules[name]:
+            inputs = self.recorder.call(module.prepare, inputs) if module.changes_input else inputs
+        return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearStep:
+    """One adapter of a setup, on the projection's input and output."""
+
+    recorder: Recorder
+    modules: Mapping[str, list[LinearMethod]]
+    inputs: Register
+
+    def __call__(self, name: str, output: Register) -> Register:
+        for module in self.modules[name]:
+            output = self.recorder.call(module, self.inputs, output)
+        return output
 
 
 def module_key(method: str, placement: Placement) -> str:
@@ -143,31 +233,27 @@ class SiteSlot(nn.Module):
         super().__init__()
         self.site = site
         self.adapters = Modules()
-        # In a tuple, so that the layer's norm does not become a child of ours.
-        self._post_norm: tuple[nn.Module | None] = (None,)
         self._held: dict[int, Tensor] = {}
         self._others: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
-        self._setup: Setup = ""
-        self._wired: dict[str, WiredAdapter] = {}
+        self._is_counted = bool(site.output.call)
+        self._output_key = site.output.key
+        self._stream_at = Argument()
+        self._program = Program()
         self._reads_stream = False
         self._reads_others = False
 
-    def arm(
-        self,
-        setup: Setup,
-        wired: dict[str, WiredAdapter],
-        post_norm: nn.Module | None,
-        *,
-        reads_stream: bool,
-        reads_others: bool,
-    ) -> None:
-        """Choose what the hooks will run."""
+    def arm(self, program: Program) -> None:
+        """Choose what the hooks will run: a program of x, h and the other branches of the sum."""
         self.let_go()
-        self._setup, self._wired = setup, wired
-        self._reads_stream, self._reads_others = reads_stream, reads_others
-        self._post_norm = (post_norm,)
+        self._program = program
+        self._reads_stream, self._reads_others = program.reads(0), program.reads(2)
+
+    def watch(self, module: nn.Module) -> None:
+        """Say at which module the stream will come in as an argument, for `hold_argument`."""
+        assert self.site.stream is not None
+        self._stream_at = argument_of(module, self.site.stream.key)
 
     def let_go(self) -> None:
         """Forget tensors of a forward that did not end, by an exception or by checkpointing."""
@@ -192,7 +278,7 @@ class SiteSlot(nn.Module):
 
     def is_meant(self) -> bool:
         """Whether the call of the output's module that just ended is the one that gives the branch output."""
-        if not self.site.output.call:
+        if not self._is_counted:
             return True
         number = self._calls.pop(_thread(), None)
         if number is None:  # it has been
@@ -202,19 +288,12 @@ class SiteSlot(nn.Module):
             return False
         return True
 
-    def hold_argument(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Pre-hook where the stream is a positional argument: keep x for the branch output of this call."""
-        assert self.site.stream is not None
-        self._held[_thread()] = pick(args, self.site.stream.key)
-
-    def hold_any_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook where the stream is passed by keyword, or, when the caller differs, by position."""
-        assert self.site.stream is not None
-        key = self.site.stream.key
-        if key[0] in kwargs:
-            self._held[_thread()] = pick(kwargs[str(key[0])], key[1:])
-        elif args and isinstance(args[0], Tensor):
-            self._held[_thread()] = args[0]
+    def hold_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook where the stream is an argument: keep x for the branch output of this call."""
+        at = self._stream_at
+        value = args[at.position] if at.position < len(args) else kwargs.get(at.name)
+        if value is not None:  # else the branch output says that there was no stream
+            self._held[_thread()] = pick(value, at.key) if at.key else value
 
     def hold_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook where the stream is the result of a module."""
@@ -229,21 +308,25 @@ class SiteSlot(nn.Module):
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
         refuse_replica(module)
-        if not self.is_meant():
+        if self._is_counted and not self.is_meant():
             return output
-        h = pick(output, self.site.output.key)
-        x = self._held.pop(_thread(), None) if self._reads_stream else None
-        if self._reads_stream and (x is None or x.shape != h.shape):
-            raise _stream_error(self.site, x, h)
+        key, x = self._output_key, None
+        h = pick(output, key) if key else output
+        if self._reads_stream:
+            x = self._held.pop(_thread(), None)
+            if x is None or x.shape != h.shape:
+                raise _stream_error(self.site, x, h)
         others = self._others.pop(_thread(), None) if self._reads_others else None
-        post_norm = self._post_norm[0]
-        # The norm's forward, not the norm: it must not trigger hooks, ours among them.
-        norm = None if post_norm is None else post_norm.forward
-        settled = rewire(self._setup, self._wired, x, h, others=others, norm=norm)
-        if settled.output is not None:
-            self._final[_thread()] = settled.output
+        if self._reads_others and others is None:
+            raise SiteError(
+                "An adapter that reads the other branches of its sum runs after them; got none before the output of "
+                f"site `{self.site.key}` (`{self.site.layer_path}`). Load the adapter without this site."
+            )
+        branch, final = self._program(x, h, others)
+        if final is not None:
+            self._final[_thread()] = final
             return output
-        return _replace(output, self.site.output.key, settled.branch)
+        return _replace(output, key, branch) if key else branch
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the norm after the sum, for adapters that end after it."""
@@ -251,65 +334,81 @@ class SiteSlot(nn.Module):
         return output if final is None else final
 
 
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What the adapters of a setup do at a projection in one role."""
+
+    on_input: Program
+    on_output: Program
+    rows: tuple[tuple[int, int], ...] | None
+    """The output features that play the role, where the projection is a fused one."""
+
+
 class ProjectionSlot(nn.Module):
-    """The hook on one projection: runs the linear methods of every role the projection plays."""
+    """The hooks on one projection: they run the linear methods of every role that the projection plays."""
 
-    def __init__(
-        self, program: list[tuple[Setup, dict[str, list[LinearMethod]], tuple[tuple[int, int], ...] | None]]
-    ) -> None:
-        """`program`: for each role a setup, the modules of its adapters, and the rows of a fused projection."""
+    def __init__(self, module: nn.Module, roles: list[Role]) -> None:
         super().__init__()
-        self._program = program
-        self.changes_input = any(
-            module.changes_input for _, modules, _ in program for row in modules.values() for module in row
-        )
+        self._roles = roles
+        self._input = argument_of(module, (0,))
+        self.changes_input = any(role.on_input.steps for role in roles)
 
-    def prepare(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def prepare(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook on a projection: its new input, (..., in)."""
-        inputs = args[0]
-        for setup, modules, _ in self._program:
-            inputs = run(setup, inputs, _InputStep(modules))
-        return (inputs, *args[1:])
+        inputs = args[0] if args else self._find(module, kwargs)
+        for role in self._roles:
+            (inputs,) = role.on_input(inputs)
+        return ((inputs, *args[1:]), kwargs) if args else ((), kwargs | {self._input.name: inputs})
 
-    def adapt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def adapt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Hook on a projection: its new output, (..., out)."""
         refuse_replica(module)
-        inputs = args[0]
-        for setup, modules, rows in self._program:
-            part = output if rows is None else _rows(output, rows)
-            part = run(setup, part, _LinearStep(modules, inputs))
-            output = part if rows is None else _with_rows(output, rows, part)
+        inputs = args[0] if args else self._find(module, kwargs)
+        for role in self._roles:
+            if role.rows is None:
+                (output,) = role.on_output(inputs, output)
+            else:
+                (part,) = role.on_output(inputs, _rows(output, role.rows))
+                output = _with_rows(output, role.rows, part)
         return output
+
+    def _find(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """The input of a call that passes it by name."""
+        name = self._input.name
+        if name not in kwargs:
+            raise SiteError(
+                f"An adapter on a projection reads the projection's input, its argument `{name}`; got a call with "
+                f"{', '.join(f'`{name}`' for name in kwargs) or 'no argument'} of a {type(module).__name__}. Leave "
+                "this projection out of the adapter."
+            )
+        return kwargs[name]
 
 
 @dataclass(frozen=True, slots=True)
-class _InputStep:
-    """One adapter of a setup, on the way into a projection."""
+class Argument:
+    """Where a tensor is among the arguments of a module's forward, which callers may pass by position or by name."""
 
-    modules: Mapping[str, list[LinearMethod]]
-
-    def __call__(self, name: str, inputs: Tensor) -> Tensor:
-        for module in self.modules[name]:
-            inputs = module.prepare(inputs)
-        return inputs
+    position: int = sys.maxsize
+    name: str = ""
+    key: tuple[int | str, ...] = ()
+    """The way to the tensor inside the argument."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LinearStep:
-    """One adapter of a setup, on the projection's input and output."""
-
-    modules: Mapping[str, list[LinearMethod]]
-    inputs: Tensor
-
-    def __call__(self, name: str, output: Tensor) -> Tensor:
-        for module in self.modules[name]:
-            output = module(self.inputs, output)
-        return output
+def argument_of(module: nn.Module, key: tuple[int | str, ...]) -> Argument:
+    """The argument of a module's forward that a tap names by position or by name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    ordered = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    head, rest = key[0], key[1:]
+    if isinstance(head, int):
+        return Argument(head, ordered[head] if head < len(ordered) else "", rest)
+    return Argument(ordered.index(head) if head in ordered else sys.maxsize, head, rest)
 
 
 def refuse_replica(module: nn.Module) -> None:
     """Raise `SetupError` on a copy of a module that holds no state of its own."""
-    if getattr(module, "_is_replica", False):
+    if "_is_replica" in module.__dict__:  # not by `getattr`: a module takes long to say what it does not have
         raise SetupError(
             "Adapters run on a model, not on copies of it made for each batch; got a replica of `nn.DataParallel`. Use "
             "`DistributedDataParallel`, with `accelerate launch` or `torchrun`, or one device."

@@ -19,7 +19,7 @@ from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Kind, Sites
 from ..core.wiring import Carry, Circuit
-from .method import Branch, Placement, SublayerMethod, activation, check_layers, layer_number, sequence_gate
+from .method import Branch, Placement, SublayerMethod, activation, check_layers, in_dtype, layer_number, sequence_gate
 
 _LAYER = re.compile(r"0|[1-9][0-9]*")
 
@@ -227,10 +227,13 @@ class Bottleneck(SublayerMethod):
 
     def branch(self, z: Tensor) -> Tensor:
         """A(z), (B, L, D) -> (B, L, D)."""
-        u = z.to(self.down.weight.dtype)
+        # Not `self.down`: to look a module up as an attribute costs as much as to add two tensors of a small model.
+        modules: Mapping[str, Any] = self._modules
+        down = modules["down"]
+        u = in_dtype(z, down.weight.dtype)
         if self.norm_before is not None:
             u = self.norm_before(u)
-        w: Tensor = self.up(self.activation(self.down(u)))
+        w: Tensor = modules["up"](modules["activation"](down(u)))
         if self.training and self.stochastic_depth:
             w = _drop_samples(w, self.stochastic_depth, self.batch_dim)
         if self.scale is not None:
@@ -240,14 +243,14 @@ class Bottleneck(SublayerMethod):
         if self.training and self.dropout:
             w = nn.functional.dropout(w, self.dropout)
         if self.gate is not None:
-            w = w * sequence_gate(self.gate, z.to(self.gate.weight.dtype), self.batch_dim)
-        return w.to(z.dtype)
+            w = w * sequence_gate(self.gate, in_dtype(z, self.gate.weight.dtype), self.batch_dim)
+        return in_dtype(w, z.dtype)
 
     def norm_branch(self, w: Tensor) -> Tensor:
         """The adapter's own norm, `ln_after`."""
         assert self.norm_after is not None
-        normed: Tensor = self.norm_after(w.to(self.norm_after.weight.dtype))
-        return normed.to(w.dtype)
+        normed: Tensor = self.norm_after(in_dtype(w, self.norm_after.weight.dtype))
+        return in_dtype(normed, w.dtype)
 
 
 def _drop_samples(w: Tensor, probability: float, batch_dim: int) -> Tensor:

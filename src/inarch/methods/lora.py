@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.config import Config, config_class, option
 from ..core.site import Sites
-from .method import LinearMethod, Placement, projection_placements, sequence_gate
+from .method import LinearMethod, Placement, in_dtype, projection_placements, sequence_gate
 
 
 @config_class
@@ -97,15 +97,16 @@ class LoRA(LinearMethod):
 
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """(..., in), (..., rows) -> (..., rows)."""
-        x = inputs.to(self.A.dtype)
+        A = self.A
+        x = in_dtype(inputs, A.dtype)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        delta = F.linear(F.linear(x, self.A), self.B)
+        delta = F.linear(F.linear(x, A), self.B)
         if self.gate is None:
-            return torch.add(output, delta.to(output.dtype), alpha=self.scaling)
-        gate = sequence_gate(self.gate, inputs.to(self.A.dtype), self.batch_dim)
-        return output + (delta * gate).to(output.dtype)
+            return torch.add(output, in_dtype(delta, output.dtype), alpha=self.scaling)
+        gate = sequence_gate(self.gate, in_dtype(inputs, A.dtype), self.batch_dim)
+        return output + in_dtype(delta * gate, output.dtype)
 
     def effective(self, weight: Tensor) -> Tensor:
         """W + (alpha / r) · B A, (rows, in) -> (rows, in)."""
-        return torch.add(weight, (self.B @ self.A).to(weight.dtype), alpha=self.scaling)
+        return torch.add(weight, in_dtype(self.B @ self.A, weight.dtype), alpha=self.scaling)

@@ -183,6 +183,11 @@ def renumber(config: Config, numbers: Mapping[int, int], others: Iterable[int]) 
     return config.replace(**changes)
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to`, which takes its time to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
     """A gate of one number for each sample, the mean over its tokens: (B, L, D) -> (B, 1, 1) or, with B second,
     (L, B, D) -> (1, B, 1)."""

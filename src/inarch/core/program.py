@@ -1,0 +1,72 @@
+"""A wiring as straight-line code: what a setup does at one place, recorded once and run in every forward.
+
+The functions that wire adapters are run on registers instead of tensors, and every `+`, `*` and call becomes a step. So
+the forward repeats exactly their operations, in their order, without walking through setup and configuration again.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Steps on values; the first values are the arguments."""
+
+    steps: tuple[tuple[Callable[..., Any], int, int | None], ...] = ()
+    """A function and the numbers of the one or two values it takes; each adds the next value."""
+    results: tuple[int | None, ...] = ()
+    """The numbers of the values that are returned; None stands for nothing."""
+
+    def __call__(self, *arguments: Any) -> list[Any]:
+        values = list(arguments)
+        for function, left, right in self.steps:
+            values.append(function(values[left]) if right is None else function(values[left], values[right]))
+        return [None if number is None else values[number] for number in self.results]
+
+    def reads(self, argument: int) -> bool:
+        """Whether an argument has any influence."""
+        return argument in self.results or any(argument in step[1:] for step in self.steps)
+
+
+class Recorder:
+    """Writes a program down, step by step."""
+
+    def __init__(self, num_arguments: int) -> None:
+        self._num_arguments = num_arguments
+        self._steps: list[tuple[Callable[..., Any], int, int | None]] = []
+        self.arguments = tuple(Register(self, number) for number in range(num_arguments))
+
+    def call(self, function: Callable[..., Any], left: "Register", right: "Register | None" = None) -> "Register":
+        """The register that will hold `function(left)` or `function(left, right)`."""
+        self._steps.append((function, left.number, None if right is None else right.number))
+        return Register(self, self._num_arguments + len(self._steps) - 1)
+
+    def program(self, *results: "Register | None") -> Program:
+        """What was recorded, returning these registers."""
+        return Program(tuple(self._steps), tuple(None if result is None else result.number for result in results))
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A value that a program will have."""
+
+    recorder: Recorder
+    number: int
+
+    def __add__(self, other: "Register") -> "Register":
+        return self.recorder.call(operator.add, self, other)
+
+    def __mul__(self, factor: int) -> "Register":
+        return self.recorder.call(Times(factor), self)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Multiplication by a whole number."""
+
+    factor: int
+
+    def __call__(self, value: Any) -> Any:
+        return value * self.factor
