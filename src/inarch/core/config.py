@@ -5,6 +5,7 @@ the command line, the documentation and the error messages all read it, so it is
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import types
@@ -43,6 +44,17 @@ def config_class(cls: type[T]) -> type[T]:
     for field in dataclasses.fields(made):  # type: ignore[arg-type]
         if not field.metadata.get("help"):
             raise TypeError(f"Every configuration field needs a help line; `{cls.__name__}.{field.name}` has none.")
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, /, **values: Any) -> None:
+        """The dataclass's own, with names checked first: it would raise a TypeError without a hint."""
+        problems = _name_problems(made, values)
+        if problems:
+            raise ConfigError(join_problems(problems))
+        init(self, **values)
+
+    setattr(made, "__init__", checked)  # noqa: B010 - a type checker takes the plain assignment for an error
     return made
 
 
@@ -58,9 +70,10 @@ class Config:
     def __post_init__(self) -> None:
         problems = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = freeze(getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            value = getattr(self, field.name)
             problems += _field_problems(type(self), field, value)
+            if not problems:
+                object.__setattr__(self, field.name, freeze(value))
         problems = problems or self.problems()
         if problems:
             raise ConfigError(join_problems(problems))
@@ -82,22 +95,20 @@ class Config:
 
         Raises `ConfigError` that lists every unknown, missing and ill-typed field.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        problems = [
-            f"`{cls.__name__}` has no field `{key}`; got {value!r}. {nearest(key, fields)}"
-            for key, value in values.items()
-            if key not in fields
-        ]
-        for name, field in fields.items():
-            if name in values:
-                problems += _field_problems(cls, field, freeze(values[name]))
-            elif field.default is dataclasses.MISSING:
-                problems.append(f"`{cls.__name__}.{name}` is required; got nothing. {field.metadata['help']}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"`{cls.__name__}` is read from a mapping of its fields; got {shown(values)}. "
+                f"Make one with `{cls.__name__}().to_dict()`."
+            )
+        problems = _name_problems(cls, values)
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.name in values:
+                problems += _field_problems(cls, field, values[field.name])
         if problems:
             raise ConfigError(join_problems(problems))
         return cls(**values)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """A copy with some fields changed, checked like any other."""
         return self.from_dict({**self.to_dict(), **changes})
 
@@ -105,6 +116,15 @@ class Config:
 def field_help(cls: type[Config], name: str) -> str:
     """The help line of one field."""
     return str(next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name))  # type: ignore[arg-type]
+
+
+def shown(value: Any, length: int = 120) -> str:
+    """A value as an error message shows it: not longer than that, whatever it is."""
+    try:
+        text = repr(thaw(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list that holds itself
+        return f"a value of {type(value).__name__} that is too long to be shown"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def freeze(value: Any) -> Any:
@@ -155,20 +175,43 @@ class FrozenMap(Mapping[str, Any]):
 _BROKEN = {"at_least": operator.lt, "more_than": operator.le, "at_most": operator.gt, "less_than": operator.ge}
 
 
+def _name_problems(cls: type, values: Mapping[Any, Any]) -> list[str]:
+    """Names that are no fields, and fields that are required and not given."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems = [
+        f"`{cls.__name__}` has no field `{key if isinstance(key, str) else shown(key)}`; got {shown(value)}. "
+        f"{nearest(str(key) if isinstance(key, str) else '', fields)}"
+        for key, value in values.items()
+        if not isinstance(key, str) or key not in fields
+    ]
+    return problems + [
+        f"`{cls.__name__}.{name}` is required; got nothing. {field.metadata['help']}"
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING
+    ]
+
+
 def _field_problems(cls: type, field: dataclasses.Field[Any], value: Any) -> list[str]:
-    place = f"`{cls.__name__}.{field.name}`"
+    place, meaning = f"`{cls.__name__}.{field.name}`", field.metadata["help"]
     annotation = typing.get_type_hints(cls)[field.name]
-    if not matches(value, annotation):
-        return [f"{place} must be {describe(annotation)}; got {thaw(value)!r}. {field.metadata['help']}"]
+    try:
+        frozen = freeze(value)
+    except RecursionError:
+        frozen = None, value  # too deep for anything that is annotated
+    if not matches(frozen, annotation):
+        return [f"{place} must be {describe(annotation)}; got {shown(value)}. {meaning}"]
     problems = []
-    for number in _numbers(value):
-        for rule, broken in _BROKEN.items():
-            limit = field.metadata.get(rule)
-            if limit is not None and broken(number, limit):
-                words = rule.replace("_", " ")
-                problems.append(f"{place} must be {words} {limit:g}; got {number!r}. {field.metadata['help']}")
-        if not math.isfinite(number):
-            problems.append(f"{place} must be finite; got {number!r}. {field.metadata['help']}")
+    for number in _numbers(frozen):
+        if isinstance(number, float) and not math.isfinite(number):
+            problems.append(f"{place} must be finite; got {number!r}. {meaning}")
+        elif isinstance(number, int) and abs(number) >= 2**63:
+            problems.append(f"{place} must be less than 2**63 in size; got {shown(number)}. {meaning}")
+        else:
+            problems += [
+                f"{place} must be {rule.replace('_', ' ')} {limit:g}; got {number!r}. {meaning}"
+                for rule, broken in _BROKEN.items()
+                if (limit := field.metadata.get(rule)) is not None and broken(number, limit)
+            ]
     return problems
 
 
@@ -192,7 +235,7 @@ def matches(value: Any, annotation: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, part) for part in arguments)
     if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
     if annotation is bool:
         return isinstance(value, bool)
     if annotation is int:

@@ -41,7 +41,7 @@ class DataError(InarchError, ValueError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word closest to `word`, or all of them when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:100], names, n=1, cutoff=0.6)
     if close:
         return f"Did you mean `{close[0]}`?"
     return f"Known: {', '.join(f'`{name}`' for name in names)}." if names else "None is known."

@@ -7,6 +7,7 @@ from typing import Any
 from .errors import ConfigError
 
 _OPEN, _CLOSE = "[({", "])}"
+_DEEPEST = 20
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -81,7 +82,9 @@ def _value(text: str) -> Any:
 
 def _split(text: str, separator: str, whole: str) -> list[str]:
     """Split at separators that lie outside brackets and quotes."""
-    parts, depth, quote, start, escaped = [], [], "", 0, False
+    parts: list[str] = []
+    depth: list[str] = []
+    quote, start, escaped = "", 0, False
     for place, character in enumerate(text):
         if escaped:
             escaped = False
@@ -91,6 +94,8 @@ def _split(text: str, separator: str, whole: str) -> list[str]:
         elif character in "'\"":
             quote = character
         elif character in _OPEN:
+            if len(depth) == _DEEPEST:
+                raise _broken(f"brackets nest at most {_DEEPEST} deep; got more at position {place}", whole)
             depth.append(_CLOSE[_OPEN.index(character)])
         elif character in _CLOSE:
             if not depth or depth.pop() != character:
@@ -104,4 +109,5 @@ def _split(text: str, separator: str, whole: str) -> list[str]:
 
 
 def _broken(rule: str, whole: str) -> ConfigError:
-    return ConfigError(f'{rule}, in "{whole}". Write it like "seq_bn[reduction_factor=8,leave_out=[0,1]]|lora".')
+    shown = whole if len(whole) <= 120 else f"{whole[:117]}..."
+    return ConfigError(f'{rule}, in "{shown}". Write it like "seq_bn[reduction_factor=8,leave_out=[0,1]]|lora".')

@@ -21,7 +21,8 @@ from ..core.site import Kind, Sites
 from ..core.wiring import Carry, Circuit
 from .method import Branch, Placement, SublayerMethod, activation, check_layers, in_dtype, layer_number, sequence_gate
 
-_LAYER = re.compile(r"0|[1-9][0-9]*")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
+_WIDEST = 2**20
 
 
 @config_class
@@ -59,7 +60,9 @@ class BottleneckConfig(Config):
     init_weights: Literal["bert", "mam_adapter", "houlsby"] = option(
         "bert", "Initial weights: normal 0.02; Kaiming down and zero up; or truncated normal 0.01."
     )
-    init_weights_seed: int | None = option(None, "Seed of the initial weights; none takes the global generator.")
+    init_weights_seed: int | None = option(
+        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
+    )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an adapter, counted from 0.")
     circuits: Mapping[str, Circuit] = option(
         FrozenMap({}),
@@ -110,6 +113,11 @@ class BottleneckConfig(Config):
                     "Add it, or a `default`."
                 )
             factor = chosen
+        if width / factor > _WIDEST:
+            raise ConfigError(
+                f"A bottleneck has at most {_WIDEST:,} dimensions; got {width / factor:.3g} from a width of {width} "
+                f"and a factor of {factor:g} at `BottleneckConfig.reduction_factor`. Give a larger factor."
+            )
         return max(1, int(width // factor))
 
 

@@ -29,14 +29,16 @@ class LoRAConfig(Config):
     intermediate_lora: bool = option(False, "Adapt the up-projection of the MLPs.")
     gate_lora: bool = option(False, "Adapt the gate projection of the MLPs that have one.")
     output_lora: bool = option(False, "Adapt the down-projection of the MLPs.")
-    r: int = option(8, "Rank of the update.", at_least=1)
+    r: int = option(8, "Rank of the update.", at_least=1, at_most=2**20)
     alpha: float = option(8.0, "The update is multiplied by alpha / r.", more_than=0)
     dropout: float = option(0.0, "Dropout probability on the input of the update.", at_least=0, less_than=1)
     use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha / r.")
     init_weights: Literal["lora", "bert"] = option(
         "lora", "Initial weights: Kaiming A and zero B, so that training starts at the base model; or normal 0.02."
     )
-    init_weights_seed: int | None = option(None, "Seed of the initial weights; none takes the global generator.")
+    init_weights_seed: int | None = option(
+        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
+    )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an update, counted from 0.")
 
     def problems(self) -> list[str]:

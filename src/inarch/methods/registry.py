@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import grammar
-from ..core.config import Config, thaw
+from ..core.config import Config, shown
 from ..core.errors import ConfigError, join_problems, nearest
 from ..core.site import Sites
 from .method import AbstractMethod, LinearMethod, Placement
@@ -28,6 +28,12 @@ class AdapterConfig:
     parts: tuple[Config, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple | list):
+            raise ConfigError(
+                f"`AdapterConfig.parts` is a list of method configurations; got {shown(self.parts)}. "
+                "Use `read_config`, which reads whatever describes an adapter."
+            )
+        object.__setattr__(self, "parts", tuple(self.parts))
         names = [method_of(part).name for part in self.parts]
         if not names:
             raise ConfigError("An adapter consists of at least one method; got none. Write for example `seq_bn`.")
@@ -117,7 +123,10 @@ def method_of(config: Config) -> type[AbstractMethod]:
     for method in methods().values():
         if isinstance(config, method.config_class):
             return method
-    raise ConfigError(f"A configuration must be of a known method; got {type(config).__name__}.")
+    raise ConfigError(
+        f"A configuration must be of a known method; got {shown(config)}. "
+        f"Known: {', '.join(f'`{method.config_class.__name__}`' for method in methods().values())}."
+    )
 
 
 ConfigLike = str | Config | AdapterConfig | Mapping[str, Any] | os.PathLike[str]
@@ -137,17 +146,23 @@ def read_config(config: ConfigLike) -> AdapterConfig:
         return AdapterConfig((config,))
     if isinstance(config, Mapping):
         return _from_mapping(config)
-    text = os.fspath(config)
-    if text.endswith(".json"):
+    if isinstance(config, os.PathLike):
+        config = os.fspath(config)
+    if not isinstance(config, str):
+        raise ConfigError(
+            f"A configuration is text, a mapping, a file or a method's configuration; got {shown(config)}. "
+            "Write for example `seq_bn[reduction_factor=8]`."
+        )
+    if config.endswith(".json"):
         try:
-            data = json.loads(Path(text).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"A configuration file must be readable JSON; got `{text}`: {error}. Give a preset such as `seq_bn`, "
+                f"A configuration file must be readable JSON; got `{config}`: {error}. Give a preset such as `seq_bn`, "
                 "or the path of such a file."
             ) from None
         return _from_mapping(data)
-    return AdapterConfig(_collect(grammar.parse(text), _from_phrase))
+    return AdapterConfig(_collect(grammar.parse(config), _from_phrase))
 
 
 def _collect(items: list[Any], read: Any) -> tuple[Config, ...]:
@@ -176,7 +191,7 @@ def _from_mapping(data: Any) -> AdapterConfig:
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(
             "A configuration mapping has the form {'methods': [{'method': 'bottleneck', ...}]}; got "
-            f"{str(thaw(data))[:120]}. Make one with `read_config('seq_bn').to_dict()`."
+            f"{shown(data)}. Make one with `read_config('seq_bn').to_dict()`."
         )
     return AdapterConfig(_collect(list(rows), _from_row))
 
@@ -184,6 +199,9 @@ def _from_mapping(data: Any) -> AdapterConfig:
 def _from_row(row: Mapping[str, Any]) -> Config:
     values = dict(row)
     name = values.pop("method", None)
-    if name not in methods():
-        raise ConfigError(f"`method` must name a method; got {name!r}. {nearest(str(name), methods())}")
+    if not isinstance(name, str) or name not in methods():
+        raise ConfigError(
+            f"`method` must name a method; got {shown(name)}. "
+            f"{nearest(name if isinstance(name, str) else '', methods())}"
+        )
     return methods()[name].config_class.from_dict(values)
