@@ -255,6 +255,7 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "init_weights": "bert",
         "init_weights_seed": None,
         "leave_out": [],
+        "leave_out_roles": [],
         "circuits": {},
     }
     assert LoRAConfig().to_dict() == {
@@ -270,6 +271,7 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "init_weights": "lora",
         "init_weights_seed": None,
         "leave_out": [],
+        "leave_out_roles": [],
     }
 
 
@@ -283,6 +285,7 @@ def test_fields_of_ia3_that_are_not_stored_have_the_meaning_they_had():
         "alpha": 1.0,
         "use_gating": False,
         "leave_out": [],
+        "leave_out_roles": [],
     }
 
 

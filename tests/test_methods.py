@@ -222,6 +222,51 @@ def test_ia3_without_a_projection_is_refused(config):
         read_config(config)
 
 
+@pytest.mark.parametrize(("name", "down"), [("vit", "mlp.fc2"), ("bert", "1.output.dense 0.output.dense")])
+def test_a_muted_branch_adds_nothing(name, down):
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    with pytest.raises(inarch.ConfigError, match=r"mute\[roles=\[mlp\]\].*\n.*branch lost.*goes on without"):
+        adapters.add("a", "mute[roles=[mlp]]")
+    adapters.add("a", "mute[roles=[mlp]]|lora", unsound="allow")
+    adapters.activate("a")
+    found = still(model, name)
+    adapters.detach()
+    assert not torch.allclose(still(model, name), found)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if path.endswith(tuple(down.split())):
+                module.weight.zero_()
+                module.bias.zero_()
+    assert torch.equal(still(model, name), found)
+
+
+def test_roles_that_are_left_out_have_no_modules():
+    adapters = inarch.attach(tiny("bart"))
+    config = "double_seq_bn[cross_adapter=True,leave_out_roles=[mlp]]|lora[leave_out_roles=[self_attention]]"
+    adapters.add("a", f"{config}|ia3[leave_out_roles=[cross_attention]]")
+    modules = {".".join(key.split(".")[2:4]) for key in adapters["a"]}
+    assert modules == {
+        *("self_attention.bottleneck", "cross_attention.bottleneck", "cross_attention.lora"),
+        *("self_attention.ia3", "mlp.ia3"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("mute[roles=[mlp_2]]", r"`roles` names sites.*got `mlp_2` for .*which has `mlp`, `self_attention`"),
+        ("mute[roles=[]]", "must name a branch; got an empty list"),
+        ("lora[leave_out_roles=[mlp_2]]", "`leave_out_roles` names sites"),
+        ("seq_bn[leave_out_roles=[mlp_2]]", "`leave_out_roles` names sites"),
+        ("seq_bn|mute[roles=[mlp]]", "One method of an adapter plugs into a sum; got `bottleneck` and `mute` at site"),
+    ],
+)
+def test_roles_and_sums_are_checked(config, message):
+    with pytest.raises(inarch.ConfigError, match=message):
+        inarch.attach(tiny("vit")).add("a", config)
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "llama", "t5"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_adapters_follow_the_model_to_another_dtype(name, dtype):

@@ -177,7 +177,7 @@ def _arm_sum(
     slot = slot_of(model, site)
     wired: dict[str, WiredAdapter] = {}
     for name in names(setup):
-        part, modules = sublayer_part(configs[name]), modules_at(slot, name)
+        part, modules = sublayer_part(configs[name], site), modules_at(slot, name)
         branch = modules.find(method_of(part).name) if part is not None and modules is not None else None
         if branch is not None:
             wired[name] = wired_adapter(part, site, branch)

@@ -9,6 +9,7 @@ from torch import nn
 from .bank import check_circuits, module_key, rewire, wired_adapter
 from .compose import Setup, check_runnable, keep_only, names
 from .core.config import Config
+from .core.errors import ConfigError
 from .core.site import Site, Sites
 from .core.symbols import Expr, symbol
 from .core.table import render
@@ -105,6 +106,7 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
         for part in config.parts
         for placement in placements(part, sites)
     ]
+    _check_sums(modules)
     formulas = {}
     if setup is not None:
         at = sublayer_sites(modules)
@@ -113,6 +115,18 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
             if found is not None:
                 formulas[site.key] = found
     return Plan(tuple(modules), formulas)
+
+
+def _check_sums(modules: list[PlannedModule]) -> None:
+    """Raise `ConfigError` for an adapter with two methods in one sum."""
+    taken: dict[tuple[str, str], str] = {}
+    for module in modules:
+        place = (module.adapter, module.placement.site.key)
+        if module.placement.port == "sublayer" and taken.setdefault(place, module.method) != module.method:
+            raise ConfigError(
+                f"One method of an adapter plugs into a sum; got `{taken[place]}` and `{module.method}` at site "
+                f"`{place[1]}`. Leave the site out of one of them with `leave_out_roles`, or add two adapters."
+            )
 
 
 def sublayer_sites(modules: list[PlannedModule]) -> dict[str, set[str]]:
@@ -129,7 +143,7 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
 
     The function that runs in the forward is run here on symbols.
     """
-    wired = {name: part for name in names(setup) if name in configs and (part := sublayer_part(configs[name]))}
+    wired = {name: part for name in names(setup) if name in configs and (part := sublayer_part(configs[name], site))}
     kept = keep_only(setup, lambda name: name in wired)
     if kept is None:
         return None
@@ -164,9 +178,14 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     )
 
 
-def sublayer_part(config: AdapterConfig) -> Config | None:
-    """The part of an adapter that plugs into the sum of a site."""
-    return next((part for part in config.parts if issubclass(method_of(part), SublayerMethod)), None)
+def sublayer_part(config: AdapterConfig, site: Site) -> Config | None:
+    """The part of an adapter that plugs into the sum of sites like this one."""
+    return next((part for part in config.parts if _fits(part, site)), None)
+
+
+def _fits(part: Config, site: Site) -> bool:
+    method = method_of(part)
+    return issubclass(method, SublayerMethod) and method.fits(part, site)
 
 
 class _Symbols:

@@ -14,7 +14,9 @@ from ..core.symbols import Applied, Expr
 from ..methods import AdapterConfig
 from ..plan import Formula, formula
 
-Verdict = Literal["preserved", "skip connection lost", "skip connection doubled", "norm lost", "norm applied twice"]
+Verdict = Literal[
+    "preserved", "skip connection lost", "skip connection doubled", "branch lost", "norm lost", "norm applied twice"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ def verdict(found: Formula) -> Verdict:
     skip = _inside(found.at_zero)["x"]
     if skip != 1:
         return "skip connection lost" if skip < 1 else "skip connection doubled"
+    if not found.at_zero.mentions("h"):
+        return "branch lost"
     return "norm lost"
 
 

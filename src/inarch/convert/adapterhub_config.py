@@ -14,6 +14,7 @@ from ..methods import AdapterConfig
 from ..methods.bottleneck import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRAConfig
+from ..methods.mute import MuteConfig
 from .adapterhub_names import Place
 from .adapterhub_sites import Stacks
 
@@ -56,7 +57,10 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
     if problems:
         raise StateError(join_problems(problems))
     try:
-        return AdapterConfig(tuple(_part(row, stacks) for row in rows))
+        parts: list[Config] = [_part(row, stacks) for row in rows]
+        if deleted := stacks.deleted():
+            parts = [part.replace(leave_out_roles=deleted) for part in parts] + [MuteConfig(roles=deleted)]
+        return AdapterConfig(tuple(parts))
     except (ConfigError, TypeError, ValueError) as error:  # the latter two where a value is of another type altogether
         raise StateError(f"The configuration of an adapter must be valid here too; got `{place}`: {error}") from None
 

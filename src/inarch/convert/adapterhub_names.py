@@ -5,7 +5,7 @@ folders of another model type, add a row to `TOWERS`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..core.site import Kind
@@ -36,6 +36,8 @@ class Tower:
     linears: Mapping[str, Place]
     modality: str = ""
     """What the name of our stack begins with, where the order of the towers does not say which is which."""
+    deleted: str = ""
+    """The role of the branch that the reference deletes from every layer, whatever is adapted."""
 
 
 _WORDS = ("query", "key", "value")
@@ -69,7 +71,9 @@ def _tower(
         output: Place(kind="mlp", field="output_adapter", circuit=output_circuit),
     }
     if cross:
-        bottlenecks[cross] = Place(kind="cross_attention", field=cross_field)
+        # The outputs of both attentions are of one class wherever one field governs them.
+        circuit = mh_circuit if cross_field == "mh_adapter" else "own"
+        bottlenecks[cross] = Place(kind="cross_attention", field=cross_field, circuit=circuit)
     linears: dict[str, Place] = {}
     attentions: tuple[tuple[tuple[str, ...], Kind], ...] = ((qkv, "self_attention"), (cross_qkv, "cross_attention"))
     for paths, kind in attentions:
@@ -82,7 +86,9 @@ def _tower(
     return Tower(layers=layers, bottlenecks=bottlenecks, linears=linears, modality=modality)
 
 
-def _bert(qkv: tuple[str, ...] = _three("attention.self.{}", _WORDS)) -> tuple[Tower, ...]:
+def _bert(
+    qkv: tuple[str, ...] = _three("attention.self.{}", _WORDS), attention_circuit: Circuit = "own"
+) -> tuple[Tower, ...]:
     row = _tower(
         "encoder.layer",
         mh="attention.output",
@@ -93,6 +99,7 @@ def _bert(qkv: tuple[str, ...] = _three("attention.self.{}", _WORDS)) -> tuple[T
         cross_qkv=_three("crossattention.self.{}", _WORDS),
         up=("intermediate.dense",),
         down="output.dense",
+        mh_circuit=attention_circuit,
     )
     return (row,)
 
@@ -184,6 +191,8 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
     "vit": _vit("output.output_adapters"),
     "whisper": _bart(),
     "xlm-roberta": _bert(),
+    # The attention's bottleneck is given no norm; the language adapters are deleted.
+    "xmod": tuple(replace(tower, deleted="mlp_2") for tower in _bert(attention_circuit="unnormed")),
 }
 """The stacks of every model type, in the order in which the reference numbers their layers."""
 

@@ -25,7 +25,7 @@ class Stack:
             found = [site for site in self.sites if f".{site.layer_path}".endswith(f".{path}")]
         else:
             found = [site for site in self.sites if site.layer == int(path.rpartition(".")[2])]
-        found = [site for site in found if site.kind == kind]
+        found = [site for site in found if site.role == kind]  # the first of its kind in its layer
         return found[0] if len(found) == 1 else None
 
     @property
@@ -49,6 +49,12 @@ class Stacks:
         """The places of the bottlenecks that exist in this model."""
         for stack in self.stacks:
             yield from (place for place in stack.tower.bottlenecks.values() if place.kind in stack.kinds)
+
+    def deleted(self) -> tuple[str, ...]:
+        """The roles of the branches that the reference deletes from this model."""
+        roles = dict.fromkeys(stack.tower.deleted for stack in self.stacks)
+        present = {site.role for stack in self.stacks for site in stack.sites}
+        return tuple(role for role in roles if role in present)
 
     def linears(self) -> Iterator[Place]:
         """The places of the projections that exist in this model."""
@@ -74,6 +80,8 @@ def match_stacks(model_type: str, sites: Sites, folder: object) -> Stacks:
         else (names[place] if place < len(names) else None)
         for place, tower in enumerate(towers)
     ]
+    for tower, name in zip(towers, chosen, strict=True):
+        _check_deleted(tower, [site for site in sites if site.stack == name], folder)
     stacks = [
         Stack(tower, tuple(site for site in sites if site.stack == name))
         for tower, name in zip(towers, chosen, strict=True)
@@ -84,3 +92,15 @@ def match_stacks(model_type: str, sites: Sites, folder: object) -> Stacks:
         numbers |= {offset + site.layer: layer_number(site, sites) for site in stack.sites}
         offset += sites.num_layers.get(name or "", 0)
     return Stacks(tuple(stacks), numbers)
+
+
+def _check_deleted(tower: Tower, sites: list[Site], folder: object) -> None:
+    """Raise `StateError` where what remains of a layer after the deletion is not what the reference makes of it."""
+    if tower.deleted in {site.role for site in sites}:
+        for site in sites:
+            if site.role == "mlp" and site.post_norm is None:
+                raise StateError(
+                    f"Where the library `adapters` deletes a branch (`{tower.deleted}`), adapters are read if that "
+                    f"branch starts from the norm of the sum before it; got a sum without norm at `{site.key}` for "
+                    f"`{folder}`. Use a base model with `ln_before_adapter=True`, or train the adapter anew."
+                )

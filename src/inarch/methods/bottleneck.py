@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
-from ..core.site import Kind, Sites
+from ..core.site import Kind, Site, Sites
 from ..core.wiring import Carry, Circuit
-from .method import Branch, Placement, SublayerMethod, activation, check_layers, in_dtype, layer_number, sequence_gate
+from .method import (
+    Branch,
+    Placement,
+    SublayerMethod,
+    activation,
+    check_layers,
+    check_roles,
+    in_dtype,
+    layer_number,
+    sequence_gate,
+)
 
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 _WIDEST = 2**20
@@ -64,6 +74,9 @@ class BottleneckConfig(Config):
         None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
     )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an adapter, counted from 0.")
+    leave_out_roles: tuple[str, ...] = option(
+        (), "Sites without an adapter in any layer, by their role, such as `mlp_2`."
+    )
     circuits: Mapping[str, Circuit] = option(
         FrozenMap({}),
         "What the adapter takes for stream, branch and norm, by `mh_adapter`, `output_adapter` or `cross_adapter`, "
@@ -155,6 +168,7 @@ class Bottleneck(SublayerMethod):
     @classmethod
     def placements(cls, config: BottleneckConfig, sites: Sites) -> list[Placement]:
         check_layers("leave_out", config.leave_out, sites)
+        check_roles("leave_out_roles", config.leave_out_roles, sites)
         if isinstance(config.reduction_factor, Mapping):
             numbers = tuple(int(key) for key in config.reduction_factor if key != "default")
             check_layers("reduction_factor", numbers, sites)
@@ -173,7 +187,7 @@ class Bottleneck(SublayerMethod):
         found = [
             Placement(site=site, port="sublayer")
             for site in sites
-            if site.kind in kinds and layer_number(site, sites) not in config.leave_out
+            if cls.fits(config, site) and layer_number(site, sites) not in config.leave_out
         ]
         if not found:
             raise ConfigError(
@@ -183,6 +197,10 @@ class Bottleneck(SublayerMethod):
         for placement in found:
             config.bottleneck_width(placement.site.width, layer_number(placement.site, sites))
         return found
+
+    @staticmethod
+    def fits(config: BottleneckConfig, site: Site) -> bool:
+        return site.kind in config.kinds() and site.role not in config.leave_out_roles
 
     @staticmethod
     def wire(

@@ -39,6 +39,7 @@ class IA3Config(Config):
     alpha: float = option(1.0, "A constant factor on every scale.", more_than=0)
     use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha.")
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without scales, counted from 0.")
+    leave_out_roles: tuple[str, ...] = option((), "Sites without scales in any layer, by their role, such as `mlp_2`.")
 
     def problems(self) -> list[str]:
         found = []
@@ -71,7 +72,7 @@ class IA3(LinearMethod):
 
     @classmethod
     def placements(cls, config: IA3Config, sites: Sites) -> list[Placement]:
-        return projection_placements(config.roles(), config.leave_out, sites)
+        return projection_placements(config.roles(), config.leave_out, config.leave_out_roles, sites)
 
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

@@ -40,6 +40,9 @@ class LoRAConfig(Config):
         None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
     )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an update, counted from 0.")
+    leave_out_roles: tuple[str, ...] = option(
+        (), "Sites without an update in any layer, by their role, such as `mlp_2`."
+    )
 
     def problems(self) -> list[str]:
         found = []
@@ -71,7 +74,7 @@ class LoRA(LinearMethod):
 
     @classmethod
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
-        return projection_placements(config.roles(), config.leave_out, sites)
+        return projection_placements(config.roles(), config.leave_out, config.leave_out_roles, sites)
 
     @classmethod
     def obstacle_on_weight(cls, config: LoRAConfig) -> str:

@@ -70,6 +70,11 @@ class SublayerMethod(AbstractMethod):
 
     @staticmethod
     @abstractmethod
+    def fits(config: Any, site: Site) -> bool:
+        """Whether a configuration is meant for sites like this one, whatever their layer."""
+
+    @staticmethod
+    @abstractmethod
     def wire(
         config: Any, x: Summable, h: Carry[Summable], norm: Callable[[Any], Any] | None, branch: Branch[Any]
     ) -> Carry[Any]:
@@ -124,6 +129,17 @@ def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:
         )
 
 
+def check_roles(name: str, roles: tuple[str, ...], sites: Sites) -> None:
+    """Raise `ConfigError` for roles of sites that the model does not have."""
+    present = {site.role for site in sites}
+    unknown = [role for role in roles if role not in present]
+    if unknown:
+        raise ConfigError(
+            f"`{name}` names sites of a layer by their role; got {', '.join(f'`{role}`' for role in unknown)} for "
+            f"{sites.model_class}, which has {', '.join(f'`{role}`' for role in sorted(present))}. Name those."
+        )
+
+
 def layer_number(site: Site, sites: Sites) -> int:
     """The layer's number through all stacks, as `leave_out` and per-layer settings count (encoder, then decoder)."""
     offset = 0
@@ -134,13 +150,17 @@ def layer_number(site: Site, sites: Sites) -> int:
     raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
 
 
-def projection_placements(wishes: Mapping[str, str], leave_out: tuple[int, ...], sites: Sites) -> list[Placement]:
+def projection_placements(
+    wishes: Mapping[str, str], leave_out: tuple[int, ...], leave_out_roles: tuple[str, ...], sites: Sites
+) -> list[Placement]:
     """A placement for each projection of every layer that plays one of some roles.
 
     Arguments: `wishes` gives the roles, each with the configuration field that asks for it; `leave_out` numbers layers
-    to pass over. Raises `ConfigError` for a role or a layer that the model does not have, or where nothing is left.
+    and `leave_out_roles` names sites to pass over. Raises `ConfigError` for anything that the model does not have, or
+    where nothing is left.
     """
     check_layers("leave_out", leave_out, sites)
+    check_roles("leave_out_roles", leave_out_roles, sites)
     present = {role for site in sites for role in site.projections}
     unmet = [role for role in wishes if role not in present]
     if unmet:
@@ -152,7 +172,7 @@ def projection_placements(wishes: Mapping[str, str], leave_out: tuple[int, ...],
     found = [
         Placement(site=site, port="linear", role=role, part=part)
         for site in sites
-        if layer_number(site, sites) not in leave_out
+        if layer_number(site, sites) not in leave_out and site.role not in leave_out_roles
         for role in wishes
         if (site.kind in _ATTENTION) == (role in _ATTENTION_ROLES)
         for part in range(len(site.projections.get(role, ())))

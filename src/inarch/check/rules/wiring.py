@@ -10,6 +10,7 @@ from ..repair import Repair, wiring_repairs
 _REASONS = {
     "skip connection lost": "the stream x does not reach the next layer, so everything below this site is lost",
     "skip connection doubled": "the stream x is added twice, so it doubles at every layer",
+    "branch lost": "the layer goes on without what its branch computes",
     "norm lost": "the layer's own norm is skipped, so the next layer receives values it never saw",
     "norm applied twice": "the stream passes one norm more than it was trained with",
 }
@@ -34,8 +35,10 @@ def unsound_wiring(facts: Facts) -> Iterator[Finding]:
             f"{_REASONS[proof.verdict]}"
         )
         # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
-        part = sublayer_part(facts.configs[facts.setup]) if isinstance(facts.setup, str) else None
-        found = wiring_repairs([one.sites[0] for one in facts.groups], part) if part is not None else []
+        config = facts.configs[facts.setup] if isinstance(facts.setup, str) else None
+        part = sublayer_part(config, group.sites[0]) if config is not None else None
+        places = [one.sites[0] for one in facts.groups if config and sublayer_part(config, one.sites[0]) == part]
+        found = wiring_repairs(places, part) if part is not None else []
         yield Finding("unsound-wiring", "error", group.place, message, tuple(found), _compared(found))
 
 
