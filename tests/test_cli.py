@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -106,6 +107,17 @@ def test_help_and_usage_errors_need_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(monkeypatch, given, wanted):
+    """Set before torch is loaded, which reads it then (see the test before this one)."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == wanted
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -186,6 +198,8 @@ def bad_inputs(place):
         (["eval", adapter, "--data", place / "other"], "`yak`"),
         (["eval", adapter, "--data", "digits"], "must be one of the adapter"),
         (["eval", adapter, "--data", place / "data", "--validation", "3"], "validation"),
+        (["eval", adapter, "--data", place / "empty"], "name their labels in a CSV with `--labels`"),
+        (["eval", adapter, "--data", place / "data", "--labels", "none.csv"], "`--labels` must be `auto`"),
         (["eval", adapter, "--data", place / "data", "--picture", place / "empty"], "Is a directory"),
         (["eval", "./nowhere", "--data", place / "data"], "nowhere"),
         (["demo", "--output", place / "data"], "holds `cat`"),
@@ -445,3 +459,30 @@ def test_a_learning_rate_is_judged():
     result = run("check", "demo", "--adapter", "seq_bn", "--learning-rate", "5e-5", "--json")
     assert [found["code"] for found in json.loads(result.stdout)["findings"]] == ["small-rate"]
     assert result.exit_code == 0  # a warning is no error
+
+
+def test_predict_names_all_bad_images_of_a_batch_once(place, tmp_path):
+    """One message, with the advice at its end."""
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_text("none")
+    result = run("predict", place / "run", tmp_path)
+    assert result.exit_code == 1
+    assert "got 2 that are not" in result.stderr
+    assert result.stderr.count("Mend or remove") == 1
+    assert result.stderr.count(".png") == 2
+
+
+def test_several_labels_an_image_as_a_table(place, tmp_path):
+    """The chosen labels in a column, and the likeliest with their probabilities in the next."""
+    model = load_model(str(place / "base"), LABELS, task="multi_label")
+    adapters = inarch.attach(model)
+    adapters.add("animals", "seq_bn")
+    adapters.train("animals")
+    adapters.save("animals", tmp_path / "adapter", processor=load_processor(str(place / "base")))
+    result = run("predict", tmp_path / "adapter", place / "data" / "cat", "--top", "1", "--threshold", "0")
+    head, *lines = result.stdout.splitlines()
+    assert head.split() == ["image", "labels", "likeliest"]
+    for line in lines:
+        assert sorted(line[head.index("labels") : head.index("likeliest")].strip().split(", ")) == LABELS
+        assert line[head.index("likeliest") :].split()[0] in LABELS
+    assert len({line.index(".png") for line in lines}) == 1

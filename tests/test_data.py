@@ -651,7 +651,7 @@ def test_a_source_of_no_known_form_is_refused_with_all_forms(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": "coarse"}, "`labels` is for CIFAR-100 and data sets with such a column only; got `coarse` with"),
+        ({"labels": "coarse"}, "`labels=` is for CIFAR-100 and data sets with such a column only; got `coarse` with"),
         ({"labels": "corse"}, "must be `auto`, `fine`, `coarse` or the path of a CSV; got `corse`.* mean `coarse`"),
         ({"image_column": "x"}, "`image_column` is for data sets with columns only; got `x` with `digits`"),
         ({"label_column": "x"}, "`label_column` is for data sets with columns only"),
@@ -668,7 +668,7 @@ def test_an_option_that_would_be_ignored_is_refused(options, message):
 def test_a_table_is_for_folders(root):
     """A CSV of labels beside another source is refused."""
     with pytest.raises(
-        DataError, match="A CSV in `labels` is for a folder of images only; got `.*labels.csv` with `digits`"
+        DataError, match="A CSV in `labels=` is for a folder of images only; got `.*labels.csv` with `digits`"
     ):
         load_data("digits", labels=table(root, ["image", "labels"], *lines("a")))
 

@@ -135,6 +135,14 @@ def test_several_seeds_print_mean_and_deviation_and_are_resumed_with_the_same_wo
     assert again == (0, out, "")
 
 
+def test_resuming_what_is_finished_says_so(train):
+    assert train()[0] == 0
+    code, out, err = train("--resume")
+    assert code == 0
+    assert err == "This run is finished: nothing is left to train.\n"
+    assert "adapter in" in out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flag", ["--head-only", "--full"])
 def test_for_comparison_without_an_adapter(train, tmp_path, flag):
     code, out, _ = train(flag, adapter=None)
@@ -258,7 +266,7 @@ def test_resuming_with_other_options_is_explained(train):
     assert train()[0] == 0
     code, _, err = train("--resume", learning_rate=0.5)
     assert code == 1
-    assert "recipe.learning_rate 0.5 instead of None" in err
+    assert "with --learning-rate 0.5 instead of None. Leave" in err
 
 
 def test_a_folder_that_may_not_be_written_is_explained(train, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..version import __version__
-from .guard import guarded, loading, prepare_streams, show_tracebacks
+from .guard import guarded, loading, prepare_streams, share_cores, show_tracebacks
 
 COMMANDS = {
     "probe": ("probe", "Find where adapters can go in a model."),
@@ -90,6 +90,7 @@ def settings(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code. `--debug` may stand anywhere before a `--`."""
     prepare_streams()
+    share_cores()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = words[: words.index("--")] if "--" in words else words
     if "--debug" in options:

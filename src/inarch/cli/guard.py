@@ -22,7 +22,11 @@ ERROR, INTERRUPTED = 1, 130
 _OPTIONS = {
     f"`{name}`": f"`--{name.replace('_', '-')}`"
     for name in ("batch_size", "device", "image_column", "label_column", "skip_bad", "subset", "validation")
-} | {'`unsound="allow"` to `add`': "`--allow-unsound`", "`inarch.attach(model, layout={...})`": "`--layout FILE`"}
+} | {
+    "`labels=`": "`--labels`",
+    '`unsound="allow"` to `add`': "`--allow-unsound`",
+    "`inarch.attach(model, layout={...})`": "`--layout FILE`",
+}
 """What messages call an argument, and its option."""
 
 _shown = False
@@ -41,6 +45,15 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def share_cores() -> None:
+    """Let threads that wait for others give up their core, unless the user has chosen.
+
+    OpenMP's threads spin while they wait. Where other programs want the cores too, the thread that is waited for gets
+    none, and a training on two threads takes several times as long as on one. Torch reads this when it is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

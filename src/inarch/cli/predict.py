@@ -65,7 +65,8 @@ def predict(
         elif csv:
             writer = _CSV(file, count, has_several=predictor.task == "multi_label")
         else:
-            writer = _Lines(file, [str(path) for path in found], predictor.labels)
+            has_several = predictor.task == "multi_label"
+            writer = _Lines(file, [str(path) for path in found], predictor.labels, has_several=has_several)
         number = _write(results, writer, file, batch_size, lambda done: report(done, len(found)))
     if output is not None:
         note(f"Wrote {number:,} predictions to {output}")
@@ -154,16 +155,23 @@ class _CSV:
 class _Lines:
     """A table for people, a line at a time: its columns are as wide as the names that are known beforehand."""
 
-    def __init__(self, file: TextIO, images: Iterable[str], labels: Iterable[str]) -> None:
+    def __init__(self, file: TextIO, images: Iterable[str], labels: Iterable[str], *, has_several: bool) -> None:
         self.file = file
+        self.has_several = has_several
         self.image_width = min(max(map(len, [*images, "image"])), MAX_WIDTH)
-        self.label_width = min(max(map(len, [*labels, "label"])), MAX_WIDTH)
+        widest = len(", ".join(labels)) if has_several else max(map(len, labels))
+        self.label_width = min(max(widest, len("labels")), MAX_WIDTH)
         self.is_terminal = file is sys.stdout and out().is_terminal
-        head = self._line("image", "label", "sure", "then")
+        head = (
+            self._line("image", "labels", "", "likeliest")
+            if has_several
+            else self._line("image", "label", "sure", "then")
+        )
         out().print(head, style="bold") if self.is_terminal else file.write(f"{head}\n")
 
     def _line(self, image: str, label: str, sure: str, then: str) -> str:
-        return f"{image:<{self.image_width}}  {label:<{self.label_width}}  {sure:>7}  {then}".rstrip()
+        share = "" if self.has_several else f"  {sure:>7}"
+        return f"{image:<{self.image_width}}  {label:<{self.label_width}}{share}  {then}".rstrip()
 
     def write(self, prediction: "Prediction") -> None:
         top = prediction.top

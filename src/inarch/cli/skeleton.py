@@ -101,6 +101,8 @@ def _model_class(config: Any) -> Any:
 
 
 def _hint(model: str, known: Any) -> str:
+    if Path(model).expanduser().is_dir():
+        return "Give the folder that `save_pretrained` wrote."
     if "/" in model or Path(model).exists():
         return "Check the name and the connection."
     close = get_close_matches(model, [DEMO, *known], n=1)

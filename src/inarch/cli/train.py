@@ -1,5 +1,6 @@
 """`inarch train`: from a folder of images to an adapter folder."""
 
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,7 +66,12 @@ def train(
         "seeds": seeds,
     }
     try:
-        request = _request({key: value for key, value in given.items() if value is not None}, output, resume=resume)
+        request = _request(
+            {key: value for key, value in given.items() if value is not None},
+            output,
+            resume=resume,
+            quiet=quiet or json,
+        )
         data = {**request["data"], **data_options}
         missing = [
             flag for key, place, flag in (("model", request, "--model"), ("data", data, "--data")) if key not in place
@@ -79,6 +85,7 @@ def train(
         if not _is_main():
             raise typer.Exit(ERROR) from None  # one process says what all of them met
         message = in_options(str(error), Recipe, DataConfig)
+        message = re.sub(r"\b(?:recipe|data)\.(\w+)(?= .* instead of )", lambda found: _flag(found[1]), message)
         raise type(error)(message.replace('pass `unsound="allow"` to `add`', "pass `--allow-unsound`")) from error
     except KeyboardInterrupt:
         if _is_main():
@@ -91,17 +98,23 @@ def train(
         raise typer.Exit(ERROR)
 
 
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
 def _trains(*, head_only: bool, full: bool) -> str | None:
     if head_only and full:
         raise ConfigError("`--head-only` and `--full` exclude each other; got both. Leave one out.")
     return "head" if head_only else "full" if full else None
 
 
-def _request(given: dict[str, Any], output: Path, *, resume: bool) -> dict[str, Any]:
+def _request(given: dict[str, Any], output: Path, *, resume: bool, quiet: bool) -> dict[str, Any]:
     """What to train: as given or, for a resumed run, as remembered where nothing else is given."""
     request: dict[str, Any] = {"trains": "adapter", "name": "adapter", "unsound": "refuse", "data": {}, "recipe": {}}
     if resume:
         record = RunFolder(output).resumable()
+        if record.status == "finished" and not quiet and _is_main():
+            note("This run is finished: nothing is left to train.")
         if isinstance(record.job.get("data"), dict) and "object" in record.job["data"]:
             raise ConfigError(
                 f"A run on data that were made in Python is resumed there; got `{output}`. Call "

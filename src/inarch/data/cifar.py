@@ -89,7 +89,7 @@ def load_cifar(path: Path, granularity: str, *, validation: float | None, seed: 
         )
     if granularity not in layout.keys:
         raise DataError(
-            f"`labels` must be `fine` for `{layout.name}`; got `{granularity}` at `{path}`. "
+            f"`labels=` must be `fine` for `{layout.name}`; got `{granularity}` at `{path}`. "
             "Only CIFAR-100 has coarse labels."
         )
     contents = {name: _Batch(files[name], f"{path}: {name}") for name in (layout.meta, layout.test, *layout.train)}

@@ -130,7 +130,7 @@ def _check_classes(root: Path, images: dict[str, list[Path]], *, taught: bool) -
         loose = sum(_is_image(path) for path in _entries(root))
         raise DataError(
             f"A folder of images must have a folder for each class; got {f'{loose} images' if loose else 'none'} "
-            f"in `{root}`. Sort the images into `{root}/CLASS/`, or name their labels in a CSV with `labels`."
+            f"in `{root}`. Sort the images into `{root}/CLASS/`, or name their labels in a CSV with `labels=`."
         )
     empty = [name for name, paths in images.items() if not paths]
     if empty:

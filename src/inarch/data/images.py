@@ -86,11 +86,18 @@ def open_image(source: ImageSource) -> Image.Image:
 
     A file, its bytes, an image that PIL has already opened, or pixels of shape (height, width, 3).
     """
+    image = image_or_fault(source)
+    if isinstance(image, str):
+        raise DataError(faults_message([image]))
+    return image
+
+
+def image_or_fault(source: ImageSource) -> Image.Image | str:
+    """The image as `open_image` gives it or, where that is not possible, what is wrong and where."""
     try:
         return _decoded(source)
     except Exception as error:  # noqa: BLE001  on a damaged file PIL's decoders raise nearly anything
-        fault = f"{_reason(error)} at `{source_name(source)}`"
-    raise DataError(faults_message([fault]))
+        return f"{_reason(error)} at `{source_name(source)}`"
 
 
 def faults_message(faults: Sequence[str]) -> str:

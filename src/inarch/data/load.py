@@ -17,7 +17,7 @@ from .tables import load_table
 SOURCES = (
     "`digits`",
     "a folder of images by class (`FOLDER/CLASS/*.png`, or that below `FOLDER/train` and `FOLDER/val`)",
-    "a folder of images with a CSV of labels in `labels`",
+    "a folder of images with a CSV of labels in `labels=`",
     "`cifar-10-python.tar.gz` or `cifar-100-python.tar.gz` or the folder in it",
     "a folder written by `save_to_disk` of `datasets`",
     "the id of a data set on the Hub (`owner/name`)",
@@ -98,7 +98,7 @@ def _table(labels: str) -> Path | None:
     path = Path(labels).expanduser()
     if not path.is_file():
         raise DataError(
-            f"`labels` must be `auto`, `fine`, `coarse` or the path of a CSV; got `{labels}`, where no file is. "
+            f"`labels=` must be `auto`, `fine`, `coarse` or the path of a CSV; got `{labels}`, where no file is. "
             f"{nearest(labels, ['auto', 'fine', 'coarse'])}"
         )
     return path
@@ -111,11 +111,11 @@ def _refuse_options(
     is_table_of_columns = kind in ("saved", "hub")
     granular = labels in ("fine", "coarse")
     problems = [
-        (table is not None and kind != "folder", "A CSV in `labels`", labels, "a folder of images"),
-        (granular and kind in ("digits", "folder"), "`labels`", labels, "CIFAR-100 and data sets with such a column"),
+        (table is not None and kind != "folder", "A CSV in `labels=`", labels, "a folder of images"),
+        (granular and kind in ("digits", "folder"), "`labels=`", labels, "CIFAR-100 and data sets with such a column"),
         (columns[0] is not None and not is_table_of_columns, "`image_column`", columns[0], "data sets with columns"),
         (columns[1] is not None and not is_table_of_columns, "`label_column`", columns[1], "data sets with columns"),
-        (granular and columns[1] is not None, "`labels`", labels, "a choice made without `label_column`"),
+        (granular and columns[1] is not None, "`labels=`", labels, "a choice made without `label_column`"),
     ]
     broken = [
         f"{option} is for {use} only; got `{value}` with `{source}`. Leave it out."

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..core.config import Config, config_class, option
 from ..core.errors import DataError, join_problems
 from .examples import Examples, ImageData, seeded
-from .images import Image, ImageSource, Sources, listed, open_image
+from .images import Image, ImageSource, Sources, faults_message, image_or_fault, listed, open_image
 from .preprocessing import Geometry, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -224,9 +224,10 @@ def batches(
     """
     preprocessing = processor if isinstance(processor, Preprocessing) else Preprocessing(processor)
 
-    def prepared(source: ImageSource) -> Tensor | DataError:
+    def prepared(source: ImageSource) -> Tensor | str | DataError:
+        image = image_or_fault(source)
         try:
-            return preprocessing.named(open_image(source), source)
+            return image if isinstance(image, str) else preprocessing.named(image, source)
         except DataError as error:
             return error
 
@@ -234,11 +235,12 @@ def batches(
         for start in range(0, len(sources), batch_size):
             chunk = [sources[index] for index in range(start, min(start + batch_size, len(sources)))]
             results = list(pool.map(prepared, chunk))
+            faults = [result for result in results if isinstance(result, str)]
             errors = [str(result) for result in results if isinstance(result, DataError)]
-            if errors and not skip_bad:
-                raise DataError(join_problems(errors))
-            if errors:
-                logger.warning("Left out, because of `skip_bad`:\n%s", listed(errors))
+            if faults + errors and not skip_bad:
+                raise DataError(join_problems([*([faults_message(faults)] if faults else []), *errors]))
+            if faults + errors:
+                logger.warning("Left out, because of `skip_bad`:\n%s", listed(faults + errors))
             good = [(source, image) for source, image in zip(chunk, results, strict=True) if isinstance(image, Tensor)]
             if good:
                 yield [source for source, _ in good], stacked([image for _, image in good])

@@ -180,8 +180,9 @@ def reports(recipe: Recipe) -> list[str]:
         for callback in get_reporting_integration_callbacks(names):  # type: ignore[no-untyped-call]
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).rstrip(".")
         raise ConfigError(
-            f"`Recipe.report_to` names integrations that are installed; got `{recipe.report_to}`: {error}. "
+            f"`Recipe.report_to` names integrations that are installed; got `{recipe.report_to}`: {reason}. "
             "Give `none` or `tensorboard`."
         ) from None
     return names

@@ -20,7 +20,7 @@ class Recipe(Config):
 
     epochs: int = option(20, "How many times the training images are seen.", at_least=1)
     max_steps: int | None = option(
-        None, "Stop after this many optimiser steps, whatever `epochs` says; the schedule ends there.", at_least=1
+        None, "Stop after this many optimiser steps, however many epochs that is; the schedule ends there.", at_least=1
     )
     batch_size: int = option(
         32, "Images an optimiser step sees, over all processes and accumulated parts together.", at_least=1

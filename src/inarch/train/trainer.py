@@ -138,7 +138,9 @@ class AdapterTrainer(Trainer):
         try:
             self._write_checkpoint(model, trial, place, folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
-            reason = str(error) if isinstance(error, StateError) else f"got `{_reason(error, place)}` at `{folder}`."
+            told = str(error)
+            is_ours = isinstance(error, StateError)
+            reason = told[0].lower() + told[1:] if is_ours else f"got `{_reason(error, place)}` at `{folder}`."
             if self.args.should_save:
                 shutil.rmtree(resume.draft_of(folder), ignore_errors=True)  # it may be what fills the disk
             raise StateError(
