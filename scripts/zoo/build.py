@@ -1,5 +1,7 @@
 """The classes, configurations and models of the zoo."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from inarch.testing import perturb
 
-from .exceptions import CONFIGS
+from .exceptions import CLASSES, COMPLETE, CONFIGS
 from .shrink import tiny_overrides
 
 MOST_PARAMETERS = 60_000_000
@@ -22,8 +24,11 @@ def model_types() -> list[str]:
 
 def model_class(model_type: str) -> Any:
     """The class that `AutoModel` takes for a type; the first where it takes several."""
+    import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
+    if model_type in CLASSES:
+        return getattr(transformers, CLASSES[model_type])
     found = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
     return found[0] if isinstance(found, tuple) else found
 
@@ -32,24 +37,41 @@ def default_config(model_type: str) -> Any:
     """The configuration without any argument: mostly that of a released model, full size."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[model_type]()
+    kind = CONFIG_MAPPING[model_type]
+    return _with(kind(), {}, COMPLETE.get(model_type, {}))
 
 
 def tiny_config(model_type: str) -> Any:
     """The default configuration, shrunk by the rules and by what is known of the type."""
     default = default_config(model_type)
-    overrides = tiny_overrides(default)
-    for key, value in CONFIGS.get(model_type, {}).items():
-        *path, last = key.split(".")
-        target: Any = overrides
-        part = default
-        for name in path:
-            part = getattr(part, name)
-            if name not in _settings(target):
-                _put(target, name, part)
-            target = _get(target, name)
-        _put(target, last, value)
-    return type(default)(**overrides)
+    return _with(default, tiny_overrides(default), CONFIGS.get(model_type, {}))
+
+
+def _with(config: Any, overrides: dict[str, Any], settings: Mapping[str, Any]) -> Any:
+    """A configuration of the same class with `overrides`, in whose parts single settings are changed as well."""
+    if not overrides and not settings:
+        return config
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in settings.items():
+        name, _, rest = key.partition(".")
+        if rest:
+            parts[name][rest] = value
+        else:
+            overrides[name] = value
+    for name, inner in parts.items():
+        part = overrides.get(name) or getattr(config, name)
+        overrides[name] = _with(part, _own_settings(part), inner)
+    return type(config)(**overrides)
+
+
+def _own_settings(config: Any) -> dict[str, Any]:
+    """What a configuration was made with, as far as it differs from its class."""
+    usual = vars(type(config)())
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_") and name in usual and value != usual[name] and not hasattr(value, "to_dict")
+    } | {name: value for name, value in vars(config).items() if hasattr(value, "to_dict")}
 
 
 def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
@@ -65,17 +87,3 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
         perturb(model)
     return model
 
-
-def _settings(target: Any) -> Any:
-    return target if isinstance(target, dict) else vars(target)
-
-
-def _get(target: Any, name: str) -> Any:
-    return target[name] if isinstance(target, dict) else getattr(target, name)
-
-
-def _put(target: Any, name: str, value: Any) -> None:
-    if isinstance(target, dict):
-        target[name] = value
-    else:
-        setattr(target, name, value)

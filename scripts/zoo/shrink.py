@@ -32,7 +32,7 @@ _WIDTH = re.compile(
     r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_dim|\w*hidden_size|\w*embed_dim|\w*hidden_dim|out_dim"
     r"|\w*projection_dim|\w*embedding_dim|d_embed|embedding_size|decoder_output_dim|\w*proj_dim|text_dim|vision_dim"
     r"|\w*_width|encoder_dim|decoder_dim|cross_dim|latent_size|\w*embedding_size|hid_dim|output_dim|model_dim|input_dim"
-    r"|projector_output_size|d_latents|\w*_hidden_channels|hidden_channels|output_size|width|input_size"
+    r"|\w*_(in|out)_dim|adapter_input_size|projector_output_size|d_latents|\w*_hidden_channels|hidden_channels|output_size|width|input_size"
 )
 _INNER = re.compile(
     r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|\w*ffn_hidden_size|\w*feedforward_dim|\w*mlp_dim|hidden_dim_ff"
@@ -54,7 +54,7 @@ _EXPERTS = re.compile(
 _TOKEN = re.compile(r"\w*token_id|\w*token_index|\w*token_ids|\w*_token|\w*token_idx|\w*_index")
 _EXACT: Mapping[str, int] = {
     "n_group": 2, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-    "num_queries": 10, "index_topk": 4, "index_n_heads": 4, "index_head_dim": 16, "num_latents": 8,
+    "num_queries": 10, "index_topk": 16, "index_n_heads": 4, "index_head_dim": 16, "num_latents": 8,
     "max_source_positions": 32, "num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16,
     "mamba_d_state": 8, "state_size": 8, "mamba_head_dim": 16, "mamba_d_head": 16, "o_lora_rank": 32,
     "num_denoising": 4, "global_head_dim": 16, "swa_head_dim": 16, "num_zero_experts": 2, "zero_expert_num": 2,
@@ -66,7 +66,8 @@ _MOST: Mapping[str, int] = {
     "max_2d_position_embeddings": 1024, "num_kv_shared_layers": 0, "bucket_size": 100, "codebook_size": 64,
     "num_embeddings": 64, "max_speech_positions": 256, "max_text_positions": 64, "num_codevector_groups": 2,
     "classifier_proj_size": 32, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
-    "vocab_size_per_layer_input": VOCABULARY, "max_window_layers": 1,
+    "vocab_size_per_layer_input": VOCABULARY, "max_window_layers": 1, "base_channels": 32,
+    "latent_channels": 32, "num_filters": 8, "encoder_hash_byte_group_vocab": 100, "hidden_size_global": WIDTH,
 }  # fmt: skip
 
 
@@ -84,26 +85,38 @@ class _Shrink:
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
 
-    def overrides(self, config: Any) -> dict[str, Any]:
+    def overrides(self, config: Any, *, keep_widths: bool = False) -> dict[str, Any]:
         settings = {k: v for k, v in vars(config).items() if not k.startswith("_") or k == "_out_indices"}
         changed: dict[str, Any] = {}
+        usual = vars(type(config)())
         layers = _by_layer(config, settings)
         staged = any(
             isinstance(settings.get(name), (list, tuple)) for name in ("depths", "num_heads", "encoder_depths")
         )
         for name, value in settings.items():
             if _is_config(value):
-                changed[name] = type(value)(**self.overrides(value))
-            elif isinstance(value, bool) or value is None:
+                # Necks and heads name the widths of their backbone one by one.
+                kept = keep_widths or name == "backbone_config"
+                changed[name] = type(value)(**self.overrides(value, keep_widths=kept))
+            elif name in _derived(settings):
                 continue
+            elif isinstance(value, bool) or (keep_widths and not _is_count(name)):
+                if name in usual and value != usual[name]:
+                    changed[name] = value
             elif isinstance(value, int):
                 new = self._number(name, value, settings, staged, layers)
-                if new != value:
+                if new != usual.get(name):
                     changed[name] = new
             elif isinstance(value, (list, tuple)):
                 new = self._list(name, value, layers)
-                if new != value:
+                if new != value or new != usual.get(name):
                     changed[name] = new
+            elif isinstance(value, dict) and "mrope_section" in value:
+                changed[name] = value | {"mrope_section": _sections(settings)}
+            elif name not in usual or value != usual[name]:
+                changed[name] = value
+        if "depths" in settings and vars(config).get("_out_features") != usual.get("_out_features"):
+            changed["out_features"] = list(config.out_features)
         return changed
 
     def _number(self, name: str, value: int, settings: Mapping[str, Any], staged: bool, layers: "_Layers") -> int:
@@ -113,6 +126,9 @@ class _Shrink:
             return self._token(value)
         if name in _EXACT:
             return min(value, _EXACT[name])
+        factor = _stage_factor(settings)
+        if factor and _WIDTH.fullmatch(name) and value in _stage_widths(settings):
+            return value // factor
         if name in _MOST:
             return min(value, _MOST[name])
         if _LAYERS.fullmatch(name) and not _NOT_LAYERS.fullmatch(name):
@@ -162,6 +178,40 @@ class _Shrink:
         return value
 
 
+def _sections(settings: Mapping[str, Any]) -> list[int]:
+    """Rotary frequencies for time, height and width: together half of a head."""
+    half = min(settings.get("head_dim") or WIDTH // HEADS, WIDTH // HEADS) // 2
+    third = half // 3
+    return [half - 2 * third, third, third]
+
+
+def _is_count(name: str) -> bool:
+    return bool(_LAYERS.fullmatch(name) or _STAGES.fullmatch(name)) and not _NOT_LAYERS.fullmatch(name)
+
+
+def _derived(settings: Mapping[str, Any]) -> set[str]:
+    """Settings that a configuration computes from others."""
+    found = {"qk_head_dim"}
+    if "qk_rope_head_dim" in settings:
+        found.add("head_dim")
+    if isinstance(settings.get("embed_dim"), int) and isinstance(settings.get("depths"), (list, tuple)):
+        found.add("hidden_size")
+    return found
+
+
+def _stage_widths(settings: Mapping[str, Any]) -> Any:
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)) and value and _STAGE_WIDTHS.fullmatch(name):
+            if all(type(item) is int for item in value):
+                return value
+    return ()
+
+
+def _stage_factor(settings: Mapping[str, Any]) -> int:
+    widths = _stage_widths(settings)
+    return max(1, widths[0] // 16) if widths else 0
+
+
 class _Layers:
     """Which layers of a configuration stay: the shortest beginning that has every kind, else one of each kind."""
 
@@ -185,13 +235,14 @@ class _Layers:
 
 def _by_layer(config: Any, settings: Mapping[str, Any]) -> _Layers:
     names = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers")
-    total = next((v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)), 0)
+    total = next((v for v in (settings.get(name) for name in names) if isinstance(v, int)), 0)
     if total < 3:
         return _Layers(total, {}, [])
     lists = {
         name: value
         for name, value in settings.items()
-        if isinstance(value, (list, tuple)) and len(value) == total and not _TOKEN.fullmatch(name)
+        if isinstance(value, (list, tuple)) and len(value) == total
+        and not (_TOKEN.fullmatch(name) or _STAGE_WIDTHS.fullmatch(name) or name == "patch_sizes")
     }
     derived = [
         value
