@@ -1296,3 +1296,38 @@ def test_feature_maps_are_refused_by_name():
     config = tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, image_size=64)
     with pytest.raises(ProbeError, match=r"got none in ConvNextModel \(`encoder.stages.0.layers.0` \(ConvNextLayer\)"):
         probe(tf.ConvNextModel(config))
+
+
+def _llava():
+    """A vision tower and a text model, and a placeholder in the text for each patch the tower gives."""
+    vision = tf.CLIPVisionConfig(**IMAGE)
+    text = tf.LlamaConfig(**GQA)
+    return tf.LlavaModel(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=90)).eval()
+
+
+def test_made_inputs_have_a_placeholder_for_every_patch():
+    model = _llava()
+    inputs = made_inputs(model)[0]
+    patches = (IMAGE["image_size"] // IMAGE["patch_size"]) ** 2
+    assert int((inputs.kwargs["input_ids"] == 90).sum()) == patches
+    with torch.no_grad():
+        model(**inputs.kwargs)
+
+
+def test_a_model_that_ran_before_is_probed_with_all_its_towers():
+    model = _llava()
+    fresh = probe(model)
+    with torch.no_grad():
+        model(**made_inputs(model)[0].kwargs)  # transformers now keeps its own hooks in the model
+    again = probe(model)
+    assert {site.stack for site in fresh} == {"image0", "text0"}
+    assert [site.key for site in again] == [site.key for site in fresh]
+    assert again.source == fresh.source == "meta"
+
+
+def test_a_text_config_that_is_ambiguous_is_no_error():
+    parts = {"text_encoder": tf.T5Config(**T5, vocab_size=VOCAB), "audio_encoder": tf.EncodecConfig()}
+    config = tf.MusicgenConfig(**parts, decoder=tf.MusicgenDecoderConfig(vocab_size=VOCAB, num_hidden_layers=1))
+    with torch.device("meta"):
+        model = tf.MusicgenForConditionalGeneration(config)
+    assert made_inputs(model)[0].kwargs["input_ids"].max() < VOCAB

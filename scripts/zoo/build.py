@@ -12,7 +12,7 @@ from inarch.testing import perturb
 from .exceptions import CLASSES, COMPLETE, CONFIGS
 from .shrink import tiny_overrides
 
-MOST_PARAMETERS = 60_000_000
+MOST_PARAMETERS = 120_000_000
 
 
 def model_types() -> list[str]:
@@ -86,4 +86,3 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
             raise ValueError(f"a tiny model has at most {MOST_PARAMETERS:,} parameters; got {count:,}")
         perturb(model)
     return model
-

@@ -38,6 +38,9 @@ def _work(task: str, gigabytes: float) -> None:
 
     torch.set_num_threads(1)
     from zoo import pool
+    from zoo.optional import add_timm
+
+    add_timm()
 
     if task == "tiny":
         from zoo.judge import judge

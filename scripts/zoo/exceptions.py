@@ -11,6 +11,20 @@ _CODEC = {"upsample_groups": 64, "codebook_dim": 32, "vector_quantization_hidden
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MROPE_HALF = _MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 _MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_SWIN = {"image_size": 64, "window_size": 4, "depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32}
+_SIZES = [[16, 16], [8, 8], [4, 4]]
+_HIERA = {
+    "hidden_size": 16,
+    "image_size": [64, 64],
+    "embed_dim_per_stage": [16, 32, 64, 128],
+    "blocks_per_stage": [1, 2, 2, 1],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "num_attention_heads": 1,
+    "window_size_per_stage": [8, 4, 4, 2],
+    "global_attention_blocks": [4],
+}
+_SAM3 = {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+_FOUR_AXES = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 16, "indexer_compress_ratio": 4
 }  # fmt: skip
@@ -20,15 +34,22 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "autoformer": _SERIES | {"label_length": 2},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
-    "chameleon": {"vocabulary_map": {"<image>": 260, "<racm3:break>": 261, "<eoss>": 262, "IMGIMGAZ": 263, "IMGIMGBZ": 264}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 260, "<racm3:break>": 261, "<eoss>": 262, "IMGIMGAZ": 263, "IMGIMGBZ": 264}
+    },
     "cohere_compass": {
         "text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
-    "emu3": {"vocabulary_map": {"<image>": 260, "<|extra_200|>": 261} | {f"<|visual token {i:06}|>": i for i in range(64)}},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "emu3": {
+        "vocabulary_map": {"<image>": 260, "<|extra_200|>": 261} | {f"<|visual token {i:06}|>": i for i in range(64)}
+    },
+    "step3p7": {"text_config.sliding_window": 64},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 31, "text_config.num_experts_per_tok": 2},
     "diffusion_gemma": {
-        "text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 64
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 64,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
@@ -39,8 +60,11 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
-    "hunyuan_vl": {"text_config.head_dim": 128},
-    "hunyuan_vl_text": {"head_dim": 128},
+    "hunyuan_vl": {
+        "text_config.head_dim": 128,
+        "text_config.rope_parameters": _FOUR_AXES | {"mrope_section": [16] * 4},
+    },
+    "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _FOUR_AXES | {"mrope_section": [16] * 4}},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": {f"text_config.{name}": value for name, value in _INDEXER.items()},
@@ -56,23 +80,57 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "bit": {"num_groups": 4, "embedding_size": 16},
     "qwen4_exp": {"text_config.indexer_head_dim": 64},
     "qwen4_exp_text": {"indexer_head_dim": 64},
-    "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "depths": [1, 2, 1, 1], "out_hidden_size": 64},
+    "align": {"projection_dim": 640, "vision_config.hidden_dim": 640},
+    "efficientnet": {"hidden_dim": 2560},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "bailing_hybrid": {"num_experts_per_token": 2, "num_experts": 8},
+    "rt_detr": {"encoder_hidden_dim": 256, "d_model": 256, "decoder_in_channels": [256] * 3},
+    "rt_detr_v2": {"encoder_hidden_dim": 256, "d_model": 256, "decoder_in_channels": [256] * 3},
+    "pp_doclayout_v3": {"encoder_hidden_dim": 256, "d_model": 256, "decoder_in_channels": [256] * 3},
+    "pp_doclayout_v4": {"encoder_hidden_dim": 256, "d_model": 256, "decoder_in_channels": [256] * 3},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2], "num_key_value_attention_heads": 2},
+    "sam2": {f"vision_config.backbone_config.{name}": value for name, value in _HIERA.items()}
+    | {"vision_config.backbone_channel_list": [128, 64, 32, 16], "vision_config.backbone_feature_sizes": _SIZES},
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": {f"backbone_config.{name}": value for name, value in _HIERA.items()}
+    | {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": _SIZES},
+    "d_fine": {"encoder_hidden_dim": 256, "decoder_in_channels": [256] * 3},
+    "deimv2": {"encoder_hidden_dim": 256, "decoder_in_channels": [256] * 3},
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "hidden_size": 64, "input_size": 224},
+    "lilt": {"hidden_size": 96, "num_attention_heads": 4},
+    "donut-swin": _SWIN,
+    "swin": _SWIN,
+    "sam": {"vision_config.output_channels": 64, "vision_config.num_pos_feats": 32},
+    "sam_hq": {"vision_config.output_channels": 64, "vision_config.num_pos_feats": 32},
+    "sam3": {f"vision_config.{name}": value for name, value in _SAM3.items()},
+    "sam3_vision_model": _SAM3,
+    "sam3_tracker": {f"vision_config.{name}": value for name, value in _SAM3.items()},
     "depth_pro": {
         "patch_size": 64, "image_model_config.image_size": 64, "patch_model_config.image_size": 64,
         "fov_model_config.image_size": 64, "image_model_config.patch_size": 16, "patch_model_config.patch_size": 16,
         "fov_model_config.patch_size": 16,
     },
+    **{
+        name: {"image_grid_pinpoints": [[112, 56]], "vision_config.image_size": 56}
+        for name in ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")
+    },
+    "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "dots3_note": {"audio_config.adapter_in_dim": 64},
     "efficientloftr": {"hidden_size": 256, "out_features": [64, 64, 128, 256]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "muse_spark": {"audio_config.out_hidden_size": 64},
+    "muse_spark": {"audio_config.out_hidden_size": 64, "audio_config.num_hidden_layers": 4, "audio_config.depths": [1, 2, 1, 1]},
     **{
         f"vibevoice_acoustic_tokenizer{part}": {"num_filters": 2, "hidden_size": 16}
         for part in ("", "_encoder", "_decoder")
     },
-    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "attention_hidden_size": 128, "attention_head_dim": 32, "num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "layers_block_type": None,
+    },
     "csm": {f"codec_config.{name}": value for name, value in _CODEC.items()},
     "mimi": _CODEC,
     "mimi_decoder": _CODEC,
@@ -83,8 +141,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "kyutai_speech_to_text": {f"codec_config.{name}": value for name, value in _CODEC.items()},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "hunyuan_vl": {"text_config.head_dim": 16},
-    "hunyuan_vl_text": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": _FOUR_AXES | {"mrope_section": [2] * 4}},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": _FOUR_AXES | {"mrope_section": [2] * 4}},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "glm4v_text": {"rope_parameters": _MROPE},

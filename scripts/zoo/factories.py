@@ -1,9 +1,218 @@
-"""Inputs of single model types, where no generic input serves."""
+"""Inputs of single model types, where no generic input serves.
+
+Each factory takes the tiny model and returns what its forward is called with. Tensors are ramps and counts, the same in
+every run.
+"""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from inarch.sites import Inputs
+from inarch.sites.arguments import made_arguments, ramp, setting
+from inarch.sites.placeholders import count_features, put_placeholders
 
-FACTORIES: Mapping[str, Callable[[nn.Module], Inputs]] = {}
+Factory = Callable[[nn.Module], Inputs]
+
+
+def _ids(*shape: int, start: int = 3) -> Tensor:
+    size = torch.Size(shape).numel()
+    return (torch.arange(size) % 20 + start).reshape(shape)
+
+
+def _kwargs(**kwargs: Any) -> Inputs:
+    return Inputs((), kwargs)
+
+
+def _series(model: nn.Module) -> Inputs:
+    """A time series with its past and its future, and no features."""
+    config = model.config
+    past = config.context_length + max(config.lags_sequence)
+    return _kwargs(
+        past_values=ramp(1, past) + 2,
+        past_time_features=ramp(1, past, config.num_time_features),
+        past_observed_mask=torch.ones(1, past),
+        future_values=ramp(1, config.prediction_length),
+        future_time_features=ramp(1, config.prediction_length, config.num_time_features),
+        use_cache=False,
+    )
+
+
+def _sound(**more: Any) -> Factory:
+    """A short waveform, one channel."""
+    return lambda model: _kwargs(input_values=ramp(1, 1, 3200), **more)
+
+
+def _latents(channels: str) -> Factory:
+    return lambda model: _kwargs(latents=ramp(1, getattr(model.config, channels), 6))
+
+
+def _more(**made: Callable[[Any], Any]) -> Factory:
+    """What inarch makes, with arguments that it does not know."""
+
+    def make(model: nn.Module) -> Inputs:
+        import inspect
+
+        wanted = inspect.signature(model.forward).parameters
+        known = made_arguments(model.config, wanted)
+        known |= {name: maker(model.config) for name, maker in made.items()}
+        if "use_cache" in wanted:
+            known["use_cache"] = False
+        return Inputs((), {name: value for name, value in known.items() if value is not None})
+
+    return make
+
+
+def _with_tower(kind: str, **data: Callable[[Any], Any]) -> Factory:
+    """A text with placeholders for what one tower makes of the data."""
+
+    def make(model: nn.Module) -> Inputs:
+        made = {name: maker(model.config) for name, maker in data.items()}
+        made = {name: value for name, value in made.items() if value is not None}
+        count = count_features(model, kind, made)
+        assert count, "the tower takes the data"
+        ids = made_arguments(model.config, {"input_ids": None})["input_ids"]
+        texts = put_placeholders(model.config, ids, {kind: count})
+        return _kwargs(**made, **texts)
+
+    return make
+
+
+def _image_size(config: Any) -> int:
+    size = setting(config, "image_size")
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
+def _image(config: Any, *front: int) -> Tensor:
+    size = _image_size(config)
+    return ramp(*(front or (1,)), 3, size, size)
+
+
+FACTORIES: Mapping[str, Factory] = {
+    "autoformer": _series,
+    "informer": _series,
+    "time_series_transformer": _series,
+    "timesfm": lambda m: _kwargs(past_values=[ramp(64)], freq=[0]),
+    "timesfm2_5": lambda m: _kwargs(past_values=[ramp(64)]),
+    "blip_2_qformer": lambda m: _kwargs(
+        query_embeds=ramp(1, 6, m.config.hidden_size), encoder_hidden_states=ramp(1, 5, m.config.encoder_hidden_size)
+    ),
+    "blip-2": lambda m: _kwargs(
+        pixel_values=_image(m.config), input_ids=torch.cat([torch.full((1, m.config.num_query_tokens), m.config.image_token_id), _ids(1, 6)], 1),
+        decoder_input_ids=_ids(1, 4),
+    ),
+    "instructblip": lambda m: _kwargs(
+        pixel_values=_image(m.config), qformer_input_ids=_ids(1, 5),
+        input_ids=torch.cat([torch.full((1, m.config.num_query_tokens), m.config.image_token_id), _ids(1, 6)], 1),
+        decoder_input_ids=_ids(1, 4),
+    ),
+    "instructblipvideo": lambda m: _kwargs(
+        pixel_values=_image(m.config, 1, 2), qformer_input_ids=_ids(2, 5), qformer_attention_mask=torch.ones(2, 5, dtype=torch.long),
+        input_ids=torch.cat([torch.full((1, 2 * m.config.num_query_tokens), m.config.video_token_id), _ids(1, 6)], 1),
+        decoder_input_ids=_ids(1, 4),
+    ),
+    "clap": lambda m: _kwargs(
+        input_ids=_ids(1, 8),
+        input_features=ramp(1, 1, m.config.audio_config.spec_size * 4, m.config.audio_config.num_mel_bins),
+        is_longer=torch.tensor([[False]]),
+    ),
+    "clvp": lambda m: _kwargs(input_ids=_ids(1, 8), input_features=ramp(1, m.config.decoder_config.feature_size, 40)),
+    "decision_transformer": lambda m: _kwargs(
+        states=ramp(1, 5, m.config.state_dim), actions=ramp(1, 5, m.config.act_dim), rewards=ramp(1, 5, 1),
+        returns_to_go=ramp(1, 5, 1), timesteps=torch.arange(5)[None], attention_mask=torch.ones(1, 5),
+    ),
+    "canine": lambda m: _kwargs(input_ids=_ids(1, 32)),
+    "dia": lambda m: _kwargs(
+        input_ids=_ids(1, 8), decoder_input_ids=_ids(1, 6, m.config.decoder_config.num_channels), use_cache=False
+    ),
+    "efficientloftr": lambda m: _kwargs(pixel_values=ramp(1, 2, 3, 64, 64)),
+    "lightglue": lambda m: _kwargs(pixel_values=ramp(1, 2, 3, 64, 64)),
+    "gemma3n_audio": lambda m: _kwargs(
+        audio_mel=ramp(1, 64, m.config.input_feat_size), audio_mel_mask=torch.zeros(1, 64, dtype=torch.bool)
+    ),
+    "gemma4_audio": lambda m: _kwargs(
+        input_features=ramp(1, 64, 128), attention_mask=torch.ones(1, 64, dtype=torch.bool)
+    ),
+    "gemma4_vision": lambda m: _gemma4_image(m, "pixel_position_ids"),
+    "glm_image_vqmodel": lambda m: _kwargs(input=ramp(1, m.config.in_channels, 32, 32)),
+    "granite_speech5_ctc": lambda m: _kwargs(input_features=ramp(1, 64, m.config.encoder_config.input_dim)),
+    "granite_speech5_encoder": lambda m: _kwargs(input_features=ramp(1, 64, m.config.input_dim)),
+    "fun_asr_nano_encoder": lambda m: _kwargs(input_features=ramp(1, 24, 560), input_features_mask=torch.ones(1, 24, dtype=torch.long)),
+    "idefics": lambda m: _kwargs(
+        input_ids=_ids(1, 8), pixel_values=_image(m.config, 1, 1), image_attention_mask=torch.ones(1, 8, 1, dtype=torch.long), use_cache=False
+    ),
+    "kosmos-2": lambda m: _kwargs(
+        pixel_values=_image(m.config), input_ids=_ids(1, 4 + m.config.latent_query_num),
+        image_embeds_position_mask=torch.tensor([[0, 0] + [1] * m.config.latent_query_num + [0, 0]]), use_cache=False,
+    ),
+    "lxmert": lambda m: _kwargs(
+        input_ids=_ids(1, 8), visual_feats=ramp(1, 5, m.config.visual_feat_dim), visual_pos=ramp(1, 5, m.config.visual_pos_dim)
+    ),
+    "mimi_decoder": _latents("hidden_size"),
+    "pocket_tts_audio_tokenizer_decoder": _latents("hidden_size"),
+    "musicgen": lambda m: _kwargs(
+        input_ids=_ids(1, 8), input_values=ramp(1, 1, 3200), decoder_input_ids=_ids(4, 6), use_cache=False
+    ),
+    "musicgen_melody": lambda m: _kwargs(
+        input_ids=_ids(1, 8), input_features=ramp(1, 6, m.config.num_chroma), decoder_input_ids=_ids(4, 6), use_cache=False
+    ),
+    "muse_spark_audio": lambda m: _kwargs(input_values=ramp(1, 1, 9600)),
+    "muse_glimmer_assistant": lambda m: _kwargs(
+        noise_embeds=ramp(1, 4, m.config.hidden_size), context_hidden_states=ramp(1, 6, m.config.hidden_size)
+    ),
+    "nemotron3_5_transcribe_word_timestamp": lambda m: _kwargs(inputs_embeds=ramp(1, 8, m.config.hidden_size)),
+    "neucodec": lambda m: _kwargs(input_features=ramp(1, 20, 160), input_values=ramp(1, 1, 6400)),
+    "xcodec2": lambda m: _kwargs(input_features=ramp(1, 10, 160), input_values=ramp(1, 1, 3200)),
+    "xcodec": lambda m: _kwargs(input_values=ramp(1, 1, 6400)),
+    "oneformer": lambda m: _kwargs(pixel_values=ramp(1, 3, 64, 64), task_inputs=_ids(1, m.config.task_seq_len)),
+    "omdet-turbo": lambda m: _kwargs(
+        pixel_values=_image(m.config), classes_input_ids=_ids(2, 6), classes_attention_mask=torch.ones(2, 6, dtype=torch.long),
+        tasks_input_ids=_ids(1, 6), tasks_attention_mask=torch.ones(1, 6, dtype=torch.long), classes_structure=torch.tensor([2]),
+    ),
+    "perceiver": lambda m: _kwargs(inputs=ramp(1, 12, m.config.d_model)),
+    "pi0": lambda m: _kwargs(
+        action_embeds=ramp(1, 4, m.config.dit_config.hidden_size), pixel_values=_image(m.config, 1, 1),
+        input_ids=torch.cat([torch.full((1, 16), m.config.vlm_config.image_token_id), _ids(1, 4)], dim=1),
+        pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool), attention_mask=torch.ones(1, 24, dtype=torch.long),
+    ),
+    "qwen3_asr_encoder": lambda m: _kwargs(
+        input_features=ramp(1, m.config.num_mel_bins, 200), input_features_mask=torch.ones(1, 200, dtype=torch.long)
+    ),
+    "seggpt": lambda m: _kwargs(
+        pixel_values=_image(m.config), prompt_pixel_values=_image(m.config), prompt_masks=_image(m.config)
+    ),
+    "speecht5": lambda m: _kwargs(
+        input_values=ramp(1, 6, m.config.hidden_size), decoder_input_values=ramp(1, 4, m.config.hidden_size), use_cache=False
+    ),
+    "tvp": lambda m: _kwargs(pixel_values=ramp(1, 2, 3, 448, 448), input_ids=_ids(1, 8)),
+    "udop": lambda m: _kwargs(
+        input_ids=_ids(1, 8), bbox=torch.rand(1, 8, 4).sort(-1).values.mul(0) + torch.tensor([0.1, 0.1, 0.4, 0.4]),
+        pixel_values=_image(m.config), decoder_input_ids=_ids(1, 4), use_cache=False,
+    ),
+    "univnet": lambda m: _kwargs(input_features=ramp(1, 10, m.config.num_mel_bins)),
+    "vibevoice_acoustic_tokenizer": _sound(),
+    "vibevoice_acoustic_tokenizer_encoder": lambda m: _kwargs(hidden_states=ramp(1, 1, 3200)),
+    "vibevoice_acoustic_tokenizer_decoder": lambda m: _kwargs(hidden_states=ramp(1, m.config.hidden_size, 4)),
+    "video_llama_3_vision": _more(merge_sizes=lambda c: torch.tensor([2])),
+    "voxtral_realtime": lambda m: _kwargs(
+        input_ids=_ids(1, 24), input_features=ramp(1, 128, 192), num_delay_tokens=2, use_cache=False
+    ),
+    "xclip": lambda m: _kwargs(
+        input_ids=_ids(1, 8), pixel_values=_image(m.config, 1, m.config.vision_config.num_frames)
+    ),
+    "xmod": lambda m: _kwargs(input_ids=_ids(1, 8), lang_ids=torch.tensor([0]), use_cache=False),
+    "kyutai_speech_to_text": lambda m: _kwargs(input_ids=_ids(1, 8, m.config.num_codebooks + 1), use_cache=False),
+    "t5gemma2": lambda m: _kwargs(
+        input_ids=torch.cat([torch.full((1, 4), m.config.image_token_index), _ids(1, 4)], dim=1),
+        pixel_values=_image(m.config), decoder_input_ids=_ids(1, 4), use_cache=False,
+    ),
+}  # fmt: skip
+
+
+def _gemma4_image(model: nn.Module, positions: str) -> Inputs:
+    """Patches of an image of 6 x 6, with the place of each."""
+    side = model.config.patch_size
+    grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), dim=-1).reshape(1, 36, 2)
+    return _kwargs(pixel_values=ramp(1, 36, 3 * side**2), **{positions: grid})

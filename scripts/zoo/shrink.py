@@ -53,14 +53,14 @@ _EXPERTS = re.compile(
 )
 _TOKEN = re.compile(r"\w*token_id|\w*token_index|\w*token_ids|\w*_token|\w*token_idx|\w*_index")
 _EXACT: Mapping[str, int] = {
-    "n_group": 2, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "n_group": 2, "num_expert_group": 2, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
     "num_queries": 10, "index_topk": 16, "index_n_heads": 4, "index_head_dim": 16, "num_latents": 8,
     "max_source_positions": 32, "num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16,
     "mamba_d_state": 8, "state_size": 8, "mamba_head_dim": 16, "mamba_d_head": 16, "o_lora_rank": 32,
-    "num_denoising": 4, "global_head_dim": 16, "swa_head_dim": 16, "num_zero_experts": 2, "zero_expert_num": 2,
+    "num_denoising": 4, "mm_tokens_per_image": 4, "global_head_dim": 16, "swa_head_dim": 16, "num_zero_experts": 2, "zero_expert_num": 2,
 }  # fmt: skip
 _MOST: Mapping[str, int] = {
-    "num_experts_per_tok": 2, "moe_topk": 2, "moe_top_k": 2, "top_k_experts": 2, "num_experts_per_token": 2,
+    "num_experts_per_token": 2, "moe_k": 2, "n_groups": 2, "num_experts_per_tok": 2, "moe_topk": 2, "moe_top_k": 2, "top_k_experts": 2,
     "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
     "max_position_embeddings": 1024, "sliding_window": 64, "max_target_positions": 64, "n_positions": 512,
     "max_2d_position_embeddings": 1024, "num_kv_shared_layers": 0, "bucket_size": 100, "codebook_size": 64,
@@ -96,7 +96,7 @@ class _Shrink:
         for name, value in settings.items():
             if _is_config(value):
                 # Necks and heads name the widths of their backbone one by one.
-                kept = keep_widths or name == "backbone_config"
+                kept = keep_widths or (name == "backbone_config" and bool(_stage_lists(value)))
                 changed[name] = type(value)(**self.overrides(value, keep_widths=kept))
             elif name in _derived(settings):
                 continue
@@ -178,6 +178,12 @@ class _Shrink:
         return value
 
 
+def _stage_lists(config: Any) -> list[str]:
+    return [
+        name for name, value in vars(config).items() if _STAGES.fullmatch(name) and isinstance(value, (list, tuple))
+    ]
+
+
 def _sections(settings: Mapping[str, Any]) -> list[int]:
     """Rotary frequencies for time, height and width: together half of a head."""
     half = min(settings.get("head_dim") or WIDTH // HEADS, WIDTH // HEADS) // 2
@@ -201,9 +207,9 @@ def _derived(settings: Mapping[str, Any]) -> set[str]:
 
 def _stage_widths(settings: Mapping[str, Any]) -> Any:
     for name, value in settings.items():
-        if isinstance(value, (list, tuple)) and value and _STAGE_WIDTHS.fullmatch(name):
-            if all(type(item) is int for item in value):
-                return value
+        is_list = isinstance(value, (list, tuple)) and bool(value) and all(type(item) is int for item in value)
+        if is_list and _STAGE_WIDTHS.fullmatch(name):
+            return value
     return ()
 
 
@@ -241,7 +247,8 @@ def _by_layer(config: Any, settings: Mapping[str, Any]) -> _Layers:
     lists = {
         name: value
         for name, value in settings.items()
-        if isinstance(value, (list, tuple)) and len(value) == total
+        if isinstance(value, (list, tuple))
+        and len(value) == total
         and not (_TOKEN.fullmatch(name) or _STAGE_WIDTHS.fullmatch(name) or name == "patch_sizes")
     }
     derived = [

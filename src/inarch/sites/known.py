@@ -4,6 +4,7 @@ A model whose Python asks whether the mask has padding, or how many image tokens
 Only what comes from the weights, such as the choice of an expert, is unknown.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,13 @@ _MOST_FLOATS = 2**10
 """Few: floating tensors of this size are frequencies and bounds, not activations."""
 
 UNKNOWN = object()
+
+_NEEDS_DATA = re.compile(r"meta|data.dependent", re.IGNORECASE)
+
+
+def needs_data(error: Exception) -> bool:
+    """Whether a forward without weights failed because it has none."""
+    return bool(_NEEDS_DATA.search(f"{type(error).__name__} {error}"))
 
 
 class Known:

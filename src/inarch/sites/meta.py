@@ -43,6 +43,8 @@ def _simplify(module: nn.Module) -> None:
     # A hook may close over the original model and its weights; what it adds is no part of the model.
     for name in _HOOKS:
         getattr(module, name).clear()
+    # transformers installs the hooks by which a model hands out hidden states once, and marks that it has.
+    module.__dict__.pop("_output_capturing_hooks_installed", None)
     config = getattr(module, "config", None)
     if getattr(config, "_attn_implementation", None) not in (None, *_PLAIN_ATTENTIONS):
         # Not by the model's public setter: that one may ask the hub for kernels.

@@ -7,7 +7,7 @@ does a model get half of its sites.
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from ..core.site import Sites
 from .golden import find as find_shipped
 from .graph import Graph
 from .inputs import Inputs, given_inputs, made_inputs
-from .known import Known
+from .known import Known, needs_data
 from .layout import Layout, resolve
 from .meta import meta_copy
 from .survey import survey
@@ -27,7 +27,6 @@ from .trace import trace
 Source = Literal["meta", "forward"]
 
 _REFUSES_FP32 = re.compile(r"bf16|bfloat16|grouped_mm", re.IGNORECASE)
-_NEEDS_DATA = re.compile(r"meta|data.dependent", re.IGNORECASE)
 
 
 class ProbeError(SiteError):
@@ -66,7 +65,7 @@ def probe_now(model: nn.Module, *, example_inputs: Any = None) -> Sites:
             f"A probe runs the model once, on inputs made from its configuration; got {type(model).__name__}, whose "
             "inputs cannot be told from it. Pass `example_inputs=` with what you call the model with."
         )
-    graph, source = _run(model, candidates, are_given=are_given)
+    _, graph, source = _run(model, candidates, are_given=are_given)
     return _sites(model, graph, source)
 
 
@@ -78,11 +77,12 @@ def synthesise(model: nn.Module) -> dict[str, Any] | None:
     candidates = made_inputs(model)
     if not candidates:
         return None
-    dtype = _dtype(model)
-    accepted = (inputs for inputs in candidates if isinstance(_attempt(_on_meta, model, inputs, dtype), Graph))
-    chosen = candidates[0] if len(candidates) == 1 else next(accepted, candidates[0])
+    chosen = candidates[0]
+    if len(candidates) > 1:
+        with suppress(SiteError):
+            chosen, _, _ = _run(model, candidates, are_given=False)
     device = _device(model)
-    return dict(chosen.to("cpu" if device.type == "meta" else device, dtype).kwargs)
+    return dict(chosen.to("cpu" if device.type == "meta" else device, _dtype(model)).kwargs)
 
 
 def _sites(model: nn.Module, graph: Graph, source: Source) -> Sites:
@@ -114,22 +114,23 @@ def _sites(model: nn.Module, graph: Graph, source: Source) -> Sites:
 # -------------------------------------------------------------------- one forward
 
 
-def _run(model: nn.Module, candidates: list[Inputs], *, are_given: bool) -> tuple[Graph, Source]:
-    """The graph of the first inputs that the model accepts, without weights if possible."""
+def _run(model: nn.Module, candidates: list[Inputs], *, are_given: bool) -> tuple[Inputs, Graph, Source]:
+    """The first inputs that the model accepts and the graph of its forward, without weights if possible.
+
+    The first candidate, which reaches most of the model, is tried for real whatever it fails of without weights.
+    """
     dtype = None if are_given else _dtype(model)
     failures: list[Exception] = []
     for inputs in candidates:
         graph = _attempt(_on_meta, model, inputs, dtype)
         if isinstance(graph, Graph):
-            return graph, "meta"
-        if _NEEDS_DATA.search(f"{type(graph).__name__} {graph}"):
+            return inputs, graph, "meta"
+        failures.append(graph)
+        if inputs is candidates[0] or needs_data(graph):
             graph = _attempt(_for_real, model, inputs, dtype)
             if isinstance(graph, Graph):
-                return graph, "forward"
-        failures.append(graph)
-    graph = _attempt(_for_real, model, candidates[0], dtype)
-    if isinstance(graph, Graph):
-        return graph, "forward"
+                return inputs, graph, "forward"
+            failures[-1] = graph
     raise SiteError(
         f"A probe runs the model once; got {type(failures[0]).__name__}: {failures[0]} from {type(model).__name__}, "
         f"on {'the' if are_given else 'made-up'} example inputs. Pass `example_inputs=` with which the model runs."
