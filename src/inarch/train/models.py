@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
+
+# Not from `transformers`: early versions of it hide the class where torchvision is missing, though PIL is enough.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..core.errors import ConfigError
 from ..data.examples import Task

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in `models.py`
 
 from .. import state
 from ..core.errors import ConfigError, StateError
@@ -172,8 +173,6 @@ def find_adapter(source: str | os.PathLike[str]) -> Path:
 
 def read_processor(settings: Any, place: object) -> Any:
     """The image processor that an adapter keeps the settings of. No code that comes with a model is run."""
-    from transformers import AutoImageProcessor
-
     if not isinstance(settings, dict):
         raise StateError(
             f"An adapter for prediction keeps its preprocessing; got none in `{place}`. "
