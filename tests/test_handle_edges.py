@@ -87,10 +87,11 @@ def test_an_adapter_that_could_not_read_the_stream_is_never_added(model):
 
 
 def test_a_layer_that_has_such_a_child_already_is_refused_before_any_is_changed(model):
-    model.vit.layers[1].inarch = nn.Identity()
+    first, second = (model.get_submodule(inarch.probe(model)[f"image0.{n}.mlp"].layer_path) for n in (0, 1))
+    second.inarch = nn.Identity()
     with pytest.raises(SiteError, match="A layer's child `inarch` belongs to inarch"):
         inarch.attach(model)
-    assert not hasattr(model.vit.layers[0], "inarch")
+    assert not hasattr(first, "inarch")
 
 
 def test_a_detached_handle_says_so_and_harms_no_other(model):
@@ -133,7 +134,8 @@ def test_nothing_of_a_forward_is_held_after_an_exception(model, inputs):
     def stop(*_):
         raise RuntimeError("stop")
 
-    handle = model.vit.layers[1].attention.q_proj.register_forward_hook(stop)
+    site = adapters.sites["image0.1.self_attention"]
+    handle = model.get_submodule(site.absolute(site.projections["q"][0].path)).register_forward_hook(stop)
     with pytest.raises(RuntimeError, match="stop"):
         model(**inputs)
     handle.remove()
@@ -255,9 +257,11 @@ def test_layer_numbers_are_those_of_the_model_where_a_layer_has_no_site(model):
 
 def test_where_a_scale_follows_the_tap_the_formula_says_so():
     model = tiny("beit")
-    before_scale = {"self_attention": "attention.o_proj", "mlp": "mlp"}
+    last = {"self_attention": "o", "mlp": "down"}  # the projection before the scale
     sites = [
-        dataclasses.replace(site, output=Tap(path=before_scale[site.role], side="out", key=()), exact=False)
+        dataclasses.replace(
+            site, output=Tap(path=site.projections[last[site.role]][0].path, side="out", key=()), exact=False
+        )
         for site in inarch.probe(model)
     ]
     layout = dataclasses.replace(inarch.probe(model), sites=tuple(sites))

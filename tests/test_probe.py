@@ -310,6 +310,8 @@ def test_layer_scale_is_inside_the_output():
 @pytest.mark.parametrize(("probability", "taps"), [(0.0, ["attention", "mlp"]), (0.1, ["dropout 1", "dropout 2"])])
 def test_output_is_behind_a_dropout_that_branches_share_if_it_drops_anything(probability, taps):
     model = tf.ViTModel(tf.ViTConfig(**IMAGE, hidden_dropout_prob=probability))
+    if "dropout" not in dict(model.get_submodule(probe(model)["image0.0.mlp"].layer_path).named_children()):
+        pytest.skip("in this release of transformers each branch of ViT has a dropout of its own")
     outputs = [site.output for site in probe(model) if site.layer == 0]
     assert [f"{tap.path} {tap.call}" if tap.call else tap.path for tap in outputs] == taps
 

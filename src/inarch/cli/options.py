@@ -38,8 +38,9 @@ def configured(**configs: type[Config]) -> Callable[[Callable[..., None]], Calla
         own = inspect.signature(command, eval_str=True).parameters.values()
         kept = [parameter for parameter in own if parameter.name not in configs]
         made = [
-            option_of(field, typing.get_type_hints(cls)[field.name])
+            option_of(field, annotations[field.name])
             for cls in configs.values()
+            for annotations in [typing.get_type_hints(cls)]
             for field in _fields(cls)
         ]
         signature = inspect.Signature([*kept, *made])

@@ -113,6 +113,12 @@ class Config:
         return self.from_dict({**self.to_dict(), **changes})
 
 
+@functools.cache
+def hints(cls: type) -> Mapping[str, Any]:
+    """The annotations of a class, which cost more to resolve than all checks of a configuration."""
+    return types.MappingProxyType(typing.get_type_hints(cls))
+
+
 def field_help(cls: type[Config], name: str) -> str:
     """The help line of one field."""
     return str(next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name))  # type: ignore[arg-type]
@@ -193,7 +199,7 @@ def _name_problems(cls: type, values: Mapping[Any, Any]) -> list[str]:
 
 def _field_problems(cls: type, field: dataclasses.Field[Any], value: Any) -> list[str]:
     place, meaning = f"`{cls.__name__}.{field.name}`", field.metadata["help"]
-    annotation = typing.get_type_hints(cls)[field.name]
+    annotation = hints(cls)[field.name]
     try:
         frozen = freeze(value)
     except RecursionError:
