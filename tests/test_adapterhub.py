@@ -10,6 +10,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from transformers import (
 
 import inarch
 from inarch import convert
-from inarch.convert.adapterhub_names import TOWERS
+from inarch.convert.adapterhub_names import RANDOM_BASES, TOWERS
 from inarch.methods.bottleneck import BottleneckConfig
 from inarch.methods.ia3 import IA3Config
 from inarch.methods.lora import LoRAConfig
@@ -165,6 +166,69 @@ def test_script_prints_the_agreement():
     assert rows["adapter_plus"][1] == "refused"
     assert rows["lora_gate"][1] == "3.0e+00!"
     assert rows["__base__"][1] == "-"
+
+
+# Habits of the reference on some models
+
+OF_HABITS = FIXTURES.parent / "adapterhub_habits"
+HABITS = sorted(path.parent for path in OF_HABITS.glob("*/*/adapter_config.json"))
+REFUSED = {
+    "gemma2/before": r"(?s)2 problems.*gave the norm `post_attention_layernorm` of the last layer in every layer",
+    "modernbert/before": r"(?s)2 problems.*the norm `mlp_norm` of the last layer in every layer.*enters `mlp`",
+    "modernbert/output": "got `output_adapter=True`, to which it gave what enters `mlp`",
+    "phi/before": "got `output_adapter=True`, to which it gave no stream",
+    "deberta/lora": "got another order for `q`",
+    "deberta/ia3": "got another order for `q`",
+}
+"""What computes something that no configuration here computes."""
+
+
+@cache
+def habitual(name):
+    model = AutoModel.from_pretrained(OF_HABITS / name / "base").eval()
+    inputs, outputs = (load_file(OF_HABITS / name / f"{kind}.safetensors") for kind in ("inputs", "outputs"))
+    adapters = inarch.attach(model, example_inputs=inputs)
+    torch.testing.assert_close(run(model, inputs), outputs["__base__"], atol=1e-5, rtol=0)
+    return model, inputs, outputs, adapters
+
+
+@pytest.mark.parametrize("folder", HABITS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_habits_of_the_reference_are_kept_or_refused(folder):
+    """An adapter of another library computes what it computed there."""
+    name, case = folder.parent.name, folder.name
+    model, inputs, outputs, adapters = habitual(name)
+    if name in RANDOM_BASES:  # the fixture's base has the bias that the library makes up
+        with pytest.raises(inarch.StateError, match="adds a random bias"):
+            adapters.load(folder)
+    options = {"other_base": "allow"} if name in RANDOM_BASES else {}
+    if message := REFUSED.get(f"{name}/{case}"):
+        with pytest.raises(inarch.StateError, match=message):
+            adapters.load(folder, **options)
+        return
+    adapters.load(folder, **options)
+    with adapters.using("a"):
+        found = run(model, inputs)
+    adapters.remove("a")
+    torch.testing.assert_close(found, outputs[case], atol=1e-5, rtol=0)
+
+
+def test_habits_survive_our_own_format(tmp_path):
+    for name, case in (("albert", "no_sum"), ("gptj", "before"), ("xmod", "no_sum"), ("gemma2", "parallel")):
+        model, inputs, outputs, adapters = habitual(name)
+        adapters.save(adapters.load(OF_HABITS / name / case), tmp_path / name)
+        adapters.remove("a")
+        adapters.load(tmp_path / name)
+        with adapters.using("a"):
+            torch.testing.assert_close(run(model, inputs), outputs[case], atol=1e-5, rtol=0)
+        adapters.remove("a")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"interface": {"model_layers": "layers"}}', '{"interface": 3}'])
+def test_an_interface_that_names_nothing_is_refused(tmp_path, content):
+    source = shutil.copytree(OF_HABITS / "qwen3" / "lora", tmp_path / "a")
+    (source / "adapter_interface.json").write_text(content)
+    with pytest.raises(inarch.StateError, match="must name the modules of a model under `interface`"):
+        habitual("qwen3")[-1].load(source)
 
 
 # What a folder may look like
@@ -361,7 +425,7 @@ def last(path):
 def all_linears(model_type, sites, r=2):
     """Tensors of LoRA for every linear map of the table that the model has, by the reference's names."""
     tensors: dict[str, Tensor] = {}
-    stacks = convert.adapterhub_sites.match_stacks(model_type, sites, "here")
+    stacks = convert.adapterhub_sites.match_stacks(TOWERS[model_type], sites, "here")
     for stack in stacks:
         for path, place in stack.tower.linears.items():
             for site in stack.sites:
@@ -682,7 +746,7 @@ def test_another_model_type_is_taken_where_it_is_wanted(vit, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "inarch"):
         adapters.load(source, other_base="allow")
     assert "although the model types of an adapter's base and of the model must agree" in caplog.text
-    with pytest.raises(inarch.StateError, match=f"for {len(TOWERS)} model types; got `swin`.*Known: albert, bart"):
+    with pytest.raises(inarch.StateError, match=f"for {len(TOWERS)} model types.*got `swin`.*Known: albert, bart"):
         adapters.load(
             edited(folder / "lora_gate", tmp_path / "b", lambda record, _: record.update(model_type="swin")),
             other_base="allow",

@@ -22,6 +22,7 @@ from .bank import (
     Role,
     SiteSlot,
     WiredAdapter,
+    circuit_site,
     input_program,
     layer_home,
     linear_program,
@@ -31,7 +32,7 @@ from .bank import (
     tap_module,
     wired_adapter,
 )
-from .compose import Setup, keep_only, names
+from .compose import Setup, keep_only, last, names
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
@@ -187,8 +188,9 @@ def _arm_sum(
     post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
     others = _earlier_in_sum(site, sites)
     program = sum_program(kept, wired, post_norm, joins_others=bool(others))
-    slot.arm(program)
-    handles = watch_output(model, site, slot, slot.rewrite)
+    seen = circuit_site(site, wired[last(kept)].circuit)
+    slot.arm(program, seen.output)
+    handles = watch_output(model, seen, slot, slot.rewrite)
     if program.reads(0) and site.stream is not None:
         handles.append(watch_stream(model, site, site.stream, slot))
     if post_norm is not None and program.results[1] is not None:

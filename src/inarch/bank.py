@@ -82,10 +82,24 @@ def rewire(
         return settle(Carry(total), x, h, add=False, post_norm=norm is not None)
     if final.circuit == "joined" and others is not None:
         x = x + others
-    if final.circuit == "unnormed":
+    if final.circuit in ("unnormed", "inner"):
         norm = None
     carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
     return settle(carry, x, h, add=add, post_norm=norm is not None)
+
+
+def circuit_site(site: Site, circuit: Circuit) -> Site:
+    """The site as the adapters of a circuit see it. Raises `SiteError` where they cannot be had there."""
+    if circuit != "inner":
+        return site
+    last_projections = site.projections.get("down" if site.kind == "mlp" else "o", ())
+    if len(last_projections) != 1 or last_projections[0].weight:
+        raise SiteError(
+            "An adapter on the last projection of a branch needs one that can be hooked; got "
+            f"{len(last_projections)} known ones at site `{site.key}` (`{site.layer_path}`). Use another adapter."
+        )
+    tap = Tap(path=last_projections[0].path, side="out")
+    return replace(site, output=tap, exact=site.exact and site.branch_norm is None)
 
 
 def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Site) -> None:
@@ -237,17 +251,17 @@ class SiteSlot(nn.Module):
         self._others: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
+        self._output = site.output
         self._is_counted = bool(site.output.call)
-        self._output_key = site.output.key
         self._stream_at = Argument()
         self._program = Program()
         self._reads_stream = False
         self._reads_others = False
 
-    def arm(self, program: Program) -> None:
-        """Choose what the hooks will run: a program of x, h and the other branches of the sum."""
+    def arm(self, program: Program, output: Tap) -> None:
+        """Choose what the hooks will run, a program of x, h and the other branches of the sum, and where h appears."""
         self.let_go()
-        self._program = program
+        self._program, self._output, self._is_counted = program, output, bool(output.call)
         self._reads_stream, self._reads_others = program.reads(0), program.reads(2)
 
     def watch(self, module: nn.Module) -> None:
@@ -283,7 +297,7 @@ class SiteSlot(nn.Module):
         number = self._calls.pop(_thread(), None)
         if number is None:  # it has been
             return False
-        if number + 1 < self.site.output.call:
+        if number + 1 < self._output.call:
             self._calls[_thread()] = number + 1
             return False
         return True
@@ -310,7 +324,7 @@ class SiteSlot(nn.Module):
         refuse_replica(module)
         if self._is_counted and not self.is_meant():
             return output
-        key, x = self._output_key, None
+        key, x = self._output.key, None
         h = pick(output, key) if key else output
         if self._reads_stream:
             x = self._held.pop(_thread(), None)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bank import check_circuits, module_key, rewire, wired_adapter
-from .compose import Setup, check_runnable, keep_only, names
+from .bank import check_circuits, circuit_site, module_key, rewire, wired_adapter
+from .compose import Setup, check_runnable, keep_only, last, names
 from .core.config import Config
 from .core.errors import ConfigError
 from .core.site import Site, Sites
@@ -150,6 +150,7 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
     adapters = {name: wired_adapter(part, site, branches[name]) for name, part in wired.items()}
     check_circuits(kept, adapters, site)
+    site = circuit_site(site, adapters[last(kept)].circuit)
 
     def norm(total: Expr) -> Expr:
         return total.applied("LN")

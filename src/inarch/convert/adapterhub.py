@@ -2,6 +2,7 @@
 
     adapter_config.json                        the configuration, the base model's type and id, the adapter's name
     pytorch_adapter.bin | adapter.safetensors  tensors, by the names of that library's modules
+    adapter_interface.json                     names of the model's modules, for models adapted through hooks
     head_config.json, pytorch_model_head.bin | model_head.safetensors
                                                the prediction head, if it was saved along
 
@@ -29,12 +30,13 @@ from ..methods.bottleneck import Bottleneck, BottleneckConfig
 from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from .adapterhub_config import translate
-from .adapterhub_names import RANDOM_BASES, Place
-from .adapterhub_sites import Stacks, match_stacks
+from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
+from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .weights import read_weights
 
 logger = logging.getLogger(__name__)
 
+INTERFACE = "adapter_interface.json"
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_RECORD, HEAD_SAFE, HEAD_TORCH = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 OTHER_RECORDS = {"adapter_fusion_config.json": "an AdapterFusion", "adapter_setup.json": "a setup of several adapters"}
@@ -104,7 +106,8 @@ def read(
     record = _read_record(folder)
     name, model_type = record["name"], record["model_type"]
     _check_base(record, sites, folder, other_base)
-    stacks = match_stacks(model_type, sites, folder)
+    towers = _interface(folder) or known_towers(model_type, folder)
+    stacks = match_stacks(towers, sites, folder)
     stored = {_OLD_MODULES.sub("adapters", key): value for key, value in read_weights(folder, SAFE, TORCH).items()}
     config = translate(_updated(record, stored), stacks, folder / RECORD, later=_version(record) > LATEST)
     return Converted(
@@ -147,6 +150,20 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise StateError(f"`{file.name}` must hold a mapping; got {record!r} at `{file}`. Save the adapter again.")
     return record
+
+
+def _interface(folder: Path) -> tuple[Tower, ...]:
+    """The towers of a folder with an interface; none for one without."""
+    if not (folder / INTERFACE).is_file():
+        return ()
+    interface = _read_json(folder / INTERFACE).get("interface")
+    try:
+        return interface_towers(interface)  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StateError(
+            f"`{INTERFACE}` must name the modules of a model under `interface`; got none for {error} at `{folder}`. "
+            "Save the adapter again with the library that wrote it."
+        ) from None
 
 
 def _check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base: str) -> None:
@@ -278,19 +295,34 @@ def _of_bottleneck(module: _Module, tensor: Tensor, config: BottleneckConfig, fo
 
 def _of_linear(module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, folder: Path) -> dict[str, Tensor]:
     site, (head, *rest), roles = module.site, module.leaf, module.place.roles
-    if len(roles) > 1:  # a fused projection: the updates of the roles asked for lie one below the other
-        _check_fused(site, roles, folder)
-        roles = tuple(role for role in roles if role in config.attn_matrices)
     leaf, method = _LEAVES.get(head), LoRA.name
     if isinstance(config, IA3Config):
         leaf, method = {"lora_B": "scale", "gate": "gate"}.get(head), IA3.name
         if head == "lora_B":
             tensor = tensor.flatten()  # (rows, 1)
-    if leaf is None or not roles or not tensor.shape or len(tensor) < len(roles) or len(tensor) % len(roles):
+    if leaf is None or not tensor.shape:
         return {}
-    keys = [f"{site.key}.{module_key(method, Placement(site=site, port='linear', role=role))}" for role in roles]
-    pieces = tensor.chunk(len(roles))
-    return {".".join([key, leaf, *rest]): piece for key, piece in zip(keys, pieces, strict=True)}
+    if roles == ("up",) and fused_with_gate(site):
+        pieces = _of_fused_mlp(site, tensor, head)
+    else:
+        if len(roles) > 1:  # a fused projection: the updates of the roles asked for lie one below the other
+            _check_fused(site, roles, folder)
+            roles = tuple(role for role in roles if role in config.attn_matrices)
+        if not roles or len(tensor) < len(roles) or len(tensor) % len(roles):
+            return {}
+        pieces = dict(zip(roles, tensor.chunk(len(roles)), strict=True))
+    keys = {role: module_key(method, Placement(site=site, port="linear", role=role)) for role in pieces}
+    return {".".join([site.key, keys[role], leaf, *rest]): piece for role, piece in pieces.items()}
+
+
+def _of_fused_mlp(site: Site, tensor: Tensor, head: str) -> dict[str, Tensor]:
+    """One update of a projection that is both gate and up-projection, as two updates of the same input."""
+    pieces = {}
+    for role in ("up", "gate"):
+        rows = site.projections[role][0].rows or ()
+        found = torch.cat([tensor[start:stop] for start, stop in rows]) if head == "lora_B" else tensor
+        pieces[role] = found
+    return pieces
 
 
 def _check_fused(site: Site, roles: tuple[str, ...], folder: Path) -> None:

@@ -4,7 +4,7 @@ What our methods do not compute to the last term is refused with the name of the
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..core.config import Config
@@ -16,7 +16,7 @@ from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRAConfig
 from ..methods.mute import MuteConfig
 from .adapterhub_names import Place
-from .adapterhub_sites import Stacks
+from .adapterhub_sites import Stack, Stacks
 
 _FIELD_OF_KIND: dict[Kind, str] = {
     "self_attention": "mh_adapter",
@@ -78,6 +78,8 @@ def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     places = list(_wanted(row, stacks.bottlenecks()))
     values |= {_FIELD_OF_KIND[place.kind]: True for place in places}
     values["circuits"] = {_FIELD_OF_KIND[place.kind]: place.circuit for place in places if place.circuit != "own"}
+    if any(stack.tower.hooks for stack in stacks):
+        values |= {"original_ln_after": True, "original_ln_before": _reads_sum(row, stacks)}
     values["leave_out"] = _layers(row, stacks)
     values["non_linearity"] = str(values["non_linearity"]).lower()
     factor = values["reduction_factor"]
@@ -101,6 +103,8 @@ def _linear(row: Mapping[str, Any], stacks: Stacks, default: LoRAConfig | IA3Con
     values["attn_matrices"] = [role for role in ("q", "k", "v") if role in asked and role in roles]
     values["selfattn_lora"] = bool(values["attn_matrices"])
     values |= {field: role in roles for role, field in _FIELD_OF_ROLE.items()}
+    if "up" in roles and stacks.gates_are_fused() and isinstance(default, LoRAConfig):
+        values["gate_lora"] = True
     values["leave_out"] = _layers(row, stacks)
     return default.replace(**values)
 
@@ -139,11 +143,12 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
     found = [_refusal(*reason, place) for reason in reasons]
     if kind == "lora":
         return found
-    return found + [
+    missing = [
         f"A bottleneck adapter's `config` must hold `{key}`; got none at `{place}`. Add it."
         for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
         if key not in row
     ]
+    return found + (missing or _hook_problems(row, stacks, place))
 
 
 def _bottleneck_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
@@ -164,6 +169,8 @@ def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any
     alpha, fused = row.get("alpha", 1), any(len(place.roles) > 1 for place in stacks.linears())
     if mode == "scale" and fused and alpha != 1 and not row.get("use_gating"):
         reasons.append(("alpha", alpha, "(IA)³ that scales all of a fused projection"))
+    if mode == "scale" and row.get("intermediate_lora", True) and stacks.gates_are_fused():
+        reasons.append(("intermediate_lora", True, "(IA)³ on a projection that is fused with a gate"))
     if row.get("use_dora"):
         reasons.append(("use_dora", True, "DoRA"))
     vera = [field for field in ("vera_d", "vera_b") if row.get(field) is not None]
@@ -178,3 +185,38 @@ def _refusal(field: str, value: Any, method: str, place: object) -> str:
         f"(`{field}={value!r}`) at `{place}`. It is not supported yet: keep the library that wrote it, or train one of "
         "those."
     )
+
+
+def _hooked(row: Mapping[str, Any], stacks: Stacks) -> Iterator[tuple[Stack, Place]]:
+    """The bottlenecks asked for that hang on hooks."""
+    for stack in stacks:
+        places = (place for place in stack.tower.bottlenecks.values() if place.kind in stack.tower.hooks)
+        yield from ((stack, place) for place in _wanted(row, places))
+
+
+def _reads_sum(row: Mapping[str, Any], stacks: Stacks) -> bool:
+    """Whether a bottleneck that hangs on hooks reads the sum: without a stream to read, the reference adds none."""
+    has_stream = any(stack.tower.hooks[place.kind].stream for stack, place in _hooked(row, stacks))
+    return bool(row.get("original_ln_before")) and has_stream
+
+
+def _hook_problems(row: Mapping[str, Any], stacks: Stacks, place: object) -> list[str]:
+    """Where the reference gives a bottleneck that hangs on hooks something else than the stream of its layer."""
+    if not (row.get("original_ln_before") or row.get("is_parallel")):
+        return []
+    found = {}
+    hooked = list(_hooked(row, stacks))
+    for stack, wanted in hooked:
+        hooks = stack.tower.hooks[wanted.kind]
+        norms = {site.pre_norm for site in stack.sites if site.kind == wanted.kind}
+        if hooks.norm is not None and not row.get("is_parallel"):
+            found[wanted.field] = f"the norm `{hooks.norm}` of the last layer in every layer"
+        elif hooks.stream is None and (row.get("is_parallel") or len(hooked) > 1):
+            found[wanted.field] = "no stream"
+        elif hooks.stream is not None and norms != {hooks.stream}:
+            found[wanted.field] = f"what enters `{hooks.stream}`"
+    return [
+        f"An adapter is read if the library `adapters` gave it the stream of its layer and no norm, or if it reads "
+        f"neither; got `{field}=True`, to which it gave {what}, at `{place}`. Train the adapter anew."
+        for field, what in found.items()
+    ]

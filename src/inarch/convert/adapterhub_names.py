@@ -5,8 +5,8 @@ folders of another model type, add a row to `TOWERS`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ..core.site import Kind
 from ..core.wiring import Circuit
@@ -27,6 +27,14 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """The modules that a bottleneck on hooks reads: the one that the stream enters, and a norm."""
+
+    stream: str | None
+    norm: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tower:
     """The names in one stack of layers."""
 
@@ -36,6 +44,8 @@ class Tower:
     linears: Mapping[str, Place]
     modality: str = ""
     """What the name of our stack begins with, where the order of the towers does not say which is which."""
+    hooks: Mapping[str, Hooks] = field(default_factory=dict)
+    """By kind of site, for models that are adapted through hooks."""
     deleted: str = ""
     """The role of the branch that the reference deletes from every layer, whatever is adapted."""
 
@@ -196,6 +206,29 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
 }
 """The stacks of every model type, in the order in which the reference numbers their layers."""
 
-RANDOM_BASES = {"deberta"}
+RANDOM_BASES = {"deberta", "modernbert"}
 """Model types to which the reference adds a random bias that it does not save: the one of the fused projection, where
 the base has none. Its adapters are thus trained on another base than the one they name."""
+
+
+def interface_towers(interface: Mapping[str, Any]) -> tuple[Tower, ...]:
+    """The stack of a model that the reference adapts through hooks, from the interface that names its modules.
+
+    Its bottlenecks take the output of a branch's last projection, and what enters the module that `layer_pre_self_attn`
+    or `layer_pre_ffn` names for the stream.
+    """
+    attention, fused = str(interface["layer_self_attn"]), interface.get("attn_qkv_proj")
+    names = [fused] if fused else [interface[f"attn_{role}_proj"] for role in _LETTERS]
+    row = _tower(
+        str(interface["model_layers"]),
+        qkv=tuple(f"{attention}.{name}" for name in names),
+        up=(str(interface["layer_intermediate_proj"]),),
+        down=str(interface["layer_output_proj"]),
+        mh_circuit="inner",
+        output_circuit="inner",
+    )
+    hooks = {
+        kind: Hooks(stream=interface.get(f"layer_pre_{part}"), norm=interface.get(norm))
+        for kind, part, norm in (("self_attention", "self_attn", "layer_ln_1"), ("mlp", "ffn", "layer_ln_2"))
+    }
+    return (replace(row, hooks=hooks),)

@@ -50,6 +50,10 @@ class Stacks:
         for stack in self.stacks:
             yield from (place for place in stack.tower.bottlenecks.values() if place.kind in stack.kinds)
 
+    def gates_are_fused(self) -> bool:
+        """Whether the up-projection of an MLP is one with its gate."""
+        return any(fused_with_gate(site) for stack in self.stacks for site in stack.sites)
+
     def deleted(self) -> tuple[str, ...]:
         """The roles of the branches that the reference deletes from this model."""
         roles = dict.fromkeys(stack.tower.deleted for stack in self.stacks)
@@ -62,17 +66,28 @@ class Stacks:
             yield from (place for place in stack.tower.linears.values() if place.kind in stack.kinds)
 
 
-def match_stacks(model_type: str, sites: Sites, folder: object) -> Stacks:
-    """The stacks of this model beside the names they have in the reference.
+def fused_with_gate(site: Site) -> bool:
+    """Whether one projection of an MLP computes the gate and what is gated."""
+    up, gate = site.projections.get("up", ()), site.projections.get("gate", ())
+    return len(up) == len(gate) == 1 and up[0].path == gate[0].path
 
-    Raises `StateError` for a model type that is not in the table.
-    """
+
+def known_towers(model_type: str, folder: object) -> tuple[Tower, ...]:
+    """The towers of a model type. Raises `StateError` for one that is not in the table."""
     towers = TOWERS.get(model_type)
     if towers is None:
         raise StateError(
-            f"This version reads folders of the library `adapters` for {len(TOWERS)} model types; got `{model_type}` "
-            f"at `{folder}`. Known: {', '.join(sorted(TOWERS))}."
+            f"This version reads folders of the library `adapters` for {len(TOWERS)} model types, and those with an "
+            f"interface; got `{model_type}` at `{folder}`. Known: {', '.join(sorted(TOWERS))}."
         )
+    return towers
+
+
+def match_stacks(towers: tuple[Tower, ...], sites: Sites, folder: object) -> Stacks:
+    """The stacks of this model beside the names they have in the reference.
+
+    Raises `StateError` where a model does not have what an adapter of it was made for.
+    """
     names = list(sites.num_layers)
     chosen = [
         next((name for name in names if name.startswith(tower.modality)), None)

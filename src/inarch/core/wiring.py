@@ -20,13 +20,14 @@ class Summable(Protocol):
 
 V = TypeVar("V", bound=Summable)
 
-Circuit = Literal["own", "exchanged", "unnormed", "joined"]
+Circuit = Literal["own", "exchanged", "unnormed", "joined", "inner"]
 """What an adapter is given for the stream, the branch output and the norm after the sum:
 
     own        those of the layer
     exchanged  the branch output for the stream, and the stream for the branch output
     unnormed   no norm: the layer's own comes after whatever the adapter makes of the sum
     joined     for the stream, the sum of the stream and the branches of the same sum that ran before
+    inner      for the branch output, that of its last projection, before any norm of the branch; no norm
 
 All but the first are habits of other libraries on certain models, needed for adapters that were trained there.
 """

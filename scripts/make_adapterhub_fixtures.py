@@ -1,0 +1,183 @@
+"""Write adapters of the library `adapters` 1.3.0 for models on which it has habits of its own, with what they compute.
+
+    python scripts/make_adapterhub_fixtures.py tests/fixtures/adapterhub_habits
+
+Runs in an environment with that library: `pip install torch==2.13.0 adapters==1.3.0`. For each model it writes
+
+    base/                 a tiny base model with random weights
+    inputs.safetensors    the arguments of its forward
+    outputs.safetensors   the last hidden state, `__base__` without an adapter and one tensor for each case
+    <case>/               an adapter with random weights, saved by the library
+
+`scripts/oracle_table.py` compares them with inarch. A fused projection without a bias gets a random one in that
+library, which it does not save (DeBERTa, ModernBERT); here that bias is set to zero.
+"""
+
+import argparse
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import adapters
+import torch
+import transformers as tf
+from adapters import BnConfig, IA3Config, LoRAConfig
+from adapters.methods.lora import LoRAMergedLinear
+from safetensors.torch import save_file
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+WIDTH, LAYERS, VOCABULARY = 8, 2, 24
+ENCODER = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 12}
+TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 0}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+GROUPED = ENCODER | TEXT | TOKENS | {"num_key_value_heads": 1}
+GEMMA = GROUPED | {"head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4}
+SEQ2SEQ = {
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+}
+
+MODELS = {
+    "albert": lambda: tf.AlbertModel(tf.AlbertConfig(**ENCODER, **TEXT, embedding_size=8)),
+    "bart": lambda: tf.BartModel(tf.BartConfig(**SEQ2SEQ)),
+    "beit": lambda: tf.BeitModel(tf.BeitConfig(**ENCODER, image_size=16, patch_size=8, vocab_size=VOCABULARY)),
+    "bert_decoder": lambda: tf.BertModel(tf.BertConfig(**ENCODER, **TEXT, is_decoder=True, add_cross_attention=True)),
+    "deberta": lambda: tf.DebertaModel(
+        tf.DebertaConfig(**ENCODER, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"])
+    ),
+    "gemma2": lambda: tf.Gemma2Model(tf.Gemma2Config(**GEMMA)),
+    "gpt2": lambda: tf.GPT2Model(
+        tf.GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=16, vocab_size=VOCABULARY, **TOKENS)
+    ),
+    "gptj": lambda: tf.GPTJModel(
+        tf.GPTJConfig(
+            n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=16, rotary_dim=4, vocab_size=VOCABULARY, **TOKENS
+        )
+    ),
+    "llama": lambda: tf.LlamaModel(tf.LlamaConfig(**GROUPED)),
+    "modernbert": lambda: tf.ModernBertModel(
+        tf.ModernBertConfig(**ENCODER, **TEXT, local_attention=4, cls_token_id=3, sep_token_id=4, **TOKENS)
+    ),
+    "mt5": lambda: tf.MT5Model(
+        tf.MT5Config(d_model=WIDTH, d_kv=4, d_ff=12, num_layers=LAYERS, num_heads=2, vocab_size=VOCABULARY)
+    ),
+    "phi": lambda: tf.PhiModel(tf.PhiConfig(**ENCODER, **TEXT, **TOKENS)),
+    "qwen3": lambda: tf.Qwen3Model(tf.Qwen3Config(**GROUPED, head_dim=4)),
+    "xmod": lambda: tf.XmodModel(
+        tf.XmodConfig(**ENCODER, **TEXT, default_language="en_XX", languages=("en_XX", "de_DE"))
+    ),
+}
+
+BOTH = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 4, "non_linearity": "gelu"}
+DOUBLE = BnConfig(**BOTH)
+BEFORE = BnConfig(**BOTH, original_ln_before=True)
+OTHER_SUM = BnConfig(**BOTH, original_ln_before=True, residual_before_ln=False)
+NO_SUM = BnConfig(**BOTH, original_ln_before=True, original_ln_after=False)
+PARALLEL = BnConfig(**BOTH, is_parallel=True, scaling="learned")
+CROSS = BnConfig(**BOTH, cross_adapter=True)
+OUTPUT = BnConfig(**BOTH | {"mh_adapter": False}, original_ln_before=True)
+LORA = LoRAConfig(intermediate_lora=True, output_lora=True, attn_matrices=["q", "k", "v"], r=2, alpha=4)
+
+CASES = {
+    "albert": {"double": DOUBLE, "other_sum": OTHER_SUM, "no_sum": NO_SUM, "parallel": PARALLEL},
+    "bart": {"cross": CROSS, "ia3": IA3Config()},
+    "beit": {"double": DOUBLE, "other_sum": OTHER_SUM},
+    "bert_decoder": {"double": DOUBLE},
+    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config()},
+    "gemma2": {"double": DOUBLE, "parallel": PARALLEL, "before": BEFORE, "lora": LORA},
+    "gpt2": {"lora": LORA, "ia3": IA3Config()},
+    "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL},
+    "llama": {"lora": LORA, "ia3": IA3Config()},
+    "modernbert": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
+    "mt5": {"lora": LORA, "ia3": IA3Config()},
+    "phi": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
+    "qwen3": {"before": BEFORE, "other_sum": OTHER_SUM, "parallel": PARALLEL, "lora": LORA},
+    "xmod": {"before": BEFORE, "no_sum": NO_SUM, "lora": LORA},
+}
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    """The arguments of a forward."""
+    if name == "beit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16)}
+    ids = torch.randint(5, VOCABULARY, (2, 7))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if name in ("bart", "mt5"):
+        batch["decoder_input_ids"] = torch.randint(5, VOCABULARY, (2, 4))
+    if name == "bert_decoder":
+        batch["encoder_hidden_states"] = torch.randn(2, 3, WIDTH)
+    return batch
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, std: float, *, trained_only: bool) -> None:
+    """Move weights off their initial values."""
+    for parameter in model.parameters():
+        if parameter.requires_grad or not trained_only:
+            parameter.add_(torch.randn(parameter.shape) * std)
+
+
+@torch.no_grad()
+def adapted(folder: Path, cls: type, config: adapters.AdapterConfig) -> torch.nn.Module:
+    """The base with one adapter, called "a"."""
+    model = cls.from_pretrained(folder / "base", attn_implementation="eager")
+    biased = {path for path, module in model.named_modules() if getattr(module, "bias", None) is not None}
+    adapters.init(model)
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAMergedLinear) and path not in biased and module.bias is not None:
+            module.bias.zero_()
+    model.add_adapter("a", config=config)
+    model.train_adapter("a")
+    perturb(model, 0.2, trained_only=True)
+    model.set_active_adapters("a")
+    return model.eval()
+
+
+@torch.no_grad()
+def write(folder: Path, name: str, seed: int) -> None:
+    """One model with all its cases."""
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(seed)
+    base = MODELS[name]().eval()
+    base.set_attn_implementation("eager")  # the other one leaves out Gemma 2's soft capping
+    perturb(base, 0.05, trained_only=False)
+    base.save_pretrained(folder / "base")
+    batch = inputs(name)
+    save_file(batch, folder / "inputs.safetensors")
+    outputs = {"__base__": base(**batch).last_hidden_state.contiguous()}
+    for case, config in CASES[name].items():
+        model = adapted(folder, type(base), config)
+        outputs[case] = model(**batch).last_hidden_state.contiguous()
+        if torch.allclose(outputs[case], outputs["__base__"], atol=1e-3):
+            raise RuntimeError(f"{name}/{case} changes nothing")
+        model.save_adapter(str(folder / case), "a", use_safetensors=True)
+    save_file(outputs, folder / "outputs.safetensors")
+
+
+def main() -> None:
+    """Write the fixtures that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default=",".join(MODELS), help="comma separated; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.models.split(","):
+        write(arguments.folder / name, name, arguments.seed)
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
