@@ -116,6 +116,15 @@ def one_layer_more(model, monkeypatch):
     model.layers.append(tiny("vit").layers[0])
 
 
+def a_dropout(model, monkeypatch):
+    """Adapters belong behind it, so the taps move."""
+    model.layers[1].dropout.p = 0.1
+
+
+def a_dropout_in_the_settings(model, monkeypatch):
+    model.config.attention_probs_dropout_prob = 0.5
+
+
 def other_setting(model, monkeypatch):
     model.config.hidden_act = "relu"
 
@@ -137,6 +146,8 @@ def other_class(model, monkeypatch):
         other_module,
         other_width,
         one_layer_more,
+        a_dropout,
+        a_dropout_in_the_settings,
         other_setting,
         setting_that_the_code_reads,
         other_class,
@@ -152,13 +163,22 @@ def test_a_model_that_was_changed_is_probed(shipped, monkeypatch, change):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"attention_probs_dropout_prob": 0.5}, {"layer_norm_eps": 1e-3}, {"id2label": {0: "cat"}}, {"n_ctx": 7}],
+    [{"layer_norm_eps": 1e-3}, {"id2label": {0: "cat"}}, {"n_ctx": 7}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_that_change_no_architecture_are_passed_over(shipped, settings):
     model = tiny("vit")
     model.config.update(settings)
     assert golden.find(model) is not None
+
+
+def test_the_size_of_a_dropout_changes_nothing():
+    record = golden.read(golden.FOLDER / "bert.json")
+    model = on_meta("BertModel", "bert")
+    model.config.hidden_dropout_prob = model.encoder.layer[0].output.dropout.p = 0.3
+    assert (record.fit(model) is not None) == made_here(record)
+    model.encoder.layer[0].output.dropout.p = 0.0
+    assert record.fit(model) is None
 
 
 def test_a_change_of_the_source_is_a_change(shipped, monkeypatch):

@@ -27,6 +27,7 @@ from torch import nn
 
 from ..core.errors import SiteError
 from ..core.site import Site, Sites
+from .taps import is_idle
 
 FOLDER = Path(__file__).parent / "layouts"
 FORMAT = 1
@@ -40,11 +41,13 @@ _IGNORED = re.compile(
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|summary_\w+|classifier_\w+"
     # vocabularies: sizes of embeddings, whose shapes are left out too
     r"|vocab_size|\w+_token_ids?|(begin_)?suppress_tokens|tie_word_embeddings"
-    # numbers that are used where the layout says what is used: initial values, epsilons, random drops and masks
-    r"|initializer_\w+|init_std|\w*(_eps|epsilon)|\w*(dropout|pdrop|layerdrop|drop_path)\w*"
-    r"|apply_spec_augment|mask_(time|feature)_\w+"
+    # numbers that say how much, not what: initial values, epsilons, masks in training
+    r"|initializer_\w+|init_std|\w*(_eps|epsilon)|apply_spec_augment|mask_(time|feature)_\w+"
 )
 """Names of configuration fields, at any depth, that do not change where residual branches are."""
+
+_RATES = re.compile(r"\w*(dropout|pdrop|layerdrop|drop_path)\w*")
+"""Names of probabilities: whether one is zero may move a tap, before or behind the dropout, but not how large it is."""
 
 
 def find(model: nn.Module) -> Sites | None:
@@ -245,12 +248,13 @@ def _digest(text: str) -> str:
 
 
 def _structure(model: nn.Module, prefix: str) -> str:
-    """A digest of the tree of modules: paths and classes, and inside the base the shapes of all but embeddings."""
+    """A digest of the tree of modules: paths, classes, whether they do nothing, and inside the base the shapes of all
+    but embeddings."""
     lines = []
     inside = f"{prefix}." if prefix else ""
     for path, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        lines.append(f"{path} {kind.__module__}.{kind.__qualname__}")
+        lines.append(f"{path} {kind.__module__}.{kind.__qualname__}{' idle' * is_idle(module)}")
         if f"{path}.".startswith(inside) and not isinstance(module, nn.Embedding):
             lines += [
                 f"{name} {tuple(parameter.shape)}"
@@ -267,7 +271,8 @@ def _plain_config(model: nn.Module) -> Any:
 
 def _stripped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _stripped(item) for name, item in sorted(value.items()) if not _IGNORED.fullmatch(name)}
+        kept = {name: item for name, item in sorted(value.items()) if not _IGNORED.fullmatch(name)}
+        return {name: bool(item) if _RATES.fullmatch(name) else _stripped(item) for name, item in kept.items()}
     return [_stripped(item) for item in value] if isinstance(value, list) else value
 
 

@@ -118,14 +118,14 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
             if call.stop <= branch.total and reach.countable(call)
         ]
         # Counting the calls of a module costs a hook; one that never changes anything is not worth it.
-        chosen = [entry for entry in found if reach.hookable(entry[2]) or not _is_idle(entry[2].module)] or found
+        chosen = [entry for entry in found if reach.hookable(entry[2]) or not is_idle(entry[2].module)] or found
         if chosen:
             _, _, call, key = max(chosen, key=lambda entry: entry[:2])
             return reach.tap(call, "out", key), seen, call
     return None
 
 
-def _is_idle(module: nn.Module) -> bool:
+def is_idle(module: nn.Module) -> bool:
     """Whether the module returns what it gets, in training too: a dropout or a stochastic depth of probability 0."""
     probability = getattr(module, "p", getattr(module, "drop_prob", None))
     return isinstance(module, nn.Identity) or probability == 0
