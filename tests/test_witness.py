@@ -96,3 +96,40 @@ def test_a_wrong_layout_attaches_nothing():
         inarch.attach(model, layout=wrong)
     assert not [name for name, _ in model.named_modules() if "inarch" in name]
     inarch.attach(model)
+
+
+def images_seen(model):
+    """The shapes of the images that the patch embedding gets, from now on."""
+    shapes = []
+    projection = model.get_submodule("embeddings.patch_embeddings.projection")
+    projection.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+def test_attaching_looks_at_a_small_image():
+    model = tiny("vit")
+    shapes = images_seen(model)
+    inarch.attach(model)
+    assert shapes == [(1, 3, 16, 16)]
+
+
+def test_a_model_that_refuses_a_small_image_gets_its_own():
+    model = tiny("vit")
+    model.embeddings.interpolate_pos_encoding = None  # called for an image of another size only
+    shapes = images_seen(model)
+    inarch.attach(model)
+    assert shapes == [(1, 3, 16, 16), (1, 3, 32, 32)]
+
+
+def test_example_inputs_are_watched_as_they_are():
+    model, inputs = tiny("vit"), tiny_inputs("vit")
+    shapes = images_seen(model)
+    inarch.attach(model, example_inputs=inputs)
+    assert shapes == [(2, 3, 32, 32)]
+
+
+def test_a_model_without_patches_has_no_small_image():
+    from inarch.sites import Inputs, given_inputs, with_small_image
+
+    assert with_small_image(tiny("bert"), given_inputs(tiny_inputs("bert"))) is None
+    assert with_small_image(tiny("vit"), Inputs((), {"pixel_values": torch.zeros(1, 3, 16, 16)})) is None

@@ -43,7 +43,7 @@ from .heads import id2label, task_head
 from .loading import OtherBase
 from .methods import AdapterConfig, ConfigLike, read_config
 from .plan import Plan, plan
-from .sites import Inputs, given_inputs, probe, synthesise
+from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
 from .version import __version__
 from .witness import verify
 
@@ -84,10 +84,24 @@ def attach(
                 f"around one: {type(model).__name__}. Use the handle of the whole model, or `detach()` it first."
             )
         sites = probe(model, layout=layout, example_inputs=example_inputs)
-        inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
-        if (inputs.args or inputs.kwargs) and not any(parameter.is_meta for parameter in model.parameters()):
-            verify(model, sites, inputs.args, inputs.kwargs)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            _verify(model, sites, example_inputs)
         return Adapters(model, sites)
+
+
+def _verify(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
+    """Watch one real forward: a short one, and where that does not show that all is well, one that surely is right."""
+    likely = likely_inputs(model) if example_inputs is None else None
+    if likely is not None:
+        try:
+            verify(model, sites, likely.args, likely.kwargs)
+        except Exception:  # noqa: BLE001  a model may refuse made-up inputs in any way
+            logger.debug("%s did not take the shortest inputs.", type(model).__name__)
+        else:
+            return
+    inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
+    if inputs.args or inputs.kwargs:
+        verify(model, sites, inputs.args, inputs.kwargs)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

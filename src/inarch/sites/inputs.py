@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SiteError
-from .arguments import forms, made_arguments, ramp
+from .arguments import forms, made_arguments, ramp, setting
 from .placeholders import with_placeholders
 from .trace import leaves
 
@@ -78,6 +78,22 @@ def made_inputs(model: nn.Module) -> list[Inputs]:
     parts = [part for form in complete for part in _parts(form)]
     variants = {_shapes(kwargs): kwargs for kwargs in [*([placed] if placed else []), *complete, *parts]}
     return [Inputs((), kwargs) for kwargs in variants.values()]
+
+
+def with_small_image(model: nn.Module, inputs: Inputs) -> Inputs | None:
+    """The same inputs with an image of two by two patches, which a model may refuse; None without patches."""
+    image, config = inputs.kwargs.get("pixel_values"), getattr(model, "config", None)
+    if not isinstance(image, Tensor) or image.dim() != 4 or config is None:
+        return None
+    patch = setting(config, "patch_size")
+    sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
+    if len(sides) != 2 or not all(
+        isinstance(s, int) and 2 * s < have for s, have in zip(sides, image.shape[2:], strict=True)
+    ):
+        return None
+    small = ramp(*image.shape[:2], *(2 * side for side in sides)).to(image)
+    flags = {"interpolate_pos_encoding"} & inspect.signature(model.forward).parameters.keys()
+    return Inputs(inputs.args, {**inputs.kwargs, "pixel_values": small, **dict.fromkeys(flags, True)})
 
 
 def _parts(known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..core.errors import SiteError, join_problems
 from ..core.site import Sites
 from .golden import find as find_shipped
 from .graph import Graph
-from .inputs import Inputs, given_inputs, made_inputs
+from .inputs import Inputs, given_inputs, made_inputs, with_small_image
 from .known import Known, needs_data
 from .layout import Layout, resolve
 from .meta import meta_copy
@@ -83,6 +83,15 @@ def synthesise(model: nn.Module) -> dict[str, Any] | None:
             chosen, _, _ = _run(model, candidates, are_given=False)
     device = _device(model)
     return dict(chosen.to("cpu" if device.type == "meta" else device, _dtype(model)).kwargs)
+
+
+def likely_inputs(model: nn.Module) -> Inputs | None:
+    """Inputs that the model probably takes, as short as possible, on its device; None if none can be made."""
+    candidates = made_inputs(model)
+    if not candidates:
+        return None
+    first = candidates[0].to(_device(model), _dtype(model))
+    return with_small_image(model, first) or first
 
 
 def _sites(model: nn.Module, graph: Graph, source: Source) -> Sites:
