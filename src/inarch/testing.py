@@ -53,6 +53,7 @@ _RECIPES: dict[str, _Recipe] = {
         "CLIPModel", "CLIPConfig", {"text_config": _ENCODER | _TEXT, "vision_config": _ENCODER | _IMAGE}, "both"
     ),
     "swin": _Recipe("SwinModel", "SwinConfig", _STAGES, "image"),
+    "swinv2": _Recipe("Swinv2Model", "Swinv2Config", _STAGES, "image"),
     "bert": _Recipe("BertModel", "BertConfig", _ENCODER | _TEXT, "text"),
     "bert-classifier": _Recipe(
         "BertForSequenceClassification", "BertConfig", _ENCODER | _TEXT | {"num_labels": 3}, "text"
@@ -69,6 +70,16 @@ _RECIPES: dict[str, _Recipe] = {
     "llama": _Recipe("LlamaModel", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "llama-lm": _Recipe("LlamaForCausalLM", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "qwen2": _Recipe("Qwen2Model", "Qwen2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
+    "gemma2": _Recipe(
+        "Gemma2Model", "Gemma2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2, "head_dim": 8}, "text"
+    ),
+    "olmo2": _Recipe("Olmo2Model", "Olmo2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
+    "gptj": _Recipe(
+        "GPTJModel",
+        "GPTJConfig",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "rotary_dim": 4} | _TEXT,
+        "text",
+    ),
     "qwen2-lm": _Recipe("Qwen2ForCausalLM", "Qwen2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "t5": _Recipe("T5Model", "T5Config", _T5 | _TEXT, "text2text"),
     "t5-lm": _Recipe("T5ForConditionalGeneration", "T5Config", _T5 | _TEXT, "text2text"),
