@@ -133,7 +133,9 @@ def report(
         memory=memory,
         other_base=other_base,
     )
-    findings = tuple(_checked(facts, finding) for finding in find(facts))
+    first = find(facts)
+    errors = {finding.code for finding in first if finding.level == "error"}
+    findings = [_checked(facts, finding, errors) for finding in first]
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
     subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
     return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
@@ -150,11 +152,10 @@ def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], pla
     return tuple(SiteReport(tuple(site for site, _ in group), group[0][1]) for group in groups.values())
 
 
-def _checked(facts: Facts, finding: Finding) -> Finding:
+def _checked(facts: Facts, finding: Finding, errors: set[str]) -> Finding:
     """The finding with those of its fixes that clear it and bring no new error, each tried on the whole."""
     if not finding.fixes or not isinstance(facts.setup, str):
         return finding
-    errors = {other.code for other in find(facts) if other.level == "error"}
     kept = []
     for repair in finding.fixes:
         try:

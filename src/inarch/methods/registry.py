@@ -57,7 +57,8 @@ def _part_text(part: Config) -> str:
     values = part.to_dict()
     choices = []
     for name, preset in method_of(part).presets.items():
-        changes = {key: value for key, value in values.items() if value != preset.to_dict()[key]}
+        defaults = preset.to_dict()
+        changes = {key: value for key, value in values.items() if value != defaults[key]}
         choices.append((len(changes), name, changes))
     _, name, changes = min(choices, key=lambda choice: choice[0])
     return grammar.write(name, changes)
