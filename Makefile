@@ -52,6 +52,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile src/inarch/version.py
 	@echo "installing inarch[$(EXTRAS)] and its pinned dependencies: a few minutes the first time"
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/timm-site timm torchvision # beside, not in: see scripts/timm_site.py
 	@touch $@
 
 clean:

@@ -106,6 +106,7 @@ class _Witness:
             and site.exact
             and site.same_layout
             and not site.shared_sum
+            and site.handed_on
             and site.stream is not None
             and following.streams
         )
@@ -114,7 +115,7 @@ class _Witness:
     def _compare(self, found: list[Tensor], what: str) -> str:
         for x, h, total in zip(self.streams, self.outputs, found, strict=False):
             tolerance = 8 * torch.finfo(total.dtype).eps * max(1.0, float(total.abs().max()))
-            if total.shape != x.shape or not torch.allclose(x + h, total, rtol=0, atol=tolerance):
+            if total.numel() != x.numel() or not torch.allclose((x + h).view_as(total), total, rtol=0, atol=tolerance):
                 return (
                     f"The stream plus the branch output is what a layer goes on with; got something else in {what} at "
                     f"site `{self.site.key}` (`{self.site.layer_path}`). Pass a layout that names the taps of the sum."

@@ -99,6 +99,9 @@ class Site:
     """Whether `output` is the very operand of the sum; False where a scale or a gate follows it."""
     shared_sum: bool = False
     """Whether other branches of the layer are added in the same sum (parallel attention and MLP)."""
+    handed_on: bool = True
+    """Whether the next site of the layer takes up this sum as it is, but for reshaping; False where it takes up another
+    stream, or the layer changes the sum in between."""
     batch_dim: int = 0
     """The dimension of `x` and `h` that tells samples apart: 0 in (B, L, D), 1 in (L, B, D)."""
     projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)

@@ -131,9 +131,13 @@ def _by_container(branches: list[Branch], depth: int, levels: dict[Branch, list[
     """Branches whose modules at this depth lie in the same list, or in equal lists of sibling stages."""
     groups: dict[str, list[Branch]] = defaultdict(list)
     for branch in branches:
-        container = parent_path(levels[branch][depth].path)
-        groups[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", container)].append(branch)
+        groups[list_pattern(parent_path(levels[branch][depth].path))].append(branch)
     return list(groups.values())
+
+
+def list_pattern(path: str) -> str:
+    """What the paths of equal lists in sibling stages have in common: their numbers do not count."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
 def _has_own_weights(graph: Graph, branch: Branch, inner: list[_Level]) -> bool:

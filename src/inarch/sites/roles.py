@@ -51,7 +51,8 @@ def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention]) -> 
         looks_at_itself = any(attention.k in branch.path for attention in attentions)
         return "self_attention" if looks_at_itself else "cross_attention"
     values = [graph.values[index] for index in sorted(branch.interior)]
-    if any(value.bilinear or any(part in value.op for part in _OTHER_MIXERS) for value in values):
+    recurrent = any(isinstance(graph.owner(value.index).module, nn.RNNBase) for value in values)
+    if recurrent or any(value.bilinear or any(part in value.op for part in _OTHER_MIXERS) for value in values):
         return "mixer"
     convolutions = [value for value in values if _convolves_tokens(graph, value)]
     return "mixer" if convolutions and not _blurs_hidden_features(graph, values, convolutions) else "mlp"

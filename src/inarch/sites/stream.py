@@ -4,9 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from .graph import MODALITIES, Graph
-from .layers import Identity, Layer
+from .layers import Identity, Layer, list_pattern
 from .norms import is_norm
 from .residual import Branch, see_through
+from .roles import is_attention
 
 _POOLS = frozenset({"aten.cat", "aten.mean"})
 
@@ -26,7 +27,8 @@ def carried_on(graph: Graph, layers: dict[Branch, Layer]) -> list[Branch]:
             streams[value] = max(streams.get(value, -1), branch.total)
     kept = [branch for branch, layer in layers.items() if _continues(graph, branch, layer, streams)]
     kept = [branch for branch in kept if not _is_long_skip(graph, branch, kept, layers)]
-    return [branch for branch in kept if not _is_nested(branch, kept, layers)]
+    kept = [branch for branch in kept if not _is_nested(branch, kept, layers)]
+    return sorted([*kept, *_only_homes_of_attentions(graph, layers, kept)], key=lambda branch: branch.total)
 
 
 def _continues(graph: Graph, branch: Branch, layer: Layer, streams: dict[int, int]) -> bool:
@@ -68,6 +70,31 @@ def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict
         return True
     sums = {other.total for other in inner}
     return any(not sums.isdisjoint(_sums_before(graph, other)) for other in inner)
+
+
+def outside_layers(graph: Graph, homeless: list[Branch], kept: list[Branch]) -> list[Branch]:
+    """Of the branches without a layer those whose sums become the stream of others, and lie in no branch.
+
+    What only convolves is left out: so a model makes positions for its stream.
+    """
+    streams = {value for branch in kept for value in _sums_before(graph, branch)}
+    inside = set[int]().union(*(branch.interior for branch in kept))
+    return [
+        branch
+        for branch in homeless
+        if branch.total not in inside
+        and not streams.isdisjoint(forward(graph, branch.total))
+        and any(graph.values[index].weighted and "conv" not in graph.values[index].op for index in branch.path)
+    ]
+
+
+def _only_homes_of_attentions(graph: Graph, layers: dict[Branch, Layer], kept: list[Branch]) -> list[Branch]:
+    """Branches with an attention that is in no other branch, though something else than a norm or the layer's end
+    takes up their sum: a convolution that stands between two branches of a layer."""
+    claimed = set[int]().union(*(branch.interior for branch in kept))
+    idle = {value.index for value in graph.values if value.index not in claimed and is_attention(graph, value)}
+    homes = [branch for branch in layers if branch not in kept and not idle.isdisjoint(branch.path)]
+    return [branch for branch in homes if not any(branch.total in other.interior for other in [*kept, *homes])]
 
 
 def _sums_before(graph: Graph, branch: Branch) -> set[int]:
@@ -134,7 +161,9 @@ def find_stacks(graph: Graph, branches: list[Branch], layers: dict[Branch, Layer
 
 
 def _are_siblings(layer: Layer, other: Layer) -> bool:
-    return layer.container == other.container or type(layer.scope.module) is type(other.scope.module)
+    """Whether two layers lie in one list, or in equal lists of sibling stages, or are of one class."""
+    containers = {list_pattern(layer.container), list_pattern(other.container)}
+    return len(containers) == 1 or type(layer.scope.module) is type(other.scope.module)
 
 
 def _sources(graph: Graph, value: int, sums: dict[int, Layer]) -> tuple[list[Layer], set[str]]:

@@ -4,13 +4,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from ..core.site import Kind, Site
+from .axes import acts_across_tokens, feature_dims
 from .gaps import find_gaps
 from .graph import Graph
 from .layers import Identity, Layer, place
 from .residual import Branch, find_branches, see_through
 from .roles import Roles, find_attentions, find_kind, find_projections
 from .samples import batch_dim
-from .stream import carried_on, find_stacks
+from .stream import carried_on, find_stacks, outside_layers
 from .taps import Reach, Taps, find_taps
 
 
@@ -37,9 +38,11 @@ class _Reading:
 
 def survey(graph: Graph) -> Survey:
     """Find the sites in a graph. Problems are collected, not raised."""
-    layers = place(graph, find_branches(graph))
+    branches = find_branches(graph)
+    layers = place(graph, branches)
     kept = carried_on(graph, layers)
-    channels_first = [branch for branch in kept if _is_channels_first(graph, branch)]
+    homeless = outside_layers(graph, [branch for branch in branches if branch not in layers], kept)
+    channels_first = _on_feature_maps(graph, kept, layers)
     kept = [branch for branch in kept if branch not in channels_first]
     readings = _read(graph, kept, layers)
     homes = {
@@ -62,6 +65,10 @@ def survey(graph: Graph) -> Survey:
     refused = [
         f"{layer.name}: a sum of feature maps, whose features are not the last dimension" for layer in refused_layers
     ]
+    refused += [
+        f"`{call.path}` ({type(call.module).__name__}): a sum outside of the lists of layers"
+        for call in (graph.owner(branch.total) for branch in homeless)
+    ]
     return Survey(
         tuple(sites), tuple(dict.fromkeys([*refused, *gaps.refused])), tuple(dict.fromkeys([*problems, *gaps.problems]))
     )
@@ -79,6 +86,8 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         local = branch.inside(layer.scope.start)
         attentions = find_attentions(graph, local)
         kind = find_kind(graph, local, attentions)
+        if kind == "mlp" and acts_across_tokens(graph, branch):
+            kind = "mixer"
         projections, notes = find_projections(graph, local, reach, kind, attentions)
         reading = _Reading(branch, layer, find_taps(graph, branch, reach), kind, projections, notes)
         found[layer.identity][layer.scope.index].append(reading)
@@ -88,7 +97,7 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
 def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: int, problems: list[str]) -> list[Site]:
     sites = []
     counts: Counter[str] = Counter()
-    for reading in readings:
+    for ordinal, reading in enumerate(readings, start=1):
         counts[reading.kind] += 1
         count, taps = counts[reading.kind], reading.taps
         role = reading.kind if count == 1 else f"{reading.kind}_{count}"
@@ -113,12 +122,23 @@ def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: i
                 same_layout=taps.same_layout,
                 exact=taps.exact,
                 shared_sum=reading.branch.siblings > 0,
+                handed_on=all(_takes_up(graph, reading, following) for following in readings[ordinal : ordinal + 1]),
                 batch_dim=batch_dim(graph, reading.layer.scope, graph.values[reading.branch.total]),
                 projections=reading.projections,
                 notes=taps.notes + reading.notes,
             )
         )
     return sites
+
+
+def _takes_up(graph: Graph, reading: _Reading, following: _Reading) -> bool:
+    if reading.taps.post_norm is not None or reading.branch.total == following.branch.total:
+        return True
+    return any(
+        seen.value == reading.branch.total and not seen.scaled and not seen.moved
+        for value in (following.branch.stream, following.branch.skip)
+        for seen in see_through(graph, value)
+    )
 
 
 def _unreachable(graph: Graph, reading: _Reading, role: str) -> str:
@@ -129,14 +149,14 @@ def _unreachable(graph: Graph, reading: _Reading, role: str) -> str:
     )
 
 
-def _is_channels_first(graph: Graph, branch: Branch) -> bool:
-    """Whether the features that the branch's last weight makes are the second dimension of the sum, not the last."""
-    weighted = [index for index in branch.path if graph.values[index].weighted]
-    shape = graph.values[branch.total].shape
-    if not weighted or len(shape) < 3:
-        return False
-    last = graph.values[max(weighted)]
-    moved = see_through(graph, branch.term)[-1].moved
-    if "conv" in last.op:
-        return last.shape[1] == shape[1] and (not moved or shape[1] != shape[-1])
-    return last.shape[-1] == shape[1] and (shape[1] != shape[-1] or (moved and len(shape) > 3))
+def _on_feature_maps(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
+    """The branches whose sums have their features in another dimension than the last.
+
+    Of a sum of four dimensions, where nothing shows which it is, the worst is assumed.
+    """
+    by_call: dict[int, list[Branch]] = defaultdict(list)
+    for branch in kept:
+        by_call[layers[branch].scope.index].append(branch)
+    dims = {branch: dim for group in by_call.values() for branch, dim in feature_dims(graph, group).items()}
+    sizes = {branch: len(graph.values[branch.total].shape) for branch in kept}
+    return [b for b in kept if (sizes[b] > 3 if dims[b] is None else dims[b] != sizes[b] - 1)]

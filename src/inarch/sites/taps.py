@@ -170,16 +170,18 @@ def _pre_norm(branch: Branch, reach: Reach) -> str | None:
 
 
 def _post_norm(branch: Branch, reach: Reach) -> str | None:
-    """The norm that takes the sum, if nothing else does."""
+    """The norm that takes the sum, if nothing else does, and the layer does not hand out the sum itself."""
     graph, value = reach.graph, branch.total
-    while True:
+    width = graph.values[value].shape[-1]
+    while value not in reach.scope.outputs.values() and graph.values[value].shape[-1] == width:
         users = set(graph.values[value].users)
         for call, path in reach.norms_on(value):
             if all(call.start <= user < call.stop for user in users):
                 return path
         if len(users) != 1 or see_through(graph, min(users))[1:2] != [Seen(value)]:
-            return None
+            break
         value = min(users)
+    return None
 
 
 def _branch_norm(branch: Branch, reach: Reach) -> str | None:
