@@ -160,6 +160,19 @@ def test_a_head_that_two_adapters_trained_is_saved_with_each_as_it_was(model, tm
         assert fresh.classifier.bias.tolist() == [value] * 5
 
 
+@pytest.mark.parametrize("begin_anew", ["overwrite", "remove"])
+def test_an_adapter_that_begins_anew_has_nothing_of_an_old_head(model, tmp_path, begin_anew):
+    adapters = inarch.attach(model)
+    for name in "ab":
+        adapters.add(name, "lora")
+        adapters.train(name)
+    if begin_anew == "remove":
+        adapters.remove("a")
+    adapters.add("a", "lora", overwrite=True)
+    adapters.save("a", tmp_path / "a")
+    assert inarch.attach(tiny("vit-classifier")).load(tmp_path / "a") == "a"
+
+
 def test_the_buffers_of_a_head_are_saved_with_it(tmp_path):
     def make():
         torch.manual_seed(0)

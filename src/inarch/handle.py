@@ -39,7 +39,7 @@ from .core.errors import ConfigError, SetupError, SiteError, nearest
 from .core.site import Sites
 from .core.table import render
 from .fingerprint import describe_sites, fingerprint
-from .heads import id2label, task_head
+from .heads import TrainedHeads, id2label, task_head
 from .loading import OtherBase
 from .methods import AdapterConfig, ConfigLike, read_config
 from .plan import Plan, plan
@@ -168,9 +168,7 @@ class Adapters:
         self.sites = sites
         self._configs: dict[str, AdapterConfig] = {}
         self._unsound: set[str] = set()
-        self._heads: dict[str, tuple[str, ...]] = {}
-        self._kept: dict[str, dict[str, Tensor]] = {}
-        """Heads of adapters, where another adapter has trained the same modules since."""
+        self._heads = TrainedHeads(model, sites)
         self._setup: Setup | None = None
         self._handles: list[Removable] = []
         setattr(model, _ATTRIBUTE, self)
@@ -209,13 +207,12 @@ class Adapters:
     def head(self, name: str) -> dict[str, Tensor]:
         """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
         self._require(name)
-        return self._head_tensors(self._heads.get(name, ()))
+        return self._heads.tensors(self._heads[name])
 
     @property
     def heads(self) -> tuple[str, ...]:
         """The modules of the model that belong to a task and not to the base."""
-        trained = [path for paths in self._heads.values() for path in paths]
-        return tuple(dict.fromkeys((*task_head(self.model, self.sites), *trained)))
+        return self._heads.known()
 
     def plan(self, setup: Setup | None = None) -> Plan:
         """Every module of the adapters in a setup (all adapters by default), with the formulas of the sites."""
@@ -225,7 +222,7 @@ class Adapters:
     def summary(self) -> str:
         """A table of the adapters: configuration, parameters, share of the base, state."""
         own = {id(p) for name in self.names for p in self[name].values()}
-        head = {id(p): p for p in self._head_parameters(task_head(self.model, self.sites)).values()}
+        head = {id(p): p for p in self._heads.parameters(task_head(self.model, self.sites)).values()}
         rest = [p for p in self.model.parameters() if id(p) not in own and id(p) not in head]
         base = sum(p.numel() for p in rest)
         rows: list[tuple[object, ...]] = []
@@ -327,7 +324,7 @@ class Adapters:
         """Put built modules in the model, leaving what is active as it was."""
         store(self.model, self.sites, name, built)
         self._configs[name] = config
-        self._heads.pop(name, None)
+        self._heads.forget(name)
         self._unsound.discard(name)
         if not sound:
             self._unsound.add(name)
@@ -345,7 +342,7 @@ class Adapters:
                 )
             discard(self.model, self.sites, name)
             del self._configs[name]
-            self._heads.pop(name, None)
+            self._heads.forget(name)
             self._unsound.discard(name)
 
     def detach(self) -> nn.Module:
@@ -404,56 +401,17 @@ class Adapters:
         """
         with _LOCK:
             self._check_setup(setup)
-            heads = self._find_head(head)
-            self._keep_heads(setup, heads)
+            heads = self._heads.find(head)
+            self._heads.keep(names(setup), heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             for name in names(setup):
                 for parameter in self[name].values():
                     parameter.requires_grad_(True)
-                if heads:
-                    self._heads[name] = heads
-            for parameter in self._head_parameters(heads).values():
+                self._heads.assign(name, heads)
+            for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
             self._arm(setup)
-
-    def _find_head(self, head: bool | Sequence[str]) -> tuple[str, ...]:
-        if head is False:
-            return ()
-        if head is True:
-            found = task_head(self.model, self.sites)
-            if not found and "Classification" in type(self.model).__name__:
-                logger.warning(
-                    "No task head is known in %s, so none is trained; name its modules: `train(..., head=[...])`.",
-                    type(self.model).__name__,
-                )
-            return found
-        paths = (head,) if isinstance(head, str) else tuple(head)
-        modules = dict(self.model.named_modules())
-        for path in paths:
-            if path not in modules:
-                raise SetupError(
-                    f"`head` names modules of the model; got `{path}` for {type(self.model).__name__}. "
-                    f"{nearest(path, [p for p, _ in self.model.named_children()])}"
-                )
-        return paths
-
-    def _head_tensors(self, paths: tuple[str, ...]) -> dict[str, Tensor]:
-        return {
-            f"head.{path}.{key}": tensor
-            for path in paths
-            for key, tensor in self.model.get_submodule(path).state_dict(keep_vars=True).items()
-        }
-
-    def _head_parameters(self, paths: tuple[str, ...]) -> dict[str, nn.Parameter]:
-        return {key: value for key, value in self._head_tensors(paths).items() if isinstance(value, nn.Parameter)}
-
-    def _keep_heads(self, setup: Setup, heads: tuple[str, ...]) -> None:
-        """Put aside the head of every adapter whose head this training will change, so that `save` still has it."""
-        self._kept = {name: kept for name, kept in self._kept.items() if name not in names(setup)}
-        for name, paths in self._heads.items():
-            if name not in names(setup) and name not in self._kept and set(paths) & set(heads):
-                self._kept[name] = {key: tensor.detach().clone() for key, tensor in self._head_tensors(paths).items()}
 
     def _arm(self, setup: Setup | None) -> None:
         """Change the hooks to those of a setup; if that fails, none is active."""
@@ -479,12 +437,12 @@ class Adapters:
         self._require(name)
         tensors: dict[str, Tensor] = dict(self[name])
         if head:
-            tensors |= self._kept.get(name) or self.head(name)
+            tensors |= self._heads.of(name)
         state.write(folder, tensors, self._record(name, processor, head))
 
     def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
-        with_head = head and bool(self._heads.get(name))
+        with_head = head and bool(self._heads[name])
         return {
             "name": name,
             "config": self._configs[name].to_dict(),
@@ -545,17 +503,16 @@ class Adapters:
                 for key, module in modules.items()
                 for leaf, parameter in module.named_parameters()
             }
-            heads = self._head_tensors(found.head)
+            heads = self._heads.tensors(found.head)
             state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
-            self._keep_heads(chosen, found.head)
+            self._heads.keep([chosen], found.head)
             with torch.no_grad():
                 for key, tensor in {**wanted, **heads}.items():
                     tensor.copy_(found.tensors[key])
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
             self._store(chosen, found.config, built, sound=sound)
-            if found.head:
-                self._heads[chosen] = found.head
+            self._heads.assign(chosen, found.head)
             return chosen
 
     # Checks

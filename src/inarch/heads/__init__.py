@@ -2,3 +2,4 @@
 
 from .task_head import id2label as id2label
 from .task_head import task_head as task_head
+from .trained import TrainedHeads as TrainedHeads
