@@ -1,5 +1,6 @@
 """What every test runs under: no network, an empty hub cache, one thread, the same seed."""
 
+import gc
 import os
 import random
 import tempfile
@@ -44,3 +45,11 @@ def seed():
     np.random.seed(value)  # noqa: NPY002  libraries under test use the global generator
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="module")
+def little_garbage():
+    """The trainer collects garbage at every start, which takes longer than little trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

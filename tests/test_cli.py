@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from little_runs import save_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
 import inarch
@@ -40,11 +40,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model (`base`), an adapter (`run/adapter`), and images by class (`data`)."""
     root = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    ViTForImageClassification(config).save_pretrained(root / "base")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "base")
+    save_model(root / "base")
     adapters = inarch.attach(load_model(str(root / "base"), LABELS))
     adapters.add("animals", "seq_bn")
     adapters.train("animals")
@@ -261,6 +257,20 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     result = run("probe", "vit")
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
+
+
+def test_ctrl_c_while_something_is_imported_ends_at_once():
+    """There is no half module for anyone to fail with, and later Ctrl-C is an exception again."""
+    code = "import os, signal\nfrom inarch.cli.guard import importing\nwith importing():\n    {}\n{}"
+    interrupt = "os.kill(os.getpid(), signal.SIGINT)"
+    for inside, after, status, said in (
+        (interrupt, "print('on')", 130, "Interrupted.\n"),
+        ("pass", interrupt, -2, None),
+    ):
+        command = [sys.executable, "-c", code.format(inside, after)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert said in (None, done.stderr)
 
 
 def test_a_closed_pipe_is_quiet():

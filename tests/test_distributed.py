@@ -1,6 +1,5 @@
 """Several processes compute what one computes, and fail with one voice."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from little_runs import save_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import ViTConfig, ViTForImageClassification
 
 from inarch.core.records import read_record
 from inarch.train.resume import latest
@@ -41,19 +40,7 @@ def inputs(tmp_path_factory):
     The images do not divide evenly into batches, nor the last batch among the processes.
     """
     root = tmp_path_factory.mktemp("inputs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=8,
-        )
-        ViTForImageClassification(config).save_pretrained(root / "model")
-    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
-    (root / "model/preprocessor_config.json").write_text(json.dumps(settings))
+    save_model(root / "model")
     generator = np.random.default_rng(0)
     lines = ["image,a,b,c"]
     for label, name in enumerate("abc"):

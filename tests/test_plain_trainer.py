@@ -1,9 +1,8 @@
 """`transformers.Trainer`, unchanged, with a model that has adapters: saving, resuming, the best checkpoint."""
 
-import gc
-
 import pytest
 import torch
+from little_runs import Killed, RandomImages, StopAt, same, weights
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -12,24 +11,7 @@ from inarch.core.errors import StateError
 from inarch.handle import attached
 from inarch.testing import tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """The trainer collects garbage at every start, which takes longer than these trainings."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-class Images(Dataset):
-    """Random images, each of its own random numbers."""
-
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % 5}
+pytestmark = pytest.mark.usefixtures("little_garbage")
 
 
 def grafted():
@@ -54,28 +36,7 @@ def trainer_of(model, folder, callbacks=(), **changes):
         "logging_strategy": "no",
     }
     args = TrainingArguments(**options | changes)
-    return Trainer(model, args, train_dataset=Images(), eval_dataset=Images(), callbacks=list(callbacks))
-
-
-def weights(model):
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-class Killed(BaseException):
-    """Stands for a process that is killed."""
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **rest):
-        if state.global_step == self.step:
-            raise Killed
+    return Trainer(model, args, train_dataset=RandomImages(), eval_dataset=RandomImages(), callbacks=list(callbacks))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from little_runs import save_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers import ViTForImageClassification
 
 import inarch
 from inarch.core.errors import ConfigError, DataError, StateError
@@ -23,12 +23,7 @@ LABELS = ["cat", "dog", "owl"]
 def base(tmp_path_factory):
     """A folder with a tiny pre-trained model and its image processor."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(1)
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    save_model(folder)
     return folder
 
 

@@ -4,7 +4,6 @@ Real processes and SIGKILL. They are forked from one that has imported everythin
 runs themselves.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from little_runs import save_model, save_pictures
 
 from inarch.cli import main
 from inarch.core.records import read_record
@@ -37,32 +37,8 @@ WAIT = 60
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A tiny model and a small folder of images, as options."""
-    import numpy as np
-    import torch
-    from PIL import Image
-    from transformers import ViTConfig, ViTForImageClassification
-
     root = tmp_path_factory.mktemp("inputs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=8,
-        )
-        ViTForImageClassification(config).save_pretrained(root / "model")
-    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
-    (root / "model/preprocessor_config.json").write_text(json.dumps(settings))
-    generator = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        (root / "images" / name).mkdir(parents=True)
-        for number in range(12):
-            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
-    return {"model": str(root / "model"), "data": str(root / "images")}
+    return {"model": save_model(root / "model"), "data": save_pictures(root / "images", count=12)}
 
 
 @pytest.fixture(scope="module")

@@ -1,48 +1,34 @@
 """`inarch train`: what it prints, and one clear message with a non-zero exit code for whatever is wrong."""
 
 import errno
-import gc
+import io
 import json
 import os
 import shutil
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from little_cifar import archive, cifar10, cifar100, unpacked
+from little_runs import COLOURS, save_model, save_pictures
 from PIL import Image
-from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertModel
 
 from inarch.cli import main
 from inarch.core.records import read_record
 from inarch.train.folder import RunFolder
 
-PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """The trainer collects garbage at every start, which takes longer than these trainings."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_garbage")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders with models: a good one, and some that cannot be used."""
     root = tmp_path_factory.mktemp("models")
+    save_model(root / "good")
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=8,
-        )
-        ViTForImageClassification(config).save_pretrained(root / "good")
-        (root / "good/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
         BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=9)
         ).save_pretrained(root / "text")
@@ -59,14 +45,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of images by class: each class has a colour."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, colour in {"red": (200, 30, 30), "green": (30, 200, 30)}.items():
-        (root / name).mkdir()
-        for number in range(8):
-            pixels = np.clip(np.array(colour) + generator.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return Path(save_pictures(tmp_path_factory.mktemp("pictures"), ("red", "green")))
 
 
 @pytest.fixture
@@ -227,6 +206,97 @@ def test_labels_that_disagree_with_the_images_are_explained(train, pictures, tmp
     err = refused(train(labels=table), tmp_path)
     assert "red/99.png" in err
     assert "must list the same images" in err
+
+
+# What is trained on
+
+
+def digits(root):
+    return {"data": "digits"}, [str(digit) for digit in range(10)]
+
+
+def cifar_10(root):
+    return {"data": archive(root / "c.tar.gz", cifar10(), "cifar-10-batches-py")}, ["airplane", "automobile", "bird"]
+
+
+def cifar_100(root):
+    path = archive(root / "c.tar.gz", cifar100(), "cifar-100-python")
+    return {"data": path, "labels": "coarse"}, ["fruit", "sea"]
+
+
+def cifar_100_unpacked(root):
+    return {"data": unpacked(root / "cifar-100-python", cifar100())}, ["apple", "pear", "whale"]
+
+
+def saved_data_set(root):
+    images = [Image.new("RGB", (9, 7), colour) for colour in ("red", "green") for _ in range(4)]
+    features = datasets.Features({"photo": datasets.Image(), "what": datasets.ClassLabel(names=["r", "g"])})
+    made = datasets.Dataset.from_dict({"photo": images, "what": [0] * 4 + [1] * 4}, features=features)
+    made.save_to_disk(str(root / "set"))
+    return {"data": root / "set"}, ["r", "g"]
+
+
+def several_labels(root):
+    save_pictures(root / "images", count=4)
+    lines = [
+        f"{name}/{number}.png,{name};{'even' if number % 2 == 0 else 'odd'}" for name in COLOURS for number in range(4)
+    ]
+    (root / "labels.csv").write_text("\n".join(["image,labels", *lines]))
+    return {"data": root / "images", "labels": root / "labels.csv"}, sorted([*COLOURS, "even", "odd"])
+
+
+def odd_images(root):
+    """Deep, grey, transparent, indexed, printed, turned, tiny and narrow ones among plain ones."""
+    save_pictures(root / "images", ("red", "green"), count=2)
+    folder, grey = root / "images/red", np.arange(600, dtype=np.uint8).reshape(20, 30)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(grey).save(folder / "grey.png")
+    plain = Image.open(folder / "0.png")
+    for mode, name in (("LA", "la.png"), ("RGBA", "rgba.png"), ("P", "p.gif"), ("1", "1.bmp"), ("CMYK", "c.jpg")):
+        plain.convert(mode).save(folder / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    plain.save(folder / "turned.jpg", exif=exif)
+    plain.resize((1, 1)).save(folder / "tiny.png")
+    plain.resize((1, 200)).save(folder / "narrow.png")
+    return {"data": root / "images"}, ["green", "red"]
+
+
+@pytest.mark.parametrize(
+    "source", [digits, cifar_10, cifar_100, cifar_100_unpacked, saved_data_set, several_labels, odd_images]
+)
+def test_every_kind_of_data_is_trained_on(train, tmp_path, capsys, source):
+    options, labels = source(tmp_path)
+    capsys.readouterr()  # saving a data set shows a bar
+    code, _, err = train("--quiet", max_steps=1, **options)
+    assert (code, err) == (0, "")
+    record = read_record(tmp_path / "run")
+    assert record.data["labels"] == labels
+    assert record.data["task"] == ("multi_label" if source is several_labels else "single_label")
+    assert record.data["validation"] > 0
+
+
+def test_damaged_images_are_named_and_left_out_only_on_request(train, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "images")
+    (tmp_path / "images/red/empty.png").touch()
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(whole, "JPEG")
+    (tmp_path / "images/red/cut.jpg").write_bytes(whole.getvalue()[:-99])
+    err = refused(train(data=tmp_path / "images"), tmp_path)
+    assert "cut.jpg" in err and "empty.png" in err and "pass `--skip-bad`" in err
+    code, _, err = train("--quiet", "--skip-bad", data=tmp_path / "images")
+    assert code == 0
+    assert "Left out 2 images, because of `--skip-bad`" in err and "cut.jpg" in err
+    assert read_record(tmp_path / "run").data["train"] + read_record(tmp_path / "run").data["validation"] == 16
+
+
+def test_folders_that_are_no_data_are_explained(train, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "name their labels in a CSV with `--labels`" in refused(train(data=tmp_path / "empty"), tmp_path)
+    shutil.copytree(pictures / "red", tmp_path / "one/red")
+    assert "at least 2 classes to be told apart; got only `red`" in refused(train(data=tmp_path / "one"), tmp_path)
+    (tmp_path / "hollow/blue").mkdir(parents=True)
+    assert "Every class must have an image" in refused(train(data=tmp_path / "hollow"), tmp_path)
 
 
 @pytest.mark.parametrize(

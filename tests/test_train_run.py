@@ -1,78 +1,46 @@
 """`train_run` and `train_seeds`: the folder they leave, the record in it, and what they refuse."""
 
-import gc
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from little_runs import same, save_model, save_pictures
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 import inarch
 from inarch.core.errors import ConfigError, DataError, StateError
 from inarch.core.records import RunRecord, SeedsRecord, read_record
 from inarch.data import load_data
-from inarch.testing import perturb
 from inarch.train.models import load_model
 from inarch.train.predict import load_predictor
 from inarch.train.recipe import DataConfig, Recipe
 from inarch.train.resume import latest
 from inarch.train.run import train_run, train_seeds
 
+pytestmark = pytest.mark.usefixtures("little_garbage")
+
 CONFIG, STILL = "seq_bn[reduction_factor=4,dropout=0.1]", "seq_bn[reduction_factor=4]"
 """With random numbers in every step of training, and without."""
 QUICK = Recipe(epochs=2, batch_size=8, learning_rate=1e-2, device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """The trainer collects garbage at every start, which takes longer than these trainings."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random model in a folder, with the settings of its image processor, for two classes of its own."""
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ViTForImageClassification(
-            ViTConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-                patch_size=8,
-            )
-        )  # fmt: skip
-        perturb(network)
-    network.save_pretrained(folder)
-    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of images by class: each class has a colour."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for name, colour in {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}.items():
-        (root / name).mkdir()
-        for number in range(9):
-            pixels = np.clip(np.array(colour) + generator.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return str(root)
+    return save_pictures(tmp_path_factory.mktemp("pictures"), count=9)
 
 
 def tensors(folder):
     return load_file(folder / "adapter/adapter.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 # What a run leaves

@@ -1,7 +1,6 @@
 """`AdapterTrainer`: what it refuses, what its checkpoints hold, and that resuming changes nothing."""
 
 import errno
-import gc
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from little_runs import Killed, RandomImages, StopAt, same, weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -22,30 +22,10 @@ from inarch.testing import PlainTransformer, tiny
 from inarch.train import resume
 from inarch.train.trainer import AdapterTrainer
 
+pytestmark = pytest.mark.usefixtures("little_garbage")
+
 DROPPING = "adapter_plus[reduction_factor=4,dropout=0.2]"
 """An adapter that draws random numbers in each step of training."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """The trainer collects garbage at every start, which takes longer than these trainings."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-class Images(Dataset):
-    """Random images, each of its own random numbers."""
-
-    def __init__(self, number=24, classes=5):
-        self.number, self.classes = number, classes
-
-    def __len__(self):
-        return self.number
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % self.classes}
 
 
 class Words(Dataset):
@@ -87,7 +67,7 @@ def arguments(folder, **changes):
 
 
 def trainer_of(model, folder, data=None, callbacks=(), trains="adapter", **changes):
-    data = data or Images()
+    data = data or RandomImages()
     return AdapterTrainer(
         model,
         arguments(folder, **changes),
@@ -97,28 +77,6 @@ def trainer_of(model, folder, data=None, callbacks=(), trains="adapter", **chang
         callbacks=list(callbacks),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
-
-
-def weights(model):
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-class StopAt(TrainerCallback):
-    """Stands for a process that is killed: leaves in the middle of a step, without any tidying."""
-
-    class Killed(BaseException):
-        pass
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **rest):
-        if state.global_step == self.step:
-            raise StopAt.Killed
 
 
 # What is refused
@@ -260,7 +218,7 @@ class TokenNorm(nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "data", "step"),
-    [("vit-classifier", Images, 9), ("vit-classifier", Images, 7), ("bert-classifier", Words, 5)],
+    [("vit-classifier", RandomImages, 9), ("vit-classifier", RandomImages, 7), ("bert-classifier", Words, 5)],
     ids=["epoch's end", "within an epoch", "text"],
 )
 def test_a_resumed_training_ends_with_the_same_weights_bit_for_bit(tmp_path, name, data, step):
@@ -270,7 +228,7 @@ def test_a_resumed_training_ends_with_the_same_weights_bit_for_bit(tmp_path, nam
     trainer_of(whole, tmp_path / "whole", **options).train()
 
     killed = grafted(name, config)
-    with pytest.raises(StopAt.Killed):
+    with pytest.raises(Killed):
         trainer_of(killed, tmp_path / "parts", callbacks=[StopAt(step)], **options).train()
     resumed = grafted(name, config)
     with torch.no_grad():
@@ -487,7 +445,7 @@ def test_a_model_of_no_library_is_trained_and_resumed(tmp_path):
 def test_one_of_several_gpus_is_used_with_a_word(tmp_path, caplog):
     args = arguments(tmp_path)
     args._n_gpu = 2
-    AdapterTrainer(grafted(), args, train_dataset=Images())
+    AdapterTrainer(grafted(), args, train_dataset=RandomImages())
     assert args.n_gpu == 1
     assert "One GPU of 2 is used" in caplog.text
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
-from .guard import ERROR
+from .guard import ERROR, importing
 from .output import say, say_json, say_table
 from .probe import LAYOUT_HELP, MODEL_HELP
 
@@ -48,9 +48,10 @@ def check(
 
     Exit code 0 if nothing is wrong, 1 if a finding is an error.
     """
-    from ..check import Training
-    from ..handle import attach
-    from ..methods import read_config
+    with importing():
+        from ..check import Training
+        from ..handle import attach
+        from ..methods import read_config
 
     network = _network(model, with_weights=measure)
     config = read_config(adapter)

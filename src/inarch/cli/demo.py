@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .guard import importing
 from .output import err, note, out, say, say_table
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def demo(*, output: Annotated[Path, typer.Option(metavar="FOLDER", help=OUTPUT_H
     Takes about a minute and needs no network. Each configuration is judged before it is trained, and
     the adapter is loaded again in a fresh process.
     """
-    from ..train.demo import run_demo
+    with importing():
+        from ..train.demo import run_demo
 
     say("A small Vision Transformer that was pre-trained on letters learns handwritten digits.", style="bold")
     with _teller() as audience:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.recipe import DataConfig
+from .guard import importing
 from .options import configured, made_from
 from .output import note, progress, say, say_json, say_table
 from .predict import ADAPTER_HELP, BASE_HELP, DEVICE_HELP
@@ -40,9 +41,10 @@ def evaluate(
     """
     if "data" not in data:
         raise typer.BadParameter("An evaluation needs labelled images.", param_hint="--data")
-    from ..data import load_data
-    from ..train.evaluate import evaluate as evaluate_on
-    from ..train.predict import load_predictor
+    with importing():
+        from ..data import load_data
+        from ..train.evaluate import evaluate as evaluate_on
+        from ..train.predict import load_predictor
 
     chosen = made_from(DataConfig, data)
     assert isinstance(chosen, DataConfig)

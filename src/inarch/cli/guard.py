@@ -4,7 +4,9 @@ import errno
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +92,27 @@ def loading() -> Iterator[None]:
         sys.exit(ERROR)
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around slow imports, before anything is written: Ctrl-C ends the process at once.
+
+    As an exception it would leave half a module behind, or be swallowed by one, and fail in other words later.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main one may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(*_: Any) -> None:
+    os.write(2, b"Interrupted.\n")
+    os._exit(INTERRUPTED)
+
+
 def _stop(code: int, message: str) -> NoReturn:
     fail(message)
     raise typer.Exit(code) from None
@@ -146,6 +169,7 @@ def _settled() -> Iterator[None]:
     before = logger.propagate
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
     if not _shown:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 import typer
 
+from .guard import importing
 from .output import note, out, progress
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def predict(
     from ..data.images import find_images
 
     found = find_images(images, skip_bad=skip_bad)
-    from ..train.predict import load_predictor  # after the images: a wrong path is told at once
+    with importing():  # after the images: a wrong path is told at once
+        from ..train.predict import load_predictor
 
     predictor = load_predictor(adapter, model=model, device=device)
     results = predictor.predict(found, top=top, threshold=threshold, batch_size=batch_size, skip_bad=skip_bad)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.table import ranges
+from .guard import importing
 from .output import say, say_json, say_table
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def probe(
     Where inarch ships no layout of the architecture, it is run once without weights; nothing large is downloaded or
     held in memory.
     """
-    from ..sites import ProbeError
-    from ..sites import probe as find_sites
+    with importing():
+        from ..sites import ProbeError
+        from ..sites import probe as find_sites
     from .skeleton import skeleton
 
     try:

@@ -44,7 +44,7 @@ def with_own_weights(model: str) -> Any:
     """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`."""
     from transformers import CONFIG_MAPPING
 
-    from ..train.models import quiet
+    from ..train.quiet import quiet
 
     config = read_model_config(model)
     if model in CONFIG_MAPPING and not Path(model).exists():

@@ -13,7 +13,7 @@ from ..core.records import EpochRecord, RunRecord, SeedsRecord
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
 from .check import ADAPTER_HELP, say_report
-from .guard import ERROR
+from .guard import ERROR, importing
 from .options import configured, in_options, made_from
 from .output import err, fail, note, say, say_json, say_table
 
@@ -135,7 +135,8 @@ def _request(given: dict[str, Any], output: Path, *, resume: bool, quiet: bool) 
 
 
 def _run(request: dict[str, Any], output: Path, *, resume: bool, overwrite: bool, is_quiet: bool) -> Any:
-    from ..train.run import train_run, train_seeds
+    with importing():
+        from ..train.run import train_run, train_seeds
 
     num_seeds = request.pop("seeds", None) or 1
     options = {

@@ -1,9 +1,7 @@
 """Models that classify images, by name: `demo`, a folder, or an id on the Hub. A model's own code is never run."""
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..core.errors import ConfigError
 from ..data.examples import Task
 from ..heads import task_head
+from .quiet import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -134,18 +133,3 @@ def _check_weights(name: str, model: nn.Module, missing: Sequence[str]) -> None:
 def _lasting(name: str) -> str:
     """The name as an adapter file keeps it: that of a folder must hold in another place too."""
     return str(Path(name).expanduser().resolve()) if name != DEMO and Path(name).expanduser().is_dir() else name
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the library's report of what it loads: a new task head is meant."""
-    verbosity = transformers.logging.get_verbosity()
-    has_bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if has_bars and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

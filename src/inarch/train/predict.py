@@ -46,7 +46,7 @@ class Prediction:
 
 
 class Predictor:
-    """A model that classifies images, with its labels and its image processing."""
+    """A model that classifies images, with its labels and its image processing. Several threads may share it."""
 
     def __init__(self, model: nn.Module, processor: Any, labels: Sequence[str], task: Task = "single_label") -> None:
         self.model = model.eval()

@@ -1,7 +1,8 @@
 """One training from the data to the adapter folder, or the same one with several seeds.
 
 `train_run` does what `inarch train` does, without printing. Started by `accelerate launch` or `torchrun` on several
-processes, it computes what it computes on one: the batch size is that of all processes together.
+processes, it computes what it computes on one: the batch size is that of all processes together. A training sets
+torch's global random state, so there is one at a time in a process.
 """
 
 import contextlib
