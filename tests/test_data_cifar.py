@@ -191,7 +191,7 @@ def test_nothing_is_written_next_to_an_archive(tmp_path):
 
 def test_cifar_10_has_no_coarse_labels(tmp_path):
     """The option is refused where it would be ignored."""
-    with pytest.raises(DataError, match="`labels` must be `fine` for `cifar-10`; got `coarse`"):
+    with pytest.raises(DataError, match="`labels=` must be `fine` for `cifar-10`; got `coarse`"):
         load_data(unpacked(tmp_path / "c", cifar10()), labels="coarse")
 
 
