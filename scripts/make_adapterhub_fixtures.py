@@ -1,6 +1,10 @@
 """Write adapters of the library `adapters` 1.3.0 for models on which it has habits of its own, with what they compute.
 
     python scripts/make_adapterhub_fixtures.py tests/fixtures/adapterhub_habits
+    python scripts/make_adapterhub_fixtures.py build/oracle --full
+
+The second form writes every architecture of that library with every kind of bottleneck, LoRA and (IA)³, for
+`docs/agreement.md`; it takes a few minutes and 40 MB.
 
 Runs in an environment with that library: `pip install torch==2.13.0 adapters==1.3.0`. For each model it writes
 
@@ -14,10 +18,13 @@ library, which it does not save (DeBERTa, ModernBERT); here that bias is set to 
 """
 
 import argparse
+import itertools
 import logging
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import adapters
 import torch
@@ -47,14 +54,17 @@ SEQ2SEQ = {
     "max_position_embeddings": 16,
 }
 
+DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+T5 = {"d_model": WIDTH, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2, "vocab_size": VOCABULARY}
+IMAGE = {"image_size": 16, "patch_size": 8}
+AUDIO = {"num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 16, "decoder_start_token_id": 1}
+
 MODELS = {
     "albert": lambda: tf.AlbertModel(tf.AlbertConfig(**ENCODER, **TEXT, embedding_size=8)),
     "bart": lambda: tf.BartModel(tf.BartConfig(**SEQ2SEQ)),
     "beit": lambda: tf.BeitModel(tf.BeitConfig(**ENCODER, image_size=16, patch_size=8, vocab_size=VOCABULARY)),
     "bert_decoder": lambda: tf.BertModel(tf.BertConfig(**ENCODER, **TEXT, is_decoder=True, add_cross_attention=True)),
-    "deberta": lambda: tf.DebertaModel(
-        tf.DebertaConfig(**ENCODER, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"])
-    ),
+    "deberta": lambda: tf.DebertaModel(tf.DebertaConfig(**ENCODER, **TEXT, **DISENTANGLED)),
     "gemma2": lambda: tf.Gemma2Model(tf.Gemma2Config(**GEMMA)),
     "gpt2": lambda: tf.GPT2Model(
         tf.GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=16, vocab_size=VOCABULARY, **TOKENS)
@@ -68,15 +78,35 @@ MODELS = {
     "modernbert": lambda: tf.ModernBertModel(
         tf.ModernBertConfig(**ENCODER, **TEXT, local_attention=4, cls_token_id=3, sep_token_id=4, **TOKENS)
     ),
-    "mt5": lambda: tf.MT5Model(
-        tf.MT5Config(d_model=WIDTH, d_kv=4, d_ff=12, num_layers=LAYERS, num_heads=2, vocab_size=VOCABULARY)
-    ),
+    "mt5": lambda: tf.MT5Model(tf.MT5Config(**T5)),
     "phi": lambda: tf.PhiModel(tf.PhiConfig(**ENCODER, **TEXT, **TOKENS)),
     "qwen3": lambda: tf.Qwen3Model(tf.Qwen3Config(**GROUPED, head_dim=4)),
     "xmod": lambda: tf.XmodModel(
         tf.XmodConfig(**ENCODER, **TEXT, default_language="en_XX", languages=("en_XX", "de_DE"))
     ),
 }
+
+OTHER_MODELS = {
+    "bert": lambda: tf.BertModel(tf.BertConfig(**ENCODER, **TEXT)),
+    "bert-generation": lambda: tf.BertGenerationEncoder(tf.BertGenerationConfig(**ENCODER, **TEXT)),
+    "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**ENCODER, **IMAGE)),
+    "deberta-v2": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**ENCODER, **TEXT, **DISENTANGLED)),
+    "distilbert": lambda: tf.DistilBertModel(
+        tf.DistilBertConfig(dim=WIDTH, n_layers=LAYERS, n_heads=2, hidden_dim=12, **TEXT)
+    ),
+    "electra": lambda: tf.ElectraModel(tf.ElectraConfig(**ENCODER, **TEXT, embedding_size=WIDTH)),
+    "gemma3_text": lambda: tf.Gemma3TextModel(tf.Gemma3TextConfig(**GEMMA)),
+    "mbart": lambda: tf.MBartModel(tf.MBartConfig(**SEQ2SEQ)),
+    "mistral": lambda: tf.MistralModel(tf.MistralConfig(**GROUPED)),
+    "plbart": lambda: tf.PLBartModel(tf.PLBartConfig(**SEQ2SEQ)),
+    "qwen2": lambda: tf.Qwen2Model(tf.Qwen2Config(**GROUPED)),
+    "roberta": lambda: tf.RobertaModel(tf.RobertaConfig(**ENCODER, **TEXT)),
+    "t5": lambda: tf.T5Model(tf.T5Config(**T5)),
+    "vit": lambda: tf.ViTModel(tf.ViTConfig(**ENCODER, **IMAGE)),
+    "whisper": lambda: tf.WhisperModel(tf.WhisperConfig(**SEQ2SEQ, **AUDIO, pad_token_id=0, **TOKENS)),
+    "xlm-roberta": lambda: tf.XLMRobertaModel(tf.XLMRobertaConfig(**ENCODER, **TEXT)),
+}
+"""The architectures without a habit of their own."""
 
 BOTH = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 4, "non_linearity": "gelu"}
 DOUBLE = BnConfig(**BOTH)
@@ -106,15 +136,44 @@ CASES = {
 }
 
 
+COMBINATIONS = itertools.product((True, False), repeat=3)
+ALL_CASES = {
+    **{name: name for name in ("seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "lora", "ia3")},
+    **{
+        f"before{before:d}_after{after:d}_residual{residual:d}": BnConfig(
+            **BOTH, original_ln_before=before, original_ln_after=after, residual_before_ln=residual
+        )
+        for before, after, residual in COMBINATIONS
+    },
+    "inner_norms": BnConfig(**BOTH, ln_before=True, ln_after=True),
+    "residual_inside": BnConfig(**BOTH, adapter_residual_before_ln=True, original_ln_before=True, ln_after=True),
+    "gate_and_scale": BnConfig(**BOTH, scaling="learned", use_gating=True),
+    "channel_scale": BnConfig(**BOTH, scaling="channel", original_ln_before=True),
+    "parallel_gate": BnConfig(**BOTH, is_parallel=True, scaling="learned", use_gating=True),
+    "cross": CROSS,
+    "leave_out": BnConfig(
+        **BOTH | {"reduction_factor": {"0": 4, "default": 2}}, original_ln_before=True, leave_out=[1]
+    ),
+    "lora_everywhere": LORA,
+    "lora_gate": LoRAConfig(r=4, alpha=8, use_gating=True),
+    "ia3_everywhere": IA3Config(attn_matrices=["q", "k", "v"], output_lora=True),
+}
+
+
 def inputs(name: str) -> dict[str, torch.Tensor]:
     """The arguments of a forward."""
-    if name == "beit":
+    if name in ("beit", "clip_vision_model", "vit"):
         return {"pixel_values": torch.randn(2, 3, 16, 16)}
+    if name == "whisper":
+        return {
+            "input_features": torch.randn(2, 4, 16),
+            "decoder_input_ids": torch.randint(5, VOCABULARY, (2, 4)),
+        }
     ids = torch.randint(5, VOCABULARY, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, 5:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    if name in ("bart", "mt5"):
+    if name in ("bart", "mbart", "plbart", "mt5", "t5"):
         batch["decoder_input_ids"] = torch.randint(5, VOCABULARY, (2, 4))
     if name == "bert_decoder":
         batch["encoder_hidden_states"] = torch.randn(2, 3, WIDTH)
@@ -130,8 +189,10 @@ def perturb(model: torch.nn.Module, std: float, *, trained_only: bool) -> None:
 
 
 @torch.no_grad()
-def adapted(folder: Path, cls: type, config: adapters.AdapterConfig) -> torch.nn.Module:
-    """The base with one adapter, called "a"."""
+def adapted(
+    folder: Path, cls: type, config: Any, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.nn.Module]:
+    """What the base computes with one adapter, called "a", and the two."""
     model = cls.from_pretrained(folder / "base", attn_implementation="eager")
     biased = {path for path, module in model.named_modules() if getattr(module, "bias", None) is not None}
     adapters.init(model)
@@ -142,27 +203,32 @@ def adapted(folder: Path, cls: type, config: adapters.AdapterConfig) -> torch.nn
     model.train_adapter("a")
     perturb(model, 0.2, trained_only=True)
     model.set_active_adapters("a")
-    return model.eval()
+    return model.eval()(**batch).last_hidden_state.contiguous(), model
 
 
 @torch.no_grad()
-def write(folder: Path, name: str, seed: int) -> None:
-    """One model with all its cases."""
+def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed: int) -> None:
+    """One model with all its cases, apart from those that the library itself cannot do."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(seed)
-    base = MODELS[name]().eval()
+    base = make().eval()
     base.set_attn_implementation("eager")  # the other one leaves out Gemma 2's soft capping
     perturb(base, 0.05, trained_only=False)
     base.save_pretrained(folder / "base")
-    batch = inputs(name)
+    batch = inputs(folder.name)
     save_file(batch, folder / "inputs.safetensors")
     outputs = {"__base__": base(**batch).last_hidden_state.contiguous()}
-    for case, config in CASES[name].items():
-        model = adapted(folder, type(base), config)
-        outputs[case] = model(**batch).last_hidden_state.contiguous()
-        if torch.allclose(outputs[case], outputs["__base__"], atol=1e-3):
-            raise RuntimeError(f"{name}/{case} changes nothing")
-        model.save_adapter(str(folder / case), "a", use_safetensors=True)
+    for case, config in cases.items():
+        try:
+            found, model = adapted(folder, type(base), config, batch)
+        except (TypeError, ValueError) as error:
+            print(f"{folder.name}/{case}: impossible there: {error}")
+            continue
+        if torch.allclose(found, outputs["__base__"], atol=1e-3):
+            raise RuntimeError(f"{folder.name}/{case} changes nothing")
+        outputs[case] = found
+        # An adapter with a norm before it holds that norm twice there, which safetensors do not store.
+        model.save_adapter(str(folder / case), "a", use_safetensors=case != "inner_norms")
     save_file(outputs, folder / "outputs.safetensors")
 
 
@@ -170,12 +236,15 @@ def main() -> None:
     """Write the fixtures that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", default=",".join(MODELS), help="comma separated; all by default")
+    parser.add_argument("--models", default="", help="comma separated; all by default")
+    parser.add_argument("--full", action="store_true", help="every architecture, with every case")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in arguments.models.split(","):
-        write(arguments.folder / name, name, arguments.seed)
+    models = MODELS | OTHER_MODELS if arguments.full else MODELS
+    for name in arguments.models.split(",") if arguments.models else sorted(models):
+        cases = ALL_CASES if arguments.full else CASES[name]
+        write(arguments.folder / name, models[name], cases, arguments.seed)
         print(name, flush=True)
 
 

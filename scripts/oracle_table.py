@@ -9,6 +9,8 @@ is the largest absolute difference of the last hidden states in float32, or what
     refused   the adapter cannot be read exactly and is refused; `--reasons` prints why
     -         the reference has no such case
 
+`--page FILE` writes the table with the reasons as a page of the documentation.
+
 Exits with 1 if a case that is not refused differs by more than the tolerance. It is meant for values of order 1; where
 the largest value is larger, so is the tolerance, since rounding is.
 """
@@ -98,13 +100,107 @@ def table(found: dict[str, dict[str, Difference | str]], tolerance: float) -> st
 
 def reasons(found: dict[str, dict[str, Difference | str]], root: Path) -> str:
     """Each reason for a refusal once, with the cases it holds for."""
+    return "\n".join(f"\n{', '.join(where)}:\n  {text}" for text, where in _reasons(found, root).items())
+
+
+def _reasons(found: dict[str, dict[str, Difference | str]], root: Path) -> dict[str, list[str]]:
     cases: dict[str, list[str]] = {}
     for architecture, results in found.items():
         for case, value in results.items():
             if isinstance(value, str):
                 text = value.replace(str(root / architecture / case), "…").replace("\n", " ")
                 cases.setdefault(text, []).append(f"{architecture}/{case}")
-    return "\n".join(f"\n{', '.join(where)}:\n  {text}" for text, where in cases.items())
+    return cases
+
+
+PAGE = """# Agreement with the library `adapters`
+
+What adapters saved by the library `adapters` 1.3.0 (transformers 4.57.6) compute there, and what they compute when
+inarch reads them into a model of today's transformers: the largest absolute difference of the last hidden states, in
+float32, for values of order 1.
+
+Made by
+
+    python scripts/make_adapterhub_fixtures.py build/oracle --full     # in an environment with adapters==1.3.0
+    python scripts/oracle_table.py build/oracle --other-base --page docs/agreement.md
+
+The bases are tiny and random; so are the adapters, with weights far from their initial values. Rows are configurations:
+the presets, all combinations of the three flags of the wiring, gates, scales, norms, layers left out, LoRA and (IA)³.
+
+{summary}
+
+| architecture | compared | worst difference | largest value there | refused |
+|---|---:|---:|---:|---:|
+{rows}
+
+{notes}
+
+## Every case
+
+`0` is equality to the last bit, `no` a refusal, `-` a case that the library itself refuses.
+
+```
+{table}
+```
+
+## What is refused
+
+{reasons}
+"""
+
+NOTES = """The library adds a random bias to the fused projections of DeBERTa and ModernBERT and does not save it, so an
+adapter of these was trained on a base that is lost: `load` refuses it unless `other_base="allow"` is passed. Their rows
+compare with that bias set to zero. Gemma 2 and 3, ModernBERT, Phi, Qwen 2 and 3 are models that the library adapts
+through hooks; `bert_decoder` is BERT with cross-attention.
+
+Compacter, prefix tuning, prompt tuning, ReFT, DoRA, VeRA, MTL-LoRA, invertible adapters, and unions with one of them
+are refused by name."""
+
+
+def page(found: dict[str, dict[str, Difference | str]], root: Path, tolerance: float) -> str:
+    """The page of the documentation."""
+    rows = []
+    for name, results in sorted(found.items()):
+        compared = [value for value in results.values() if isinstance(value, Difference)]
+        worst = max(compared, key=lambda value: value.value / max(1.0, value.scale))
+        refused = len(results) - len(compared)
+        rows.append(f"| {name} | {len(compared)} | {_short(worst)} | {worst.scale:.1f} | {refused or ''} |")
+    return PAGE.format(
+        summary=summary(found, tolerance),
+        rows="\n".join(rows),
+        notes=NOTES,
+        table=small_table(found),
+        reasons="\n".join(f"* {', '.join(where)}: {text}" for text, where in _reasons(found, root).items()),
+    )
+
+
+def small_table(found: dict[str, dict[str, Difference | str]]) -> str:
+    """Cases down, architectures across, in cells as narrow as can be."""
+    cases = sorted({case for results in found.values() for case in results})
+    names = sorted(found)
+    width = max(map(len, cases))
+    height = max(map(len, names))
+    lines = [" " * width + "".join(f"{name.rjust(height)[place]:>6}" for name in names) for place in range(height)]
+    for case in cases:
+        values = [found[name].get(case) for name in names]
+        lines.append(f"{case:<{width}}" + "".join(f"{_cell(value):>6}" for value in values))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Difference | str | None) -> str:
+    return "-" if value is None else "no" if isinstance(value, str) else _short(value)
+
+
+def _short(value: Difference) -> str:
+    return f"{value.value:.0e}".replace("e-0", "e-") if value.value else "0"
+
+
+def summary(found: dict[str, dict[str, Difference | str]], tolerance: float) -> str:
+    """The counts in one line."""
+    values = [value for results in found.values() for value in results.values()]
+    compared = [value for value in values if isinstance(value, Difference)]
+    apart = [value for value in compared if not value.agrees(tolerance)]
+    return f"{len(compared)} compared, {len(values) - len(compared)} refused, {len(apart)} apart by more than rounding."
 
 
 def main() -> int:
@@ -120,6 +216,7 @@ def main() -> int:
         help="read adapters of bases that the library changes at random, too: for cases made without that change",
     )
     parser.add_argument("--reasons", action="store_true", help="print the text of every refusal")
+    parser.add_argument("--page", type=Path, help="write the table as a page of the documentation, too")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -140,13 +237,11 @@ def main() -> int:
     print(table(found, arguments.tolerance))
     if arguments.reasons:
         print(reasons(found, arguments.oracle))
+    if arguments.page is not None:
+        arguments.page.write_text(page(found, arguments.oracle, arguments.tolerance), encoding="utf-8")
+    print(f"\n{summary(found, arguments.tolerance)}")
     values = [value for results in found.values() for value in results.values()]
-    compared = [value for value in values if isinstance(value, Difference)]
-    apart = [value for value in compared if not value.agrees(arguments.tolerance)]
-    print(
-        f"\n{len(compared)} compared, {len(values) - len(compared)} refused, {len(apart)} apart by more than rounding"
-    )
-    return int(bool(apart))
+    return int(any(isinstance(value, Difference) and not value.agrees(arguments.tolerance) for value in values))
 
 
 if __name__ == "__main__":

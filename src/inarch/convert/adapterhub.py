@@ -30,6 +30,7 @@ from ..methods.bottleneck import Bottleneck, BottleneckConfig
 from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from .adapterhub_config import translate
+from .adapterhub_fused import asked_thirds, thirds_of_roles, widened
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .weights import read_weights
@@ -109,11 +110,12 @@ def read(
     towers = _interface(folder) or known_towers(model_type, folder)
     stacks = match_stacks(towers, sites, folder)
     stored = {_OLD_MODULES.sub("adapters", key): value for key, value in read_weights(folder, SAFE, TORCH).items()}
-    config = translate(_updated(record, stored), stacks, folder / RECORD, later=_version(record) > LATEST)
+    settings = _updated(record, stored)
+    config = translate(settings, stacks, folder / RECORD, later=_version(record) > LATEST)
     return Converted(
         name=name,
         config=config,
-        tensors=_convert(stored, name, config, stacks, folder),
+        tensors=_convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored),
         model_type=model_type,
         base=str(record.get("model_name") or ""),
         head=_read_head(folder) if head else None,
@@ -229,15 +231,25 @@ class _Module:
     leaf: tuple[str, ...]
 
 
-def _convert(
-    stored: Mapping[str, Tensor], name: str, config: AdapterConfig, stacks: Stacks, folder: Path
-) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is read, and what it is in our terms."""
+
+    folder: Path
+    name: str
+    stacks: Stacks
+    config: AdapterConfig
+    asked: tuple[str, ...]
+    """The thirds of fused projections that are adapted."""
+
+
+def _convert(source: _Source, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor under our key. Raises `StateError` that lists those that belong to nothing in this model."""
     found: dict[str, Tensor] = {}
     strange: list[str] = []
     for key, tensor in stored.items():
-        module = _module(key, name, stacks)
-        pieces = _pieces(module, tensor, config, folder) if module is not None else {}
+        module = _module(key, source.name, source.stacks)
+        pieces = _pieces(module, tensor, source) if module is not None else {}
         for ours, piece in pieces.items():
             # The reference stores the norm before an adapter twice: as itself and as the first step of `adapter_down`.
             if not torch.equal(found.setdefault(ours, piece), piece):
@@ -248,7 +260,7 @@ def _convert(
         more = f" and {len(strange) - 6} more" if len(strange) > 6 else ""
         raise StateError(
             f"Every tensor of an adapter must belong to a module that its configuration makes on this model; got "
-            f"{', '.join(strange[:6])}{more} at `{folder}`. Load it on the base model it was trained on."
+            f"{', '.join(strange[:6])}{more} at `{source.folder}`. Load it on the base model it was trained on."
         )
     return found
 
@@ -267,13 +279,13 @@ def _module(key: str, name: str, stacks: Stacks) -> _Module | None:
     return None
 
 
-def _pieces(module: _Module, tensor: Tensor, config: AdapterConfig, folder: Path) -> dict[str, Tensor]:
+def _pieces(module: _Module, tensor: Tensor, source: _Source) -> dict[str, Tensor]:
     """One tensor of the reference as ours: none where it has no meaning, several where a projection is fused."""
-    for part in config.parts:
+    for part in source.config.parts:
         if isinstance(part, BottleneckConfig) and not module.place.roles:
-            return _of_bottleneck(module, tensor, part, folder)
+            return _of_bottleneck(module, tensor, part, source.folder)
         if isinstance(part, LoRAConfig | IA3Config) and module.place.roles:
-            return _of_linear(module, tensor, part, folder)
+            return _of_linear(module, tensor, part, source.asked)
     return {}
 
 
@@ -293,7 +305,9 @@ def _of_bottleneck(module: _Module, tensor: Tensor, config: BottleneckConfig, fo
     return {".".join([prefix, ours, *rest]): tensor} if ours else {}
 
 
-def _of_linear(module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, folder: Path) -> dict[str, Tensor]:
+def _of_linear(
+    module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, asked: tuple[str, ...]
+) -> dict[str, Tensor]:
     site, (head, *rest), roles = module.site, module.leaf, module.place.roles
     leaf, method = _LEAVES.get(head), LoRA.name
     if isinstance(config, IA3Config):
@@ -302,15 +316,14 @@ def _of_linear(module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, 
             tensor = tensor.flatten()  # (rows, 1)
     if leaf is None or not tensor.shape:
         return {}
-    if roles == ("up",) and fused_with_gate(site):
+    if len(roles) > 1:
+        pieces = thirds_of_roles(site, asked, head, tensor)
+    elif roles == ("up",) and fused_with_gate(site):
         pieces = _of_fused_mlp(site, tensor, head)
     else:
-        if len(roles) > 1:  # a fused projection: the updates of the roles asked for lie one below the other
-            _check_fused(site, roles, folder)
-            roles = tuple(role for role in roles if role in config.attn_matrices)
-        if not roles or len(tensor) < len(roles) or len(tensor) % len(roles):
-            return {}
-        pieces = dict(zip(roles, tensor.chunk(len(roles)), strict=True))
+        pieces = dict.fromkeys(roles, tensor)
+    if isinstance(config, LoRAConfig):
+        pieces = {role: widened(head, piece, config.r) for role, piece in pieces.items()}
     keys = {role: module_key(method, Placement(site=site, port="linear", role=role)) for role in pieces}
     return {".".join([site.key, keys[role], leaf, *rest]): piece for role, piece in pieces.items()}
 
@@ -323,18 +336,3 @@ def _of_fused_mlp(site: Site, tensor: Tensor, head: str) -> dict[str, Tensor]:
         found = torch.cat([tensor[start:stop] for start, stop in rows]) if head == "lora_B" else tensor
         pieces[role] = found
     return pieces
-
-
-def _check_fused(site: Site, roles: tuple[str, ...], folder: Path) -> None:
-    """Raise `StateError` unless the roles lie one below the other, as the reference takes for granted."""
-    start = 0
-    for role in roles:
-        found = site.projections.get(role, ())
-        rows = found[0].rows if len(found) == 1 else None
-        if rows is None or len(rows) != 1 or rows[0][0] != start:
-            raise StateError(
-                "LoRA of a fused projection is read where queries, keys and values lie one below the other, as the "
-                f"library `adapters` takes for granted; got another order for `{role}` of `{site.key}` "
-                f"(`{site.layer_path}`) at `{folder}`. There it adapts other rows than it says: train the adapter anew."
-            )
-        start = rows[0][1]

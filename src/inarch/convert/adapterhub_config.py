@@ -102,6 +102,11 @@ def _linear(row: Mapping[str, Any], stacks: Stacks, default: LoRAConfig | IA3Con
     # The reference accepts "o" and adapts nothing for it.
     values["attn_matrices"] = [role for role in ("q", "k", "v") if role in asked and role in roles]
     values["selfattn_lora"] = bool(values["attn_matrices"])
+    if values["selfattn_lora"] and stacks.thirds_are_interleaved():
+        if isinstance(default, LoRAConfig):  # one update of the rank of all, see `adapterhub_fused`
+            count = len(values["attn_matrices"])
+            values |= {"r": count * values.get("r", default.r), "alpha": count * values.get("alpha", default.alpha)}
+        values["attn_matrices"] = ["q", "k", "v"]
     values |= {field: role in roles for role, field in _FIELD_OF_ROLE.items()}
     if "up" in roles and stacks.gates_are_fused() and isinstance(default, LoRAConfig):
         values["gate_lora"] = True
@@ -169,6 +174,8 @@ def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any
     alpha, fused = row.get("alpha", 1), any(len(place.roles) > 1 for place in stacks.linears())
     if mode == "scale" and fused and alpha != 1 and not row.get("use_gating"):
         reasons.append(("alpha", alpha, "(IA)³ that scales all of a fused projection"))
+    if row.get("use_gating") and row.get("selfattn_lora", True) and stacks.thirds_are_interleaved():
+        reasons.append(("use_gating", True, "a gate for each third of a projection in which heads are interleaved"))
     if mode == "scale" and row.get("intermediate_lora", True) and stacks.gates_are_fused():
         reasons.append(("intermediate_lora", True, "(IA)³ on a projection that is fused with a gate"))
     if row.get("use_dora"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..core.errors import StateError
 from ..core.site import Kind, Site, Sites
 from ..methods import layer_number
+from .adapterhub_fused import are_stacked
 from .adapterhub_names import TOWERS, Place, Tower
 
 
@@ -49,6 +50,15 @@ class Stacks:
         """The places of the bottlenecks that exist in this model."""
         for stack in self.stacks:
             yield from (place for place in stack.tower.bottlenecks.values() if place.kind in stack.kinds)
+
+    def thirds_are_interleaved(self) -> bool:
+        """Whether queries, keys and values are one projection, but do not lie one below the other."""
+        return any(
+            len(place.roles) > 1 and site.kind == place.kind and not are_stacked(site)
+            for stack in self.stacks
+            for place in stack.tower.linears.values()
+            for site in stack.sites
+        )
 
     def gates_are_fused(self) -> bool:
         """Whether the up-projection of an MLP is one with its gate."""
