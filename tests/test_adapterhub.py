@@ -166,6 +166,10 @@ def test_script_prints_the_agreement():
     assert rows["adapter_plus"][1] == "refused"
     assert rows["lora_gate"][1] == "3.0e+00!"
     assert rows["__base__"][1] == "-"
+    results = {**found, "other": {"adapter_plus": "no such thing", "lora_gate": script.Difference(3.0, 2.0)}}
+    page = script.page(results, FIXTURES, 1e-5)
+    assert "4 compared, 1 refused, 1 apart by more than rounding." in page
+    assert "| other | 1 | 3e+00 | 2.0 | 1 |" in page and "* other/adapter_plus: no such thing" in page
 
 
 # Habits of the reference on some models
