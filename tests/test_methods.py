@@ -397,3 +397,28 @@ def test_autocast_and_inference_mode_run():
         expected = output(model, "vit")
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.allclose(output(model, "vit").float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize(("name", "warns"), [("llama", True), ("gpt2-lm", True), ("t5", True), ("bert", False)])
+@pytest.mark.parametrize("config", ["seq_bn[use_gating=True]", "lora[use_gating=True]"])
+def test_a_gate_on_a_causal_model_comes_with_a_warning(name, warns, config, caplog):
+    adapters = inarch.attach(tiny(name))
+    adapters.add("plain", "seq_bn|lora")
+    assert not caplog.records
+    adapters.add("gated", config)
+    assert ["a token sees later ones" in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+def test_a_gate_is_a_mean_over_later_tokens_too():
+    model, ids = tiny("llama"), tiny_inputs("llama")["input_ids"]
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[use_gating=True]")
+    adapters.activate("a")
+    awake(adapters, "a", 0.5)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 7) % 90 + 3
+    first, second = (model(rows).last_hidden_state[:, :-1] for rows in (ids, other))
+    assert not torch.equal(first, second)
+    adapters.deactivate()
+    first, second = (model(rows).last_hidden_state[:, :-1] for rows in (ids, other))
+    assert torch.equal(first, second)

@@ -83,7 +83,7 @@ def test_a_program_reads_the_stream_where_its_formula_does(post):
         program = sum_program("a", wired, norm, joins_others=False)
         found = formula(site, "a", {"a": read_config(config)})
         assert program.reads(0) == found.reads_stream, values
-        assert (program.results[1] is not None) == found.passes_norm
+        assert program.gives(1) == found.passes_norm
         seen.add(program.reads(0))
         if not program.reads(0):
             program(None, torch.randn(2, 3, 8), None)
@@ -101,7 +101,7 @@ def test_linear_methods_run_in_the_order_of_the_setup():
             return output * self.factor + inputs
 
     modules = {"a": [Method(2), Method(3)], "b": [Method(5)]}
-    (result,) = linear_program(Stack("a", "b", "a"), modules)(torch.ones(2), torch.ones(2))
+    result = linear_program(Stack("a", "b", "a"), modules)(torch.ones(2), torch.ones(2))
     # each step: times its factor, plus one
     assert result.tolist() == [(((((1 * 2 + 1) * 3 + 1) * 5 + 1) * 2 + 1) * 3 + 1)] * 2
 
@@ -110,6 +110,7 @@ def test_a_program_is_plain_data():
     recorder = Recorder(2)
     x, h = recorder.arguments
     program = pickle.loads(pickle.dumps(recorder.program(x + h * 3, None)))
-    assert program(1, 2) == [7, None]
+    assert program(1, 2) == (7, None)
+    assert program.gives(0) and not program.gives(1)
     assert program.reads(0) and program.reads(1)
     assert not Recorder(2).program(h).reads(0)

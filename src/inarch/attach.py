@@ -193,7 +193,7 @@ def _arm_sum(
     handles = watch_output(model, seen, slot, slot.rewrite)
     if program.reads(0) and site.stream is not None:
         handles.append(watch_stream(model, site, site.stream, slot))
-    if post_norm is not None and program.results[1] is not None:
+    if post_norm is not None and program.gives(1):
         handles.append(post_norm.register_forward_hook(slot.close))
     if program.reads(2):
         # Those branches' own hooks, of sites that run before, are registered already.

@@ -254,7 +254,7 @@ class SiteSlot(nn.Module):
         self._output = site.output
         self._is_counted = bool(site.output.call)
         self._stream_at = Argument()
-        self._program = Program()
+        self._program = Program(3, (), (1, 3))
         self._reads_stream = False
         self._reads_others = False
 
@@ -373,7 +373,7 @@ class ProjectionSlot(nn.Module):
         """Pre-hook on a projection: its new input, (..., in)."""
         inputs = args[0] if args else self._find(module, kwargs)
         for role in self._roles:
-            (inputs,) = role.on_input(inputs)
+            inputs = role.on_input(inputs)
         return ((inputs, *args[1:]), kwargs) if args else ((), kwargs | {self._input.name: inputs})
 
     def adapt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -382,9 +382,9 @@ class ProjectionSlot(nn.Module):
         inputs = args[0] if args else self._find(module, kwargs)
         for role in self._roles:
             if role.rows is None:
-                (output,) = role.on_output(inputs, output)
+                output = role.on_output(inputs, output)
             else:
-                (part,) = role.on_output(inputs, _rows(output, role.rows))
+                part = role.on_output(inputs, _rows(output, role.rows))
                 output = _with_rows(output, role.rows, part)
         return output
 

@@ -41,7 +41,7 @@ from .core.table import render
 from .fingerprint import describe_sites, fingerprint
 from .heads import TrainedHeads, id2label, task_head
 from .loading import OtherBase
-from .methods import AdapterConfig, ConfigLike, read_config
+from .methods import AdapterConfig, ConfigLike, read_config, sees_whole_sequences
 from .plan import Plan, plan
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
 from .version import __version__
@@ -323,6 +323,14 @@ class Adapters:
     def _store(self, name: str, config: AdapterConfig, built: dict[str, dict[str, nn.Module]], *, sound: bool) -> None:
         """Put built modules in the model, leaving what is active as it was."""
         store(self.model, self.sites, name, built)
+        if any(sees_whole_sequences(part) for part in config.parts) and _is_causal(self.model, self.sites):
+            logger.warning(
+                "The gate of `%s` is a mean over all tokens, so on %s a token sees later ones, and generation with a "
+                "cache gives something else than without. The library `adapters` does the same; new adapters of a "
+                "causal model are better off with `use_gating=False`.",
+                name,
+                type(self.model).__name__,
+            )
         self._configs[name] = config
         self._heads.forget(name)
         self._unsound.discard(name)
@@ -573,6 +581,15 @@ def _refusal(verdict: Report) -> str:
     return (
         f"An adapter must keep the pre-trained function when its branch is zero; got {verdict.subject} for "
         f'{verdict.model_class}.\n{details}\n  For research, pass `unsound="allow"` to `add`.'
+    )
+
+
+def _is_causal(model: nn.Module, sites: Sites) -> bool:
+    """Whether the model generates, or some attention of a layer says that it looks back only."""
+    layers = (model.get_submodule(site.layer_path) for site in sites)
+    generates = getattr(model, "can_generate", None)
+    return (callable(generates) and bool(generates())) or any(
+        module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules()
     )
 
 

@@ -6,24 +6,34 @@ the forward repeats exactly their operations, in their order, without walking th
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Steps on values; the first values are the arguments."""
+    """Steps on values; the first values are the arguments, then comes None, then what the steps give."""
 
-    steps: tuple[tuple[Callable[..., Any], int, int | None], ...] = ()
-    """A function and the numbers of the one or two values it takes; each adds the next value."""
-    results: tuple[int | None, ...] = ()
-    """The numbers of the values that are returned; None stands for nothing."""
+    num_arguments: int
+    steps: tuple[tuple[Callable[..., Any], int, int | None], ...]
+    """A function and the numbers of the one or two values it takes."""
+    results: tuple[int, ...]
+    """The numbers of the values that are returned, as one value or as a tuple."""
+    take: Callable[[list[Any]], Any] = field(init=False)
+    """Takes the results out of all values."""
 
-    def __call__(self, *arguments: Any) -> list[Any]:
-        values = list(arguments)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "take", operator.itemgetter(*self.results))
+
+    def __call__(self, *arguments: Any) -> Any:
+        values = [*arguments, None]
         for function, left, right in self.steps:
             values.append(function(values[left]) if right is None else function(values[left], values[right]))
-        return [None if number is None else values[number] for number in self.results]
+        return self.take(values)
+
+    def gives(self, result: int) -> bool:
+        """Whether a result is something."""
+        return self.results[result] != self.num_arguments
 
     def reads(self, argument: int) -> bool:
         """Whether an argument has any influence."""
@@ -41,11 +51,12 @@ class Recorder:
     def call(self, function: Callable[..., Any], left: "Register", right: "Register | None" = None) -> "Register":
         """The register that will hold `function(left)` or `function(left, right)`."""
         self._steps.append((function, left.number, None if right is None else right.number))
-        return Register(self, self._num_arguments + len(self._steps) - 1)
+        return Register(self, self._num_arguments + len(self._steps))
 
     def program(self, *results: "Register | None") -> Program:
         """What was recorded, returning these registers."""
-        return Program(tuple(self._steps), tuple(None if result is None else result.number for result in results))
+        numbers = tuple(self._num_arguments if result is None else result.number for result in results)
+        return Program(self._num_arguments, tuple(self._steps), numbers)
 
 
 @dataclass(frozen=True, slots=True)

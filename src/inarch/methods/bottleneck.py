@@ -62,7 +62,9 @@ class BottleneckConfig(Config):
     scaling: float | Literal["learned", "channel"] = option(
         1.0, "Factor on the adapter's output: a number, one `learned` number, or one per `channel`, from 1."
     )
-    use_gating: bool = option(False, "Multiply the adapter's output by a learned gate, one number per sequence.")
+    use_gating: bool = option(
+        False, "Multiply the adapter's output by a learned gate, one number per sequence, the mean over all its tokens."
+    )
     dropout: float = option(0.0, "Dropout probability on the adapter's output.", at_least=0, less_than=1)
     stochastic_depth: float = option(
         0.0, "Probability of dropping the adapter for a whole sample in training.", at_least=0, less_than=1
@@ -259,7 +261,7 @@ class Bottleneck(SublayerMethod):
         u = in_dtype(z, down.weight.dtype)
         if self.norm_before is not None:
             u = self.norm_before(u)
-        w: Tensor = modules["up"](modules["activation"](down(u)))
+        w: Tensor = modules["up"](self.activation(down(u)))
         if self.training and self.stochastic_depth:
             w = _drop_samples(w, self.stochastic_depth, self.batch_dim)
         if self.scale is not None:

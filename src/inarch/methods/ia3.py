@@ -37,7 +37,9 @@ class IA3Config(Config):
     )
     output_lora: bool = option(False, "Scale the output of the MLPs.")
     alpha: float = option(1.0, "A constant factor on every scale.", more_than=0)
-    use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha.")
+    use_gating: bool = option(
+        False, "A learned gate, one number per sequence, the mean over all its tokens, in the place of alpha."
+    )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without scales, counted from 0.")
     leave_out_roles: tuple[str, ...] = option((), "Sites without scales in any layer, by their role, such as `mlp_2`.")
 

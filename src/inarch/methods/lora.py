@@ -32,7 +32,9 @@ class LoRAConfig(Config):
     r: int = option(8, "Rank of the update.", at_least=1, at_most=2**20)
     alpha: float = option(8.0, "The update is multiplied by alpha / r.", more_than=0)
     dropout: float = option(0.0, "Dropout probability on the input of the update.", at_least=0, less_than=1)
-    use_gating: bool = option(False, "A learned gate, one number per sequence, in the place of alpha / r.")
+    use_gating: bool = option(
+        False, "A learned gate, one number per sequence, the mean over all its tokens, in the place of alpha / r."
+    )
     init_weights: Literal["lora", "bert"] = option(
         "lora", "Initial weights: Kaiming A and zero B, so that training starts at the base model; or normal 0.02."
     )

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core.config import Config
 from ..core.errors import ConfigError
@@ -208,6 +209,11 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def sees_whole_sequences(config: Config) -> bool:
+    """Whether a token's result depends on all tokens of its sequence, as that of a `sequence_gate` does."""
+    return bool(getattr(config, "use_gating", False))
+
+
 def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
     """A gate of one number for each sample, the mean over its tokens: (B, L, D) -> (B, 1, 1) or, with B second,
     (L, B, D) -> (1, B, 1)."""
@@ -216,24 +222,33 @@ def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
     return open_.mean(dim=tokens, keepdim=True) if tokens else open_
 
 
-def activation(name: str) -> nn.Module:
-    """The activation function of that name, by transformers' names. Raises `ConfigError` for an unknown one."""
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of that name, by transformers' names. Raises `ConfigError` for an unknown one.
+
+    The common ones are plain functions: to call a module costs more than a small activation itself.
+    """
     name = name.lower()
-    common: dict[str, Callable[[], nn.Module]] = {
-        "relu": nn.ReLU,
-        "gelu": nn.GELU,
-        "swish": nn.SiLU,
-        "silu": nn.SiLU,
-        "tanh": nn.Tanh,
-        "leakyrelu": nn.LeakyReLU,
-        "linear": nn.Identity,
-    }
-    if name in common:
-        return common[name]()
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name]
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name not in ACT2CLS:
-        known = sorted({*common, *ACT2CLS})
+        known = sorted({*_ACTIVATIONS, *ACT2CLS})
         raise ConfigError(f"`non_linearity` must be an activation by name; got {name!r}. Known: {', '.join(known)}.")
     found: nn.Module = ACT2FN[name]
     return found
+
+
+def _unchanged(z: Tensor) -> Tensor:
+    return z
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leakyrelu": F.leaky_relu,
+    "linear": _unchanged,
+}
