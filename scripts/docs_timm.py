@@ -115,6 +115,8 @@ def topmost(model: nn.Module, pattern: re.Pattern[str]) -> int:
 
 def reason(message: str, refused: list[str]) -> str:
     """In a few words: classes of refused layers by reason, or the first sentence of the error."""
+    if "problems:" in message:
+        refused = []
     groups: dict[str, Counter[str]] = {}
     for entry in refused:
         classes, _, why = entry.partition("): ")

@@ -220,10 +220,10 @@ def _repeated_class(graph: Graph, branch: Branch) -> Layer | None:
 
 
 def _single_layer(graph: Graph, branches: list[Branch]) -> dict[Branch, Layer]:
-    """The layer of a model that repeats nothing: the innermost module around all branches."""
-    chains = [list(graph.owner(branch.total).chain()) for branch in branches]
-    common = [call for call in (chains[0] if chains else []) if all(call in chain for chain in chains)]
-    return {branch: Layer(common[0].path, parent_path(common[0].path), common[0]) for branch in branches}
+    """The layer of a model that repeats no module: the innermost one around all branches, however often it runs."""
+    chains = {branch: {call.path: call for call in graph.owner(branch.total).chain()} for branch in branches}
+    common = [path for path in next(iter(chains.values()), {}) if all(path in chain for chain in chains.values())]
+    return {branch: Layer(common[0], parent_path(common[0]), chain[common[0]]) for branch, chain in chains.items()}
 
 
 def _separate_runs(layers: dict[Branch, Layer]) -> dict[Branch, Layer]:
