@@ -255,6 +255,18 @@ def test_several_adapters_and_shared_heads_are_resumed(tmp_path):
     assert same(weights(other), weights(model))
 
 
+def test_a_whole_model_with_an_adapter_is_resumed(tmp_path):
+    def build():
+        model = grafted(config="seq_bn[reduction_factor=4]")
+        return model.requires_grad_()
+
+    model, other = build(), build()
+    trainer_of(model, tmp_path, trains="full", num_train_epochs=1).train()
+    trainer_of(other, tmp_path, trains="full", num_train_epochs=1).train(resume_from_checkpoint=True)
+    assert same(weights(other), weights(model))
+    assert not same(weights(other), weights(build()))
+
+
 def test_the_best_checkpoint_comes_back_with_adapter_and_head(tmp_path):
     seen = {}
 

@@ -207,7 +207,7 @@ class AdapterTrainer(Trainer):
             difference = compare_bases(
                 stored.record, handle.sites, self._network, stacks=stored.stacks(), heads=handle.heads
             )
-            if difference:
+            if difference and self.trains != "full":  # then the base moved too, and comes with the checkpoint
                 raise StateError(
                     f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base it was trained on."
                 )
