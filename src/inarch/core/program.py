@@ -6,7 +6,7 @@ the forward repeats exactly their operations, in their order, without walking th
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -17,19 +17,15 @@ class Program:
     num_arguments: int
     steps: tuple[tuple[Callable[..., Any], int, int | None], ...]
     """A function and the numbers of the one or two values it takes."""
-    results: tuple[int, ...]
-    """The numbers of the values that are returned, as one value or as a tuple."""
-    take: Callable[[list[Any]], Any] = field(init=False)
-    """Takes the results out of all values."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "take", operator.itemgetter(*self.results))
+    results: tuple[int] | tuple[int, int]
+    """The numbers of the one or two values that are returned, two as a tuple."""
 
     def __call__(self, *arguments: Any) -> Any:
         values = [*arguments, None]
         for function, left, right in self.steps:
             values.append(function(values[left]) if right is None else function(values[left], values[right]))
-        return self.take(values)
+        results = self.results
+        return values[results[0]] if len(results) == 1 else (values[results[0]], values[results[1]])
 
     def gives(self, result: int) -> bool:
         """Whether a result is something."""
@@ -53,10 +49,11 @@ class Recorder:
         self._steps.append((function, left.number, None if right is None else right.number))
         return Register(self, self._num_arguments + len(self._steps))
 
-    def program(self, *results: "Register | None") -> Program:
-        """What was recorded, returning these registers."""
-        numbers = tuple(self._num_arguments if result is None else result.number for result in results)
-        return Program(self._num_arguments, tuple(self._steps), numbers)
+    def program(self, result: "Register", *second: "Register | None") -> Program:
+        """What was recorded, returning one or two registers, of which the second may be nothing."""
+        numbers = [self._num_arguments if register is None else register.number for register in (result, *second)]
+        one_or_two = (numbers[0],) if len(numbers) == 1 else (numbers[0], numbers[1])
+        return Program(self._num_arguments, tuple(self._steps), one_or_two)
 
 
 @dataclass(frozen=True, slots=True)
