@@ -85,6 +85,31 @@ def test_a_circuit_is_the_documented_formula_of_what_it_takes(circuit, post_norm
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("flags", [flags for flags in FLAGS if flags["original_ln_after"]])
+@pytest.mark.parametrize("circuit", ["inner", "last_norm"])
+def test_a_circuit_before_the_sum_hands_on_what_the_adapter_makes(circuit, flags):
+    """The layer normalises its branch and adds the stream afterwards, so there is no sum of the adapter's own."""
+    config = BottleneckConfig(circuits={"output_adapter": circuit}, **flags)
+    x, h = torch.randn(2, 2, 4, 8, dtype=torch.float64)
+    norm = nn.LayerNorm(8, dtype=torch.float64)
+    expected = documented(
+        config.replace(original_ln_after=False), x, h, norm if circuit == "last_norm" else lambda value: value
+    )
+    handed = settled(config, site(), (x, h, None), norm)
+    assert handed.output is None
+    torch.testing.assert_close(handed.branch, expected, rtol=0, atol=1e-13)
+
+
+def test_a_circuit_that_the_site_does_not_have_is_refused():
+    adapters = inarch.attach(tiny("vit"))
+    adapters.add("a", "seq_bn[circuits={'output_adapter':'last_norm'}]", unsound="allow")
+    with pytest.raises(SiteError, match="needs one at the end of that branch; got none at site `image0.1.mlp`"):
+        adapters.activate("a")
+    config = AdapterConfig((BottleneckConfig(circuits={"output_adapter": "inner"}),))
+    with pytest.raises(SiteError, match="on the last projection of a branch needs one that can be hooked; got 0"):
+        formula(site(), "a", {"a": config})
+
+
 @pytest.mark.parametrize(
     ("circuit", "changes", "text"),
     [

@@ -22,6 +22,7 @@ from .bank import (
     Role,
     SiteSlot,
     WiredAdapter,
+    circuit_norm,
     circuit_site,
     input_program,
     layer_home,
@@ -185,16 +186,17 @@ def _arm_sum(
     kept = keep_only(setup, lambda name: name in wired)
     if kept is None:
         return []
-    post_norm = model.get_submodule(site.absolute(site.post_norm)) if site.post_norm is not None else None
-    others = _earlier_in_sum(site, sites)
-    program = sum_program(kept, wired, post_norm, joins_others=bool(others))
-    seen = circuit_site(site, wired[last(kept)].circuit)
+    circuit = wired[last(kept)].circuit
+    path, others = circuit_norm(site, sites, circuit), _earlier_in_sum(site, sites)
+    norm = None if path is None else model.get_submodule(path)
+    program = sum_program(kept, wired, norm, joins_others=bool(others))
+    seen = circuit_site(site, circuit)
     slot.arm(program, seen.output)
     handles = watch_output(model, seen, slot, slot.rewrite)
     if program.reads(0) and site.stream is not None:
         handles.append(watch_stream(model, site, site.stream, slot))
-    if post_norm is not None and program.gives(1):
-        handles.append(post_norm.register_forward_hook(slot.close))
+    if norm is not None and program.gives(1):
+        handles.append(norm.register_forward_hook(slot.close))
     if program.reads(2):
         # Those branches' own hooks, of sites that run before, are registered already.
         for other in others:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .compose import Setup, last, names, run
 from .core.errors import SetupError, SiteError
 from .core.program import Program, Recorder, Register
-from .core.site import Site, Tap
+from .core.site import Site, Sites, Tap
 from .core.wiring import Carry, Circuit, Settled, settle
 from .methods import LinearMethod, Placement, SublayerMethod, method_of
 
@@ -85,12 +85,14 @@ def rewire(
     if final.circuit in ("unnormed", "inner"):
         norm = None
     carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
+    if final.circuit == "last_norm":
+        return Settled(carry.value(x))
     return settle(carry, x, h, add=add, post_norm=norm is not None)
 
 
 def circuit_site(site: Site, circuit: Circuit) -> Site:
     """The site as the adapters of a circuit see it. Raises `SiteError` where they cannot be had there."""
-    if circuit != "inner":
+    if circuit not in ("inner", "last_norm"):
         return site
     last_projections = site.projections.get("down" if site.kind == "mlp" else "o", ())
     if len(last_projections) != 1 or last_projections[0].weight:
@@ -100,6 +102,22 @@ def circuit_site(site: Site, circuit: Circuit) -> Site:
         )
     tap = Tap(path=last_projections[0].path, side="out")
     return replace(site, output=tap, exact=site.exact and site.branch_norm is None)
+
+
+def circuit_norm(site: Site, sites: Sites, circuit: Circuit) -> str | None:
+    """The path in the model of the norm that the adapters of a circuit are given; None for none.
+
+    Raises `SiteError` where there is none that the circuit could mean.
+    """
+    if circuit != "last_norm":
+        return None if site.post_norm is None else site.absolute(site.post_norm)
+    final = [other for other in sites if (other.stack, other.role) == (site.stack, site.role)][-1]
+    if final.branch_norm is None:
+        raise SiteError(
+            "An adapter that takes the norm of the last layer needs one at the end of that branch; got none at site "
+            f"`{final.key}` (`{final.layer_path}`). Use another adapter."
+        )
+    return final.absolute(final.branch_norm)
 
 
 def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Site) -> None:
@@ -114,14 +132,14 @@ def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Sit
 
 
 def sum_program(
-    setup: Setup, adapters: Mapping[str, WiredAdapter], post_norm: nn.Module | None, *, joins_others: bool
+    setup: Setup, adapters: Mapping[str, WiredAdapter], norm: nn.Module | None, *, joins_others: bool
 ) -> Program:
     """What `rewire` does, as a program of x, h and others that returns the branch and the output of `Settled`."""
     recorder = Recorder(3)
     x, h, others = recorder.arguments
     recorded = {name: replace(part, branch=_Recorded(recorder, part.branch)) for name, part in adapters.items()}
-    norm = None if post_norm is None else _Recording(recorder, _ForwardOf(post_norm))
-    settled: Settled[Register] = rewire(setup, recorded, x, h, others=others if joins_others else None, norm=norm)
+    call = None if norm is None else _Recording(recorder, _ForwardOf(norm))
+    settled: Settled[Register] = rewire(setup, recorded, x, h, others=others if joins_others else None, norm=call)
     return recorder.program(settled.branch, settled.output)
 
 

@@ -150,13 +150,16 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
     adapters = {name: wired_adapter(part, site, branches[name]) for name, part in wired.items()}
     check_circuits(kept, adapters, site)
-    site = circuit_site(site, adapters[last(kept)].circuit)
+    circuit = adapters[last(kept)].circuit
+    site = circuit_site(site, circuit)
 
     def norm(total: Expr) -> Expr:
         return total.applied("LN")
 
     post = norm if site.post_norm is not None else None
-    settled = rewire(kept, adapters, X, H, others=OTHERS if site.shared_sum else None, norm=post)
+    settled = rewire(
+        kept, adapters, X, H, others=OTHERS if site.shared_sum else None, norm=norm if circuit == "last_norm" else post
+    )
     stream = X + OTHERS if site.shared_sum else X
 
     def output(handed: Settled[Expr]) -> Expr:

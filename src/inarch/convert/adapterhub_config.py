@@ -10,6 +10,7 @@ from typing import Any
 from ..core.config import Config
 from ..core.errors import ConfigError, StateError, join_problems
 from ..core.site import Kind
+from ..core.wiring import Circuit
 from ..methods import AdapterConfig
 from ..methods.bottleneck import BottleneckConfig
 from ..methods.ia3 import IA3Config
@@ -77,9 +78,13 @@ def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     values = _known(row, BottleneckConfig) | dict.fromkeys(_FIELD_OF_KIND.values(), False)
     places = list(_wanted(row, stacks.bottlenecks()))
     values |= {_FIELD_OF_KIND[place.kind]: True for place in places}
-    values["circuits"] = {_FIELD_OF_KIND[place.kind]: place.circuit for place in places if place.circuit != "own"}
+    circuits: dict[str, Circuit] = {_FIELD_OF_KIND[place.kind]: place.circuit for place in places}
     if any(stack.tower.hooks for stack in stacks):
         values |= {"original_ln_after": True, "original_ln_before": _reads_sum(row, stacks)}
+        for stack, place in _hooked(row, stacks):
+            if stack.tower.hooks[place.kind].norm is not None and _applies_norm(row):
+                circuits[_FIELD_OF_KIND[place.kind]] = "last_norm"
+    values["circuits"] = {field: circuit for field, circuit in circuits.items() if circuit != "own"}
     values["leave_out"] = _layers(row, stacks)
     values["non_linearity"] = str(values["non_linearity"]).lower()
     factor = values["reduction_factor"]
@@ -207,6 +212,10 @@ def _reads_sum(row: Mapping[str, Any], stacks: Stacks) -> bool:
     return bool(row.get("original_ln_before")) and has_stream
 
 
+def _applies_norm(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("original_ln_before")) and not row.get("is_parallel")
+
+
 def _hook_problems(row: Mapping[str, Any], stacks: Stacks, place: object) -> list[str]:
     """Where the reference gives a bottleneck that hangs on hooks something else than the stream of its layer."""
     if not (row.get("original_ln_before") or row.get("is_parallel")):
@@ -215,15 +224,17 @@ def _hook_problems(row: Mapping[str, Any], stacks: Stacks, place: object) -> lis
     hooked = list(_hooked(row, stacks))
     for stack, wanted in hooked:
         hooks = stack.tower.hooks[wanted.kind]
-        norms = {site.pre_norm for site in stack.sites if site.kind == wanted.kind}
-        if hooks.norm is not None and not row.get("is_parallel"):
-            found[wanted.field] = f"the norm `{hooks.norm}` of the last layer in every layer"
+        sites = [site for site in stack.sites if site.kind == wanted.kind]
+        norms = {site.pre_norm for site in sites}
+        # The reference gives every layer the norm of the last one, whatever it ends.
+        if hooks.norm is not None and _applies_norm(row) and {site.branch_norm for site in sites} != {hooks.norm}:
+            found[wanted.field] = f"the norm `{hooks.norm}`"
         elif hooks.stream is None and (row.get("is_parallel") or len(hooked) > 1):
             found[wanted.field] = "no stream"
         elif hooks.stream is not None and norms != {hooks.stream}:
             found[wanted.field] = f"what enters `{hooks.stream}`"
     return [
-        f"An adapter is read if the library `adapters` gave it the stream of its layer and no norm, or if it reads "
-        f"neither; got `{field}=True`, to which it gave {what}, at `{place}`. Train the adapter anew."
+        "An adapter is read if the library `adapters` gave it the stream of its layer, and the norm of its branch or "
+        f"none; got `{field}=True`, to which it gave {what}, at `{place}`. Train the adapter anew."
         for field, what in found.items()
     ]

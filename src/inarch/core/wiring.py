@@ -20,7 +20,7 @@ class Summable(Protocol):
 
 V = TypeVar("V", bound=Summable)
 
-Circuit = Literal["own", "exchanged", "unnormed", "joined", "inner"]
+Circuit = Literal["own", "exchanged", "unnormed", "joined", "inner", "last_norm"]
 """What an adapter is given for the stream, the branch output and the norm after the sum:
 
     own        those of the layer
@@ -28,6 +28,7 @@ Circuit = Literal["own", "exchanged", "unnormed", "joined", "inner"]
     unnormed   no norm: the layer's own comes after whatever the adapter makes of the sum
     joined     for the stream, the sum of the stream and the branches of the same sum that ran before
     inner      for the branch output, that of its last projection, before any norm of the branch; no norm
+    last_norm  the same, and for the norm the one that ends the branch of this kind in the last layer of the stack
 
 All but the first are habits of other libraries on certain models, needed for adapters that were trained there.
 """
