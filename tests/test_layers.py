@@ -20,8 +20,19 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"bank", "weight", "plan", "attach"}
-SERVICES = GRAFT | {"check", "witness", "state", "fingerprint", "convert", "heads", "pretrained", "report", "loading"}
+GRAFT = MECHANISM | {"tensors", "bank", "weight", "plan", "attach"}
+SERVICES = GRAFT | {
+    "check",
+    "witness",
+    "state",
+    "fingerprint",
+    "convert",
+    "heads",
+    "pretrained",
+    "trainer_door",
+    "report",
+    "loading",
+}
 USERS = SERVICES | {"handle", "data", "train", "sweep", "testing"}
 
 LAYERS: dict[str, set[str]] = {
@@ -30,10 +41,11 @@ LAYERS: dict[str, set[str]] = {
     "methods": CORE,
     "compose": CORE,
     "sites": CORE,
+    "tensors": CORE,
     "bank": MECHANISM,
     "weight": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank"},
-    "attach": MECHANISM | {"bank", "weight", "plan"},
+    "attach": MECHANISM | {"tensors", "bank", "weight", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
@@ -41,6 +53,7 @@ LAYERS: dict[str, set[str]] = {
     "convert": GRAFT,
     "heads": GRAFT,
     "pretrained": GRAFT | {"state"},
+    "trainer_door": GRAFT,
     "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "report": CORE,
     "handle": SERVICES,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .bank import (
@@ -39,6 +39,7 @@ from .core.site import Projection, Site, Sites, Tap
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
 from .plan import sublayer_part
 from .sites import Unnested, nesting_encoders
+from .tensors import TRAINABLE, execution_device, is_sharded
 from .weight import WeightRole, WeightSlot
 
 
@@ -89,29 +90,38 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, di
             generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
             module = method(part, placement, layer_number(placement.site, sites), generator)
             module.train(model.training)
-            like = _like(model, placement.site)
-            built.setdefault(placement.site.key, {})[module_key(method.name, placement)] = module.to(
-                device=like.device, dtype=like.dtype
-            )
+            device, dtype = _like(model, placement.site)
+            built.setdefault(placement.site.key, {})[module_key(method.name, placement)] = module.to(device, dtype)
     return built
 
 
-def _like(model: nn.Module, site: Site) -> Tensor:
-    """A tensor whose device and dtype fit the site: a floating parameter near the branch output."""
+def _like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that fit the site: those of a floating parameter near the branch output.
+
+    A weight that accelerate keeps elsewhere between forwards runs on the device of its hook.
+    """
+    is_skeleton = all(parameter.is_meta for parameter in model.parameters())
     for module in (tap_module(model, site, site.output), model.get_submodule(site.layer_path), model):
-        for parameter in module.parameters():
-            if parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                return _materialised(model, site, parameter)
-    return torch.empty(0)
+        for owner in module.modules():
+            for parameter in owner.parameters(recurse=False):
+                if parameter.dtype not in TRAINABLE:
+                    continue
+                if is_sharded(parameter):
+                    raise _misplaced(site, "is spread over processes", "`fully_shard` is called")
+                if not parameter.is_meta or is_skeleton:
+                    return parameter.device, parameter.dtype
+                device = execution_device(owner)
+                if device is None:
+                    raise _misplaced(site, "is on the meta device", "the model is offloaded")
+                return device, parameter.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
 
 
-def _materialised(model: nn.Module, site: Site, parameter: Tensor) -> Tensor:
-    if parameter.is_meta and not all(other.is_meta for other in model.parameters()):
-        raise SiteError(
-            f"An adapter is made where the weights of its site are; got weights that are offloaded at `{site.key}` "
-            f"(`{site.layer_path}`). Add adapters before the model is offloaded."
-        )
-    return parameter
+def _misplaced(site: Site, state: str, event: str) -> SiteError:
+    return SiteError(
+        f"An adapter is made where the weights of its site are; got a weight that {state} at `{site.key}` "
+        f"(`{site.layer_path}`). Add and load adapters before {event}."
+    )
 
 
 def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Mapping[str, nn.Module]]) -> None:

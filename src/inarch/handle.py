@@ -44,6 +44,8 @@ from .loading import OtherBase
 from .methods import AdapterConfig, ConfigLike, read_config, sees_whole_sequences
 from .plan import Plan, plan
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
+from .tensors import copy_into, is_quantised
+from .trainer_door import TrainerDoor
 from .version import __version__
 from .witness import verify
 
@@ -172,7 +174,8 @@ class Adapters:
         self._setup: Setup | None = None
         self._handles: list[Removable] = []
         setattr(model, _ATTRIBUTE, self)
-        self._pretrained = pretrained.Door(self)
+        self._trainer = TrainerDoor(self)
+        self._pretrained = pretrained.Door(self, self._trainer.as_base)
 
     # What there is
 
@@ -332,6 +335,7 @@ class Adapters:
                 type(self.model).__name__,
             )
         self._configs[name] = config
+        self._trainer.tell_adapters()
         self._heads.forget(name)
         self._unsound.discard(name)
         if not sound:
@@ -350,6 +354,7 @@ class Adapters:
                 )
             discard(self.model, self.sites, name)
             del self._configs[name]
+            self._trainer.tell_adapters()
             self._heads.forget(name)
             self._unsound.discard(name)
 
@@ -364,6 +369,7 @@ class Adapters:
                 return model
             self._arm(None)
             self._pretrained.close()
+            self._trainer.close()
             ungraft(self.model, self.sites)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
@@ -410,6 +416,7 @@ class Adapters:
         with _LOCK:
             self._check_setup(setup)
             heads = self._heads.find(head)
+            self._check_trainable(setup, heads)
             self._heads.keep(names(setup), heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
@@ -420,6 +427,24 @@ class Adapters:
             for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
             self._arm(setup)
+
+    def _check_trainable(self, setup: Setup, heads: tuple[str, ...]) -> None:
+        """Raise for weights that cannot be trained where they are, before anything is frozen."""
+        for key, parameter in self._heads.parameters(heads).items():
+            if is_quantised(parameter):
+                raise SetupError(
+                    f"A task head is trained in floating point; got quantised weights at `{key}` of "
+                    f"{type(self.model).__name__}. Leave it out of the quantisation (`llm_int8_skip_modules`, "
+                    "`modules_to_not_convert`), or pass `head=False`."
+                )
+        own = [(key, parameter) for name in names(setup) for key, parameter in self[name].items()]
+        for key, parameter in (*own, *self._heads.parameters(heads).items()):
+            if parameter.is_meta and not all(other.is_meta for other in self.model.parameters()):
+                raise SetupError(
+                    f"What is trained stays in memory; got offloaded weights at `{key}` of "
+                    f"{type(self.model).__name__}. Add or load adapters after the model is offloaded, and keep the "
+                    "task head in memory, or pass `head=False`."
+                )
 
     def _arm(self, setup: Setup | None) -> None:
         """Change the hooks to those of a setup; if that fails, none is active."""
@@ -438,6 +463,8 @@ class Adapters:
 
     def save(self, name: str, folder: str | os.PathLike[str], *, processor: Any = None, head: bool = True) -> None:
         """Write one adapter, with the task head trained with it, as an adapter folder.
+
+        Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
 
         Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with
         `to_dict`). Raises `StateError` if the folder holds something else or cannot be written.
@@ -514,9 +541,8 @@ class Adapters:
             heads = self._heads.tensors(found.head)
             state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
             self._heads.keep([chosen], found.head)
-            with torch.no_grad():
-                for key, tensor in {**wanted, **heads}.items():
-                    tensor.copy_(found.tensors[key])
+            for key, tensor in {**wanted, **heads}.items():
+                copy_into(tensor, found.tensors[key])
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
             self._store(chosen, found.config, built, sound=sound)

@@ -11,6 +11,8 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .bank import CHILD
 from .core.errors import SetupError, StateError
+from .tensors import is_sharded
 
 
 class Handle(Protocol):
@@ -45,8 +48,10 @@ def is_ours(key: str) -> bool:
 class Door:
     """Stands in `save_pretrained`, `push_to_hub` and `load_state_dict` of one model while it has adapters."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, as_base: Callable[[], AbstractContextManager[None]]) -> None:
+        """`as_base` gives a block in which transformers takes the model for one without adapters."""
         self._handle = handle
+        self._as_base = as_base
         self._forgiven: set[str] = set()
         model = handle.model
         self._hooks: list[RemovableHandle] = [
@@ -75,14 +80,26 @@ class Door:
         tensors = call.arguments.get("state_dict")
         tensors = model.state_dict() if tensors is None else tensors
         call.arguments["state_dict"] = {key: value for key, value in tensors.items() if not is_ours(key)}
-        result = own(*call.args, **call.kwargs)
-        if call.arguments.get("is_main_process", True):
-            folder = Path(call.arguments["save_directory"])
+        # Where the base is quantised, transformers passes over the state dict it was given and asks the model.
+        hook = model.register_state_dict_post_hook(self.leave_ours_out)  # type: ignore[no-untyped-call]
+        try:
+            with self._as_base():
+                result = own(*call.args, **call.kwargs)
+        finally:
+            hook.remove()
+        folder, is_main = Path(call.arguments["save_directory"]), call.arguments.get("is_main_process", True)
+        # Adapters of which every process holds a part are saved by all of them together.
+        if is_main or any(is_sharded(parameter) for parameter in model.parameters()):
             for name in handle.names:
                 handle.save(name, folder / FOLDER / name)
-            if handle.names and _CHECKPOINT.fullmatch(folder.name):
-                _make_resumable(folder, model, tensors)
+        if is_main and handle.names and _CHECKPOINT.fullmatch(folder.name):
+            _make_resumable(folder, model, tensors)
         return result
+
+    def leave_ours_out(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Hook on `state_dict` while the base is saved."""
+        for key in [key for key in state_dict if is_ours(key)]:
+            del state_dict[key]
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `push_to_hub`, which uploads no folders and so would lose the adapters."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .core.errors import StateError
+from .tensors import gather, is_sharded
 
 TENSORS, RECORD = "adapter.safetensors", "inarch.json"
 FORMAT_VERSION = 2
@@ -46,11 +47,41 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
     Where the system cannot let two folders change places (Linux can, on most file systems), there is an instant between
     two renames in which a reader sees none.
 
-    Raises `StateError` if the folder holds something else, or cannot be written.
+    Where several processes hold parts of the tensors, every process calls this, and the first one writes.
+
+    Raises `StateError` if the folder holds something else, or cannot be written, or tensors are not in memory.
     """
+    offloaded = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if offloaded:
+        raise StateError(
+            f"An adapter is saved from memory; got {len(offloaded)} tensors without values, first `{offloaded[0]}`, "
+            "which are offloaded or on the meta device. Add or load the adapter after the model is offloaded."
+        )
+    whole = gather(tensors)
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        return _write_once(Path(folder), whole, record)
+    return _write(Path(folder), whole, record)
+
+
+def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+    """Let the first process write, and all of them know when it has, or why it could not."""
+    from torch import distributed
+
+    outcome = [""]
+    if distributed.get_rank() == 0:
+        try:
+            _write(folder, tensors, record)
+        except StateError as error:
+            outcome = [str(error)]
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise StateError(outcome[0])
+    return folder
+
+
+def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
     from safetensors.torch import save as to_bytes
 
-    target = Path(folder)
     if target.exists() and not _replaceable(target):
         raise StateError(
             f"An adapter is saved into a new folder, an empty one, or over an adapter; got `{target}`, which holds "
@@ -60,7 +91,7 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
     try:
         draft.mkdir(parents=True)
         # As bytes, because safetensors' own writer makes a file that only its owner can read.
-        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
         (draft / TENSORS).write_bytes(to_bytes(plain))
         (draft / RECORD).write_text(
             json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2, ensure_ascii=False) + "\n",

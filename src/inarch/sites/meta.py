@@ -13,6 +13,10 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_TRAINED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types a weight has where it is not quantised."""
+
 _PLAIN_ATTENTIONS = ("eager", "sdpa")
 """The implementations that need no kernel of their own."""
 
@@ -23,7 +27,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     A deep copy instead of a new model from the configuration: so models that were edited, written by hand or made by
     another library are copied as they are. Raises what `copy.deepcopy` raises for a model that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(module): like for module in model.modules() if (like := _dequantised(module))}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(_empty(parameter.data), requires_grad=False)
     for buffer in model.buffers():
@@ -53,7 +57,37 @@ def _simplify(module: nn.Module) -> None:
 
 def _empty(tensor: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.empty_like(tensor, device="meta")
+        if type(tensor) in _PLAIN:
+            return torch.empty_like(tensor, device="meta")
+        # Quantised and sharded tensors have the shape and type of what they stand for.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _dequantised(module: nn.Module) -> nn.Module | None:
+    """The plain linear map that a quantised one stands for; None for any other module.
+
+    A quantised map is what has the sizes of a linear one and no weight of a type that one can have.
+    """
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not isinstance(inputs, int) or not isinstance(outputs, int) or any(module.children()):
+        return None
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    weight = getattr(module, "weight", None)
+    if not own or (isinstance(weight, Tensor) and weight.dtype in _TRAINED):
+        return None
+    return _Linear(inputs, outputs, bias=getattr(module, "bias", None) is not None)
+
+
+class _Linear(nn.Linear):
+    """A linear map without memory, of any type: quantised ones compute in the type of their input."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias, device="meta")
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class _CopiesToMeta(TorchFunctionMode):

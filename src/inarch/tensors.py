@@ -1,0 +1,50 @@
+"""Weights that are not plain tensors: quantised, sharded over processes, or offloaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types of weights that are not quantised."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each of several processes holds a part of it, as `fully_shard` leaves a weight."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a weight holds codes instead of its values: in its type, or inside a class of its own."""
+    own_class = type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
+    return tensor.dtype not in TRAINABLE or (own_class and not is_sharded(tensor))
+
+
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole. Where some are sharded, every process must call this, and gets all of them."""
+    whole: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        whole[key] = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    return whole
+
+
+def copy_into(target: Tensor, values: Tensor) -> None:
+    """Overwrite a weight, also one of which this process holds a part."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(
+            values.to(target.device, target.dtype),
+            target.device_mesh,  # type: ignore[attr-defined]
+            target.placements,  # type: ignore[attr-defined]
+        )
+    with torch.no_grad():
+        target.copy_(values)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere; None for one without its hook."""
+    hook = getattr(module, "_hf_hook", None)
+    found = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    return next((torch.device(device) for device in found if device is not None), None)

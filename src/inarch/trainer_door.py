@@ -1,0 +1,125 @@
+"""Answers what a trainer asks of a model whose base is frozen and whose adapters are trained.
+
+Two questions, and nothing else. Under reentrant checkpointing a layer has gradients only if its input requires one,
+which a frozen embedding never gives: whoever turns checkpointing on gets inputs that do. And a quantised base may be
+trained only with adapters on it: the flag that transformers reads says that there are some.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .core.errors import SetupError
+
+_FLAG = "_hf_peft_config_loaded"
+_ENABLE = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+"""The method that turns checkpointing on, and its name before transformers renamed it."""
+
+
+class Handle(Protocol):
+    """What the door needs of the handle of a model."""
+
+    model: nn.Module
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+class TrainerDoor:
+    """Stands in the method that turns checkpointing on, and sets the flag of a quantised model."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._hooks: list[RemovableHandle] = []
+        self._flagged = False
+        model = handle.model
+        self._method = next((name for name in _ENABLE if hasattr(type(model), name)), None)
+        if self._method is not None:
+            model.__dict__[self._method] = self.enable_checkpointing
+            if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                self._require_input_gradients()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._method is not None:
+            self._handle.model.__dict__.pop(self._method, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._flag(wanted=False)
+
+    def tell_adapters(self) -> None:
+        """Set or take back the flag of a quantised model after a change of its adapters."""
+        self._flag(wanted=bool(self._handle.names) and bool(getattr(self._handle.model, "is_quantized", False)))
+
+    def _flag(self, *, wanted: bool) -> None:
+        model = self._handle.model
+        if wanted and not getattr(model, _FLAG, False):
+            model.__dict__[_FLAG] = self._flagged = True
+        elif self._flagged and not wanted:
+            model.__dict__.pop(_FLAG, None)
+            self._flagged = False
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Take the flag back for the length of a `with` block in which it would make transformers look for PEFT."""
+        flagged = self._flagged
+        self._flag(wanted=False)
+        try:
+            yield
+        finally:
+            self._flag(wanted=flagged)
+
+    def enable_checkpointing(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own method, and then inputs of the layers that require gradients."""
+        model: Any = self._handle.model
+        assert self._method is not None
+        with self.as_base():
+            result = getattr(type(model), self._method)(model, *args, **kwargs)
+        self._require_input_gradients()
+        return result
+
+    def _require_input_gradients(self) -> None:
+        model: Any = self._handle.model
+        if self._hooks or getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
+            return
+        self._hooks += [module.register_forward_hook(self.require_gradients) for module in _embeddings(model)]
+        if not self._hooks and _is_reentrant(model):
+            raise SetupError(
+                "Reentrant checkpointing trains adapters only where the input embeddings are known, whose output is "
+                f"made to require gradients; got none for {type(model).__name__}. Use "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+
+    def require_gradients(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook on embeddings: the first tensor they give requires gradients, though no weight of theirs does."""
+        first = output if isinstance(output, Tensor) else next((x for x in output if isinstance(x, Tensor)), None)
+        if first is not None and first.is_leaf and first.is_floating_point():
+            first.requires_grad_(True)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """What the models inside this one name as their input embeddings."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        own: Any = getattr(module, "get_input_embeddings", None)
+        try:
+            embeddings = own() if own is not None else None
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Module):
+            found[id(embeddings)] = embeddings
+    return list(found.values())
+
+
+def _is_reentrant(model: nn.Module) -> bool:
+    """Whether some layer runs under reentrant checkpointing, torch's own default."""
+    functions = [
+        module._gradient_checkpointing_func  # noqa: SLF001 - transformers has no public name for it
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+    ]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
