@@ -81,7 +81,7 @@ class Door:
         tensors = model.state_dict() if tensors is None else tensors
         call.arguments["state_dict"] = {key: value for key, value in tensors.items() if not is_ours(key)}
         # Where the base is quantised, transformers passes over the state dict it was given and asks the model.
-        hook = model.register_state_dict_post_hook(self.leave_ours_out)  # type: ignore[no-untyped-call]
+        hook = model.register_state_dict_post_hook(_leave_ours_out)  # type: ignore[no-untyped-call]
         try:
             with self._as_base():
                 result = own(*call.args, **call.kwargs)
@@ -95,11 +95,6 @@ class Door:
         if is_main and handle.names and _CHECKPOINT.fullmatch(folder.name):
             _make_resumable(folder, model, tensors)
         return result
-
-    def leave_ours_out(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        """Hook on `state_dict` while the base is saved."""
-        for key in [key for key in state_dict if is_ours(key)]:
-            del state_dict[key]
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `push_to_hub`, which uploads no folders and so would lose the adapters."""
@@ -131,6 +126,12 @@ class Door:
 
 
 _STOOD_IN = ("save_pretrained", "push_to_hub")
+
+
+def _leave_ours_out(_module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Hook on `state_dict` while the base is saved."""
+    for key in [key for key in state_dict if is_ours(key)]:
+        del state_dict[key]
 
 
 def _unpublished(model: nn.Module) -> SetupError:

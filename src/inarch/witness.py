@@ -13,6 +13,7 @@ from .bank import SiteSlot, pick
 from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
 from .sites import unfused
+from .tensors import is_quantised
 
 
 def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -23,16 +24,20 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
     """
     witnesses = [_Witness(model, site) for site in sites]
     handles = [handle for witness in witnesses for handle in witness.watch()]
-    training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
+        for module in modes:
+            # In eval mode bitsandbytes packs four-bit weights for inference, for good: they would train nothing after.
+            if not any(module.children()) and any(map(is_quantised, module.parameters(recurse=False))):
+                module.training = True
         with torch.no_grad(), unfused(), torch.random.fork_rng(devices=[]):
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
     problems = [problem for witness in witnesses if (problem := witness.problem())]
     if not problems:
         followers = itertools.pairwise(witnesses)
