@@ -44,6 +44,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def _simplify(module: nn.Module) -> None:
     """Leave out of a copy what cannot run without memory."""
+    # What accelerate puts around a forward brings weights from where it keeps them, to a model that has none.
+    if "_old_forward" in vars(module):
+        vars(module).pop("_hf_hook", None)
+        vars(module)["forward"] = vars(module).pop("_old_forward")
     # A hook may close over the original model and its weights; what it adds is no part of the model.
     for name in _HOOKS:
         getattr(module, name).clear()
