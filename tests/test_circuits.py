@@ -1,6 +1,7 @@
 """Adapters that take the stream, the branch and the norm as other libraries do, and outputs told by counting calls."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 
@@ -200,6 +201,22 @@ def test_a_joined_adapter_without_the_other_branch_says_so():
     block.ln_1(x)  # where the stream is held
     with pytest.raises(SiteError, match=r"runs after them; got none before the output of site `text0\.1\.mlp`"):
         block.mlp(x)
+
+
+def test_a_joined_stream_from_a_module_that_is_called_often_is_refused():
+    model = gptj()
+    sites = inarch.probe(model)
+    counted = [
+        dataclasses.replace(place, output=dataclasses.replace(place.output, call=1, since="ln_1"))
+        if place.kind == "self_attention"
+        else place
+        for place in sites
+    ]
+    adapters = inarch.attach(model, layout=dataclasses.replace(sites, sites=tuple(counted)))
+    adapters.add("a", JOINED)
+    with pytest.raises(SiteError, match="needs each of them at a module that its layer calls once; got `attn`"):
+        adapters.activate("a")
+    assert adapters.setup is None
 
 
 def module(model, place):

@@ -210,6 +210,12 @@ def _arm_sum(
     if program.reads(2):
         # Those branches' own hooks, of sites that run before, are registered already.
         for other in others:
+            if other.output.call:
+                raise SiteError(
+                    "An adapter that reads the other branches of its sum needs each of them at a module that its layer "
+                    f"calls once; got `{other.output.path}`, which is called often, for `{other.key}` at site "
+                    f"`{site.key}`. Load the adapter without this site."
+                )
             hook = partial(slot.hold_other, other.output.key)
             handles.append(tap_module(model, other, other.output).register_forward_hook(hook))
     return handles
