@@ -8,11 +8,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "build" / "zoo"
+RECORDED = Path(__file__).parent / "layouts.json"
+"""The layouts that the tiny models had when they were last looked at, by type."""
 
 
 def main() -> None:
     """Read the command and run it."""
-    parser = argparse.ArgumentParser(prog="python scripts/zoo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python scripts/zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("tiny", "meta"):
         command = commands.add_parser(name)
@@ -23,12 +27,18 @@ def main() -> None:
         command.add_argument("--workers", type=int, default=2)
         command.add_argument("--seconds", type=float, default=60, help="time limit of one type")
         command.add_argument("--gigabytes", type=float, default=12, help="memory limit of a worker")
-    worker = commands.add_parser("worker")
+    commands.add_parser("table", help="write docs/coverage.md from the records")
+    commands.add_parser("record", help="take the layouts of the last tiny run for those that tests compare with")
+    worker = commands.add_parser("worker", help="(what the pool starts)")
     worker.add_argument("task")
     worker.add_argument("gigabytes", type=float)
     options = parser.parse_args()
     if options.command == "worker":
         _work(options.task, options.gigabytes)
+    elif options.command == "table":
+        _table()
+    elif options.command == "record":
+        _record()
     else:
         _run(options)
 
@@ -92,3 +102,21 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     return {record["type"]: record for record in map(json.loads, path.read_text().splitlines())}
+
+
+def _table() -> None:
+    import transformers
+
+    from zoo.table import coverage
+
+    tiny, meta = read(RESULTS / "tiny.jsonl"), read(RESULTS / "meta.jsonl")
+    page = ROOT / "docs" / "coverage.md"
+    page.write_text(coverage(tiny, meta, transformers.__version__), encoding="utf-8")
+    print(f"{page.relative_to(ROOT)}: {len(tiny)} types")
+
+
+def _record() -> None:
+    tiny = read(RESULTS / "tiny.jsonl")
+    kept = {model_type: tiny[model_type]["layout"] for model_type in sorted(tiny) if tiny[model_type].get("layout")}
+    RECORDED.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
+    print(f"{RECORDED.relative_to(ROOT)}: {len(kept)} layouts")

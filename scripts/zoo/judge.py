@@ -1,6 +1,6 @@
 """What one model type makes of an adapter: every claim that a graft rests on, checked on a tiny random model."""
 
-import hashlib
+import re
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import inarch
+from inarch.bank import pick
+from inarch.core.errors import SiteError
 from inarch.core.site import Sites
 from inarch.sites import Inputs
 from inarch.sites.inputs import made_inputs
@@ -20,6 +22,7 @@ from inarch.sites.trace import leaves
 
 from . import oracle
 from .build import model_class, tiny_model
+from .describe import lines
 from .factories import FACTORIES
 from .reviews import REFUSED, REVIEWED
 
@@ -45,7 +48,7 @@ class Record:
     idle: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
     excused: list[str] = field(default_factory=list)
-    signature: str = ""
+    layout: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,13 +66,23 @@ def judge(model_type: str) -> Record:
     try:
         _judge(record)
         record.verdict, record.stage = ADAPTS, ""
+    except ImportError as error:
+        record.verdict, record.reason = REFUSED_BY_NAME, _missing_package(error)
+    except SiteError as error:
+        # inarch itself says why it does not touch this model.
+        record.verdict = REFUSED_BY_NAME if record.stage == "attach" else FAILS
+        record.reason = str(error)
     except Exception as error:  # noqa: BLE001  whatever goes wrong is the verdict
         record.reason = f"{type(error).__name__}: {error}" if not isinstance(error, Fault) else str(error)
     record.seconds = round(time.monotonic() - start, 2)
-    refusal = REFUSED.get(model_type)
-    if refusal is not None and record.verdict == FAILS:
-        record.verdict, record.reason = REFUSED_BY_NAME, f"{refusal}. ({record.reason[:200]})"
+    if record.verdict != ADAPTS and model_type in REFUSED:
+        record.verdict, record.reason = REFUSED_BY_NAME, REFUSED[model_type]
     return record
+
+
+def _missing_package(error: ImportError) -> str:
+    found = re.search(r"requires the (\S+) library", str(error))
+    return f"needs the package {found.group(1)}, which is not installed" if found else str(error)
 
 
 def _judge(record: Record) -> None:
@@ -110,7 +123,8 @@ def _judge(record: Record) -> None:
         _check_same(before, _outputs(model, inputs), "a deactivated adapter changes the output")
         adapters.remove("zoo")
         adapters.load(Path(folder) / "a", name="again")
-    adapters.activate("again")
+    # Trainable like the one it was saved from: torch chooses kernels, and so rounds, by what requires a gradient.
+    adapters.train("again", head=False)
     _check_same(active, _outputs(model, inputs), "a loaded adapter computes something else")
     record.stage = "stream"
     _check_stream(record, adapters, model, inputs, before)
@@ -230,8 +244,7 @@ def _describe(record: Record, sites: Sites) -> None:
     roles = sorted({role for site in sites for role in site.projections})
     stream = "all" if len(reads) == len(sites) else "none" if not reads else "some"
     record.ports = [f"stream:{stream}", *roles]
-    text = repr([site.signature() for site in sites])
-    record.signature = hashlib.sha256(text.encode()).hexdigest()[:16]
+    record.layout = lines(sites)
 
 
 def _check_counts(record: Record, model: nn.Module, sites: Sites, ran: frozenset[str]) -> None:
@@ -246,6 +259,8 @@ def _check_counts(record: Record, model: nn.Module, sites: Sites, ran: frozenset
     for path in layers:
         layer = model.get_submodule(path)
         name = type(layer).__name__
+        if path not in found and any(f"`{path}`" in text for text in sites.refused):
+            continue
         number = found.get(path, 0) // max(1, len(stacks[path]) or 1)
         wanted = {oracle.sums(layer), oracle.sublayers(layer)}
         if name in reviewed:
@@ -352,7 +367,7 @@ def _check_gradients(record: Record, model: nn.Module, adapters: Any, inputs: In
 def _excuse(record: Record, model: nn.Module, adapters: Any, inputs: Inputs, idle: list[str]) -> None:
     """Show on the bare base that nothing added where these weights act can reach the output."""
     sites: Sites = adapters.sites
-    places: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    places: dict[str, tuple[str, tuple[Any, ...], str]] = {}
     for key in idle:
         site = next(site for site in sites if key.startswith(f"{site.key}."))
         rest = key.removeprefix(f"{site.key}.")
@@ -360,30 +375,46 @@ def _excuse(record: Record, model: nn.Module, adapters: Any, inputs: Inputs, idl
             word = rest.split(".")[1]
             role = word.rstrip("0123456789")
             part = word.removeprefix(role) or "0"
-            places[key] = (site.absolute(site.projections[role][int(part)].path), ())
+            places[key] = (site.absolute(site.projections[role][int(part)].path), (), "in")
         else:
-            places[key] = (site.absolute(site.output.path), site.output.key)
+            places[key] = (site.absolute(site.output.path), site.output.key, "out")
     alive: list[str] = []
     with adapters.using(None):
         for place in dict.fromkeys(places.values()):
-            if _reaches_output(model, inputs, *place):
-                alive += [key for key, where in places.items() if where == place]
-            else:
+            if not _reaches_output(model, inputs, *place[:2]):
                 record.excused.append(f"{place[0]}: the base's output does not depend on it")
+            elif _sees_zeros(model, inputs, *place):
+                record.excused.append(f"{place[0]}: gets nothing but zeros in the base")
+            else:
+                alive += [key for key, where in places.items() if where == place]
     if alive:
         raise Fault(f"{len(alive)} adapter weights get no gradient, {alive[0]} first")
 
 
-def _reaches_output(model: nn.Module, inputs: Inputs, path: str, key: tuple[Any, ...]) -> bool:
-    from inarch.bank import _replace, pick
+def _sees_zeros(model: nn.Module, inputs: Inputs, path: str, key: tuple[Any, ...], side: str) -> bool:
+    """Whether what an adapter there reads, the input of a projection or the branch output, is exactly zero."""
+    seen: list[bool] = []
 
+    def look(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        read = args[0] if side == "in" else pick(output, key)
+        seen.append(not bool(read.any()))
+
+    handle = model.get_submodule(path).register_forward_hook(look)
+    try:
+        _run(model, inputs)
+    finally:
+        handle.remove()
+    return bool(seen) and all(seen)
+
+
+def _reaches_output(model: nn.Module, inputs: Inputs, path: str, key: tuple[Any, ...]) -> bool:
     added: list[Tensor] = []
 
     def add(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         h = pick(output, key)
         nothing = torch.zeros_like(h, requires_grad=True)
         added.append(nothing)
-        return _replace(output, key, h + nothing)
+        return _replaced(output, key, h + nothing)
 
     handle = model.get_submodule(path).register_forward_hook(add)
     try:
@@ -394,6 +425,17 @@ def _reaches_output(model: nn.Module, inputs: Inputs, path: str, key: tuple[Any,
         return False
     gradients = torch.autograd.grad(loss, added, allow_unused=True)
     return any(g is not None and bool(g.abs().sum() > 0) for g in gradients)
+
+
+def _replaced(output: Any, key: tuple[Any, ...], value: Tensor) -> Any:
+    if not key:
+        return value
+    inner = _replaced(output[key[0]], key[1:], value)
+    if isinstance(output, (list, tuple)):
+        return type(output)(inner if place == key[0] else item for place, item in enumerate(output))
+    changed = type(output)(output)
+    changed[key[0]] = inner
+    return changed
 
 
 # -------------------------------------------------------------------- detaching
