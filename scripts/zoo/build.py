@@ -12,7 +12,7 @@ from inarch.testing import perturb
 from .exceptions import CLASSES, COMPLETE, CONFIGS
 from .shrink import tiny_overrides
 
-MOST_PARAMETERS = 120_000_000
+MOST_PARAMETERS = 400_000_000
 
 
 def model_types() -> list[str]:

@@ -6,7 +6,13 @@ A key is a setting of the configuration or of a part of it: `text_config.hidden_
 from collections.abc import Mapping
 from typing import Any
 
+
+def _chameleon_token(code: int) -> str:
+    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
+
+
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3]}
+_PLACEHOLDERS = {"image_token_id": 260, "video_token_id": 261}
 _CODEC = {"upsample_groups": 64, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32, "num_filters": 8}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MROPE_HALF = _MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
@@ -34,9 +40,7 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "autoformer": _SERIES | {"label_length": 2},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
-    "chameleon": {
-        "vocabulary_map": {"<image>": 260, "<racm3:break>": 261, "<eoss>": 262, "IMGIMGAZ": 263, "IMGIMGBZ": 264}
-    },
+    "chameleon": {"vocabulary_map": {"<image>": 260} | {_chameleon_token(code): code for code in range(64)}},
     "cohere_compass": {
         "text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -54,6 +58,16 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 300},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "blip-2": {"image_token_id": 260},
+    "instructblip": {"image_token_id": 260},
+    "instructblipvideo": {"video_token_id": 260},
+    "voxtral": {"audio_token_id": 24},
+    "minicpm_ocr": _PLACEHOLDERS,
+    "minicpmv4_6": _PLACEHOLDERS,
+    "minicpmv4_7": _PLACEHOLDERS,
+    "qwen2_audio": {"audio_token_index": 300},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64},
@@ -109,16 +123,51 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "depth_pro": {
         "patch_size": 64, "image_model_config.image_size": 64, "patch_model_config.image_size": 64,
         "fov_model_config.image_size": 64, "image_model_config.patch_size": 16, "patch_model_config.patch_size": 16,
-        "fov_model_config.patch_size": 16,
+        "fov_model_config.patch_size": 16, "intermediate_hook_ids": [1, 0],
     },
     **{
         name: {"image_grid_pinpoints": [[112, 56]], "vision_config.image_size": 56}
-        for name in ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")
+        for name in ("llava_next", "llava_next_video", "llava_onevision")
     },
+    "tvp": {"num_frames": 2, "visual_prompter_apply": "replace"},
+    "clap": {"audio_config.hidden_size": 384},
+    "clvp": {
+        "text_config.vocab_size": 320, "decoder_config.vocab_size": 320, "text_config.num_attention_heads": 2,
+        "speech_config.num_attention_heads": 2, "decoder_config.num_attention_heads": 2,
+    },
+    "edgetam": {
+        "vision_config.fpn_hidden_size": 256, "prompt_encoder_config.hidden_size": 256,
+        "mask_decoder_config.hidden_size": 256, "vision_config.backbone_channel_list": [1024, 512, 256, 64],
+        "vision_config.backbone_feature_sizes": _SIZES,
+    },
+    "mllama": {"vision_config.vision_output_dim": 128, "vision_config.intermediate_layers_indices": [0]},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64], "backbone_feature_sizes": _SIZES},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"], "vision_config.sam_config.output_channels": 64,
+        "vision_config.sam_config.downsample_channels": [64, 64], "vision_config.sam_config.num_pos_feats": 32,
+        "vision_config.encoder_config.hidden_size": 64,
+    },
+    "llama4": {
+        "vision_config.vision_output_dim": 64, "vision_config.projector_output_dim": 64,
+        "vision_config.projector_input_dim": 64, "vision_config.intermediate_size": 256,
+    },
+    "muse_glimmer": {"projector_hidden_size": 64, "out_hidden_size": 256},
+    "vipllava": {"vision_feature_layers": [-2, -1], "projector_hidden_size": 64},
+    "granite4_vision": {
+        "image_grid_pinpoints": [[256, 128]], "vision_config.image_size": 128, "vision_config.patch_size": 16,
+    },
+    "efficientloftr": {
+        "hidden_size": 256, "out_features": [64, 64, 128, 256], "num_attention_heads": 8, "num_key_value_heads": 8
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "florence2": {"vision_config.projection_dim": 64},
+    "longcat_flash": {"head_dim": 8},
+    "neucodec": {"quantization_dim": 128},
+    "xcodec2": {"quantization_dim": 128},
+    "omdet-turbo": {"text_projection_in_dim": 64, "text_projection_out_dim": 64},
     "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "dots3_note": {"audio_config.adapter_in_dim": 64},
-    "efficientloftr": {"hidden_size": 256, "out_features": [64, 64, 128, 256]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_spark": {"audio_config.out_hidden_size": 64, "audio_config.num_hidden_layers": 4, "audio_config.depths": [1, 2, 1, 1]},
@@ -171,7 +220,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "gradium_phonon_tts": {"flow_head_config.condition_dim": 64},
     "pocket_tts": {"flow_head_config.condition_dim": 64},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "seggpt": {"num_hidden_layers": 4, "merge_index": 1, "intermediate_hidden_state_indices": [2, 3]},
+    "seggpt": {"image_size": [128, 64], "num_hidden_layers": 4, "merge_index": 1, "intermediate_hidden_state_indices": [2, 3]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
 }  # fmt: skip

@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Container
 from functools import cache
 
 from torch import nn
@@ -38,27 +39,33 @@ _PAIRS = (
 )
 
 
-def sums(module: nn.Module) -> int:
-    """Residual sums by variable name, in the forwards of a module and of what it is made of."""
+def sums(module: nn.Module, ran: Container[nn.Module]) -> int:
+    """Residual sums by variable name, in the forwards of a module and of those of its parts that ran."""
     own = _sums_of_class(type(module))
     if own and (_MIXER.search(type(module).__name__) or _MLP.search(type(module).__name__)):
         return own
-    return own + sum(sums(child) for child in module.children())
+    return own + sum(sums(child, ran) for child in module.children() if _took_part(child, ran))
 
 
-def sublayers(module: nn.Module) -> int:
-    """The topmost mixers and MLPs inside a layer, by class name."""
+def sublayers(module: nn.Module, ran: Container[nn.Module]) -> int:
+    """The topmost mixers and MLPs inside a layer that ran, by class name."""
     found = 0
     for child in module.children():
         name = type(child).__name__
+        if not _took_part(child, ran):
+            continue
         if _MIXER.search(name) or _MLP.search(name):
-            inner = sublayers(child)
+            inner = sublayers(child, ran)
             both = bool(_MIXER.search(name)) and inner > 1
             found += inner if both else 1
         else:
-            found += sublayers(child)
+            found += sublayers(child, ran)
     names = {name for name, _ in module.named_children()}
     return found + sum(set(pair) <= names for pair in _PAIRS)
+
+
+def _took_part(module: nn.Module, ran: Container[nn.Module]) -> bool:
+    return any(part in ran for part in module.modules())
 
 
 @cache

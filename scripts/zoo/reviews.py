@@ -1,7 +1,56 @@
-"""What a person found, type by type: counts where the oracles are wrong, and types that are refused with the reason."""
+"""What a person found, type by type: counts where the oracles are wrong, towers that need not run, types to refuse."""
 
 from collections.abc import Mapping
-from typing import Any
 
-REVIEWED: Mapping[str, Mapping[str, Any]] = {}
-REFUSED: Mapping[str, str] = {}
+REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    # Sites of a layer of that class, where neither the sums by name nor the modules by name give them.
+    "axk2": {"AXK2DecoderLayer": (2,)},  # attention; the MLP or the experts: the indexer is part of the attention
+    "ctrl": {"EncoderLayer": (2,)},  # the attention's variables are called `attn_output` and `original_x`
+    "diffusion_gemma": {
+        "DiffusionGemmaEncoderTextLayer": (2,),
+        "DiffusionGemmaDecoderTextLayer": (2,),
+    },  # experts and MLP in one
+    "fun_asr_nano_encoder": {
+        "FunAsrNanoEncoderLayer": (1, 2)
+    },  # the first layer changes the width: its attention adds nothing
+    "fun_asr_nano": {"FunAsrNanoEncoderLayer": (1, 2)},
+    "gemma4": {"Gemma4TextDecoderLayer": (3,)},  # attention, MLP, embeddings per layer
+    "gemma4_text": {"Gemma4TextDecoderLayer": (3,)},
+    "inkling_mm_model": {
+        "InklingDecoderLayer": (2,)
+    },  # each with a short convolution behind it, whose own skip is inside
+    "inkling_text": {"InklingDecoderLayer": (2,)},
+}
+
+IDLE: Mapping[str, Mapping[str, str]] = {
+    # Towers that `forward` does not call; `refused` names their layers, or they have none.
+    "chameleon": {"vqmodel": "an image tokenizer of convolutions"},
+    "emu3": {"vqmodel": "an image tokenizer of convolutions"},
+    "janus": {"vqmodel": "an image tokenizer of convolutions, for generation"},
+    "glm_image": {"vqmodel": "an image tokenizer of convolutions, for generation"},
+    "csm": {
+        "depth_decoder": "runs in generation, after the backbone",
+        "codec_model": "makes the sound; adapts as `mimi`",
+    },
+    "musicgen": {"audio_encoder": "a codec of convolutions"},
+    "musicgen_melody": {"audio_encoder": "a codec of convolutions"},
+}
+
+REFUSED: Mapping[str, str] = {
+    "bark": "has no forward of its own: adapt its parts, `model.semantic` and the others, one by one",
+    "edgetam": "its default configuration gives its backbone other widths than the backbone has",
+    "edgetam_video": "its forward takes a video session that it changes: adapt `edgetam`",
+    "sam2_video": "its forward takes a video session that it changes: adapt `sam2`",
+    "sam3_tracker_video": "its forward takes a video session that it changes: adapt `sam3_tracker`",
+    "sam3_video": "its forward takes a video session that it changes: adapt `sam3`",
+    "glm_image_vqmodel": "an image tokenizer of convolutions without a forward",
+    "voxtral_realtime_text": "the installed transformers names a class that it does not export: adapt `voxtral_realtime`",
+    "pp_ocrv6_medium_det": "convolutions; its default configuration is incomplete",
+    "pp_ocrv6_small_det": "convolutions; its default configuration is incomplete",
+    "timm_backbone": "names no model by default: see the table of timm's models",
+    "textnet": "convolutions, no residual Transformer block",
+    "uvdoc": "convolutions, no residual Transformer block",
+    "univnet": "a vocoder of convolutions, no residual Transformer block",
+    **dict.fromkeys(("bit", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
+    **dict.fromkeys(("dac", "encodec", "vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), "a codec of convolutions, no residual Transformer block"),
+}  # fmt: skip

@@ -32,7 +32,7 @@ _WIDTH = re.compile(
     r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_dim|\w*hidden_size|\w*embed_dim|\w*hidden_dim|out_dim"
     r"|\w*projection_dim|\w*embedding_dim|d_embed|embedding_size|decoder_output_dim|\w*proj_dim|text_dim|vision_dim"
     r"|\w*_width|encoder_dim|decoder_dim|cross_dim|latent_size|\w*embedding_size|hid_dim|output_dim|model_dim|input_dim"
-    r"|\w*_(in|out)_dim|adapter_input_size|projector_output_size|d_latents|\w*_hidden_channels|hidden_channels|output_size|width|input_size"
+    r"|adapter_(in|out)_dim|adapter_input_size|projector_output_size|d_latents|\w*_hidden_channels|hidden_channels|output_size|width|input_size"
 )
 _INNER = re.compile(
     r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|\w*ffn_hidden_size|\w*feedforward_dim|\w*mlp_dim|hidden_dim_ff"

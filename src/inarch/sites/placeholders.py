@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import forms, token_of
-from .known import Known, needs_data
+from .known import Known
 from .meta import meta_copy
 from .trace import leaves, trace
 
@@ -94,7 +94,8 @@ class _Features(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         result = getattr(self.model, self.method)(**kwargs)
-        return getattr(result, "pooler_output", result)
+        found = (getattr(result, name, None) for name in ("pooler_output", "last_hidden_state"))
+        return next((vectors for vectors in found if vectors is not None), result)
 
 
 class _Towers:
@@ -112,9 +113,8 @@ class _Towers:
         for run in (self._on_meta, self._for_real):
             try:
                 shapes = run(method, kwargs)
-            except Exception as error:  # noqa: BLE001  a model may raise anything; without a count, no placeholders
-                if not needs_data(error):
-                    return None
+            except Exception:  # noqa: BLE001, S112  a model may raise anything; without a count, no placeholders
+                continue
             else:
                 return sum(int(torch.Size(shape[:-1]).numel()) for shape in shapes)
         return None
