@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: help demo test lint bench docs venv clean
+.PHONY: help demo test lint bench docs coverage venv clean
 
 help:
 	@echo "make demo    train an adapter on the demonstration data and write its report to runs/demo"
 	@echo "make test    run the tests"
 	@echo "make lint    check the style, the format and the types"
 	@echo "make bench   run every benchmark of bench/"
+	@echo "make coverage  judge every model type of transformers and write docs/coverage.md: half an hour on 2 cores"
 	@echo "make docs    write the generated pages of docs/ anew"
 	@echo "make clean   delete caches and build outputs; .venv and runs/ stay"
 
@@ -34,6 +35,11 @@ bench: $(INSTALLED)
 
 docs: $(INSTALLED)
 	@set -e; for script in $(sort $(wildcard scripts/docs_*.py)); do echo "$$script"; $(BIN)/python "$$script"; done
+
+coverage: $(INSTALLED)
+	$(BIN)/python scripts/zoo tiny
+	$(BIN)/python scripts/zoo meta
+	$(BIN)/python scripts/zoo table
 
 venv: $(INSTALLED)
 	@:

@@ -1,15 +1,21 @@
-"""`python scripts/zoo tiny`: judge every model type on a tiny random model."""
+"""Judge every model type of the installed transformers.
+
+python scripts/zoo tiny            tiny random models: sites, graft, gradients, save, load, detach
+python scripts/zoo meta            default, full-size configurations: sites, on the meta device
+python scripts/zoo table           docs/coverage.md from the records of both
+python scripts/zoo record          the layouts of the tiny models, which tests compare with
+python scripts/zoo record --check  what the last tiny run found otherwise
+"""
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "build" / "zoo"
-RECORDED = Path(__file__).parent / "layouts.json"
-"""The layouts that the tiny models had when they were last looked at, by type."""
 
 
 def main() -> None:
@@ -28,7 +34,10 @@ def main() -> None:
         command.add_argument("--seconds", type=float, default=60, help="time limit of one type")
         command.add_argument("--gigabytes", type=float, default=12, help="memory limit of a worker")
     commands.add_parser("table", help="write docs/coverage.md from the records")
-    commands.add_parser("record", help="take the layouts of the last tiny run for those that tests compare with")
+    record = commands.add_parser(
+        "record", help="take the layouts of the last tiny run for those that tests compare with"
+    )
+    record.add_argument("--check", action="store_true", help="compare them instead, and name what changed")
     worker = commands.add_parser("worker", help="(what the pool starts)")
     worker.add_argument("task")
     worker.add_argument("gigabytes", type=float)
@@ -38,7 +47,7 @@ def main() -> None:
     elif options.command == "table":
         _table()
     elif options.command == "record":
-        _record()
+        sys.exit(_record(check=options.check))
     else:
         _run(options)
 
@@ -115,8 +124,13 @@ def _table() -> None:
     print(f"{page.relative_to(ROOT)}: {len(tiny)} types")
 
 
-def _record() -> None:
-    tiny = read(RESULTS / "tiny.jsonl")
-    kept = {model_type: tiny[model_type]["layout"] for model_type in sorted(tiny) if tiny[model_type].get("layout")}
-    RECORDED.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
-    print(f"{RECORDED.relative_to(ROOT)}: {len(kept)} layouts")
+def _record(*, check: bool) -> int:
+    from zoo import recorded
+
+    records = read(RESULTS / "tiny.jsonl")
+    if not check:
+        print(f"{recorded.FILE.relative_to(ROOT)}: {recorded.write(records)} layouts")
+        return 0
+    found = recorded.changes(records)
+    print("\n".join(found) or f"the layouts of {len(records)} types are as recorded")
+    return int(bool(found))
