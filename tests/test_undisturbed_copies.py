@@ -131,3 +131,22 @@ def test_forwards_in_many_threads_do_not_meet(name):
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
     assert not any(slot_of(model, site)._held for site in adapters.sites)
+
+
+@pytest.mark.parametrize("name", ["swin", "vit", "bert", "t5"])
+def test_attaching_leaves_nothing_behind_in_what_modules_note(name):
+    """Swin notes smaller windows when it sees a smaller image, such as the one that a model is watched on."""
+    model = tiny(name).train()
+    next(module for module in model.modules() if not any(module.children())).eval()
+
+    def notes():
+        return {
+            (path, key): value
+            for path, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | tuple)
+        }
+
+    before = notes()
+    inarch.attach(model).detach()
+    assert notes() == before

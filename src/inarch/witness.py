@@ -15,6 +15,8 @@ from .core.site import Site, Sites
 from .sites import unfused
 from .tensors import is_quantised
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
 
 def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Run the model once on these arguments, in eval mode, and compare what passes at the taps with the sites.
@@ -24,10 +26,11 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
     """
     witnesses = [_Witness(model, site) for site in sites]
     handles = [handle for witness in witnesses for handle in witness.watch()]
-    modes = {module: module.training for module in model.modules()}
+    # A forward may change what a module notes of its input: Swin shrinks its windows for a small image, for good.
+    notes = {module: {k: v for k, v in vars(module).items() if type(v) in _PLAIN} for module in model.modules()}
     try:
         model.eval()
-        for module in modes:
+        for module in notes:
             # In eval mode bitsandbytes packs four-bit weights for inference, for good: they would train nothing after.
             if not any(module.children()) and any(map(is_quantised, module.parameters(recurse=False))):
                 module.training = True
@@ -36,8 +39,8 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+        for module, noted in notes.items():
+            vars(module).update(noted)
     problems = [problem for witness in witnesses if (problem := witness.problem())]
     if not problems:
         followers = itertools.pairwise(witnesses)
