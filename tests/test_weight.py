@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import inarch
+from inarch.attach import modules_at, slot_of
 from inarch.core.errors import ConfigError, SiteError
 
 WIDTH, HEADS = 16, 2
@@ -305,3 +306,20 @@ def test_a_layout_names_the_weight():
     q |= {"weight": "in_proj_weight", "in_features": 7}
     with pytest.raises(SiteError, match=r"`projections.q` has the features of its module; got .*7, 48, False"):
         inarch.probe(model, layout=layout)
+
+
+def test_the_scale_of_an_update_survives_inductor():
+    """On two dimensions it makes one operator of the product and the sum; `aot_eager` does not."""
+    model, _, adapters = attached("fused")
+    lora = modules_at(slot_of(model, adapters.sites["data0.0.self_attention"]), "a").find("lora.q")
+    assert lora.scaling == pytest.approx(5 / 3)
+    x, y, weight = (torch.randn(4, WIDTH, dtype=torch.float64) for _ in range(3))
+
+    def run(x, y, weight):
+        return lora(x, y), lora.effective(weight)
+
+    expected = x @ (lora.B @ lora.A).T * 5 / 3 + y, weight + (lora.B @ lora.A)[:4] * 5 / 3
+    with torch.no_grad():
+        found = torch.compile(run, fullgraph=True)(x, y, torch.cat([weight] * 4))
+    assert torch.allclose(found[0], expected[0])
+    assert torch.allclose(found[1][:4], expected[1])

@@ -110,10 +110,17 @@ class LoRA(LinearMethod):
             x = F.dropout(x, self.dropout)
         delta = F.linear(F.linear(x, A), self.B)
         if self.gate is None:
-            return torch.add(output, in_dtype(delta, output.dtype), alpha=self.scaling)
+            return _add_scaled(output, in_dtype(delta, output.dtype), self.scaling)
         gate = sequence_gate(self.gate, in_dtype(inputs, A.dtype), self.batch_dim)
         return output + in_dtype(delta * gate, output.dtype)
 
     def effective(self, weight: Tensor) -> Tensor:
         """W + (alpha / r) · B A, (rows, in) -> (rows, in)."""
-        return torch.add(weight, in_dtype(self.B @ self.A, weight.dtype), alpha=self.scaling)
+        return _add_scaled(weight, in_dtype(self.B @ self.A, weight.dtype), self.scaling)
+
+
+def _add_scaled(base: Tensor, update: Tensor, factor: float) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Inductor of torch 2.13 forgets `alpha` where it makes one operator of a matrix product and a sum.
+        return base + update * factor
+    return torch.add(base, update, alpha=factor)
