@@ -116,11 +116,6 @@ def one_layer_more(model, monkeypatch):
     model.layers.append(tiny("vit").layers[0])
 
 
-def a_dropout(model, monkeypatch):
-    """Adapters belong behind it, so the taps move."""
-    model.layers[1].dropout.p = 0.1
-
-
 def a_dropout_in_the_settings(model, monkeypatch):
     model.config.attention_probs_dropout_prob = 0.5
 
@@ -146,7 +141,6 @@ def other_class(model, monkeypatch):
         other_module,
         other_width,
         one_layer_more,
-        a_dropout,
         a_dropout_in_the_settings,
         other_setting,
         setting_that_the_code_reads,
@@ -177,7 +171,7 @@ def test_the_size_of_a_dropout_changes_nothing():
     model = on_meta("BertModel", "bert")
     model.config.hidden_dropout_prob = model.encoder.layer[0].output.dropout.p = 0.3
     assert (record.fit(model) is not None) == made_here(record)
-    model.encoder.layer[0].output.dropout.p = 0.0
+    model.config.hidden_dropout_prob = model.encoder.layer[0].output.dropout.p = 0.0
     assert record.fit(model) is None
 
 

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from inarch.core.errors import SiteError
-from inarch.core.site import Sites
+from inarch.core.site import Sites, Tap
 from inarch.sites import ProbeError, probe, synthesise
 from inarch.sites.graph import Graph, Value
 from inarch.sites.inputs import given_inputs, made_inputs
@@ -307,13 +307,17 @@ def test_layer_scale_is_inside_the_output():
     assert all(site.exact for name in ("dinov2", "beit") for site in found(name))
 
 
-@pytest.mark.parametrize(("probability", "taps"), [(0.0, ["attention", "mlp"]), (0.1, ["dropout 1", "dropout 2"])])
-def test_output_is_behind_a_dropout_that_branches_share_if_it_drops_anything(probability, taps):
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_adapters_wait_for_a_dropout_that_branches_share(probability):
+    """Whatever its probability: no hook needs to tell its calls apart."""
     model = tf.ViTModel(tf.ViTConfig(**IMAGE, hidden_dropout_prob=probability))
     if "dropout" not in dict(model.get_submodule(probe(model)["image0.0.mlp"].layer_path).named_children()):
         pytest.skip("in this release of transformers each branch of ViT has a dropout of its own")
-    outputs = [site.output for site in probe(model) if site.layer == 0]
-    assert [f"{tap.path} {tap.call}" if tap.call else tap.path for tap in outputs] == taps
+    sites = [site for site in probe(model) if site.layer == 0]
+    assert [(site.output.path, site.output.call, site.dropped_later) for site in sites] == [
+        ("attention", 0, True),
+        ("mlp", 0, True),
+    ]
 
 
 def test_scale_that_no_module_follows_is_told():
@@ -1247,8 +1251,8 @@ def test_layer_whose_calls_differ_is_named():
         probe(Twice(), example_inputs=torch.randn(1, 4, 8))
 
 
-class Widening(HandwrittenBlock):
-    """Its attention is added to a projection of the stream, not to the stream."""
+class Projecting(HandwrittenBlock):
+    """Its attention is added to a projection of the stream, as where a layer changes its width."""
 
     def __init__(self):
         super().__init__()
@@ -1260,23 +1264,52 @@ class Widening(HandwrittenBlock):
         return x + self.mlp(self.norm2(x))
 
 
-def test_attention_that_is_not_added_to_its_stream_is_told():
-    """A layer class that loses its attention everywhere is an error; among layers that have theirs, it is refused."""
-    with pytest.raises(ProbeError, match=r"got one that is not at `layers.0`, `layers.1` \(Widening\)"):
-        probe(Stack(nn.ModuleList([Widening(), Widening()])), example_inputs=torch.randn(1, 4, 8))
+def test_attention_that_is_added_to_a_projection_of_its_stream():
+    """The projection is the stream of the attention; the MLP goes on from their sum."""
+    sites = probe(Stack(nn.ModuleList([Projecting(), Projecting()])), example_inputs=torch.randn(1, 4, 8))
+    attention, mlp, *_ = sites
+    assert (attention.role, attention.output.path, attention.stream) == (
+        "self_attention", "attn", Tap(path="skip", side="out"),
+    )  # fmt: skip
+    assert attention.notes == ("the layer projects the stream before the sum",)
+    assert (attention.exact, attention.same_layout, attention.handed_on) == (True, True, True)
+    assert mlp.output.path == "mlp"
 
 
-def test_attention_of_a_stage_change_is_refused():
-    """Hiera's first layer of a stage projects its skip: only its MLP is a site."""
+def test_hiera_has_all_attentions():
+    """The first layer of a stage projects its skip."""
     config = tf.HieraConfig(
         embed_dim=16, depths=[1, 2], num_heads=[1, 2], image_size=[32, 32], patch_stride=[4, 4], query_stride=[2, 2],
         masked_unit_size=[4, 4], masked_unit_attention=[True, False], num_query_pool=1,
     )  # fmt: skip
     sites = probe(tf.HieraModel(config))
-    assert [role for role, _ in layers_of(sites)["image0", 1]] == ["mlp"]
-    assert sites.refused == (
-        "`encoder.stages.1.layers.0` (HieraLayer): an attention whose result is not added to the stream it looks at",
-    )
+    assert [role for role, _ in layers_of(sites)["image0", 1]] == ["self_attention", "mlp"]
+    assert sites.refused == ()
+
+
+class Replacing(HandwrittenBlock):
+    """Its attention replaces the stream."""
+
+    def forward(self, x):
+        x = self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_attention_that_is_not_added_to_its_stream_is_told():
+    """A layer class that loses its attention everywhere is an error; among layers that have theirs, it is refused."""
+    with pytest.raises(ProbeError, match=r"got one that is not at `layers.0`, `layers.1` \(Replacing\)"):
+        probe(Stack(nn.ModuleList([Replacing(), Replacing()])), example_inputs=torch.randn(1, 4, 8))
+
+
+def test_attention_of_a_stage_change_is_refused():
+    """LeViT makes fewer tokens by an attention that is added to nothing."""
+    config = tf.LevitConfig(
+        image_size=64, hidden_sizes=[16, 32, 48], depths=[1, 1, 1], key_dim=[8, 8, 8], num_attention_heads=[2, 2, 2],
+        down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
+    )  # fmt: skip
+    sites = probe(tf.LevitModel(config))
+    (refused,) = sites.refused
+    assert refused.startswith("`encoder.stages.0`, `encoder.stages.1` (LevitStage): an attention whose result is not")
 
 
 def test_layers_that_did_not_run_are_listed():

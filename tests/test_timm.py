@@ -40,7 +40,7 @@ FAMILIES = {
         5, 0, 5, "MbConvBlock",
     ),
     "MViTv2": ("mvitv2:MultiScaleVit", {"img_size": (64, 64)}, 2, 0, 4, "MultiScaleBlock"),
-    "Hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 2, 2, 1)}, 3, 0, 6, "HieraBlock"),
+    "Hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 2, 2, 1)}, 6, 0, 6, ""),
     "DaViT": ("davit_tiny", STAGES | {"window_size": 2}, 8, 0, 8, "SpatialBlock"),
     "Twins": ("twins_svt_small", STAGES | {"img_size": 64, "depths": (2, 2, 1, 1)}, 6, 0, 6, "PosConv"),
     "VOLO": (

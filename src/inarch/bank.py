@@ -24,6 +24,7 @@ from .core.program import Program, Recorder, Register
 from .core.site import Site, Sites, Tap
 from .core.wiring import Carry, Circuit, Settled, settle
 from .methods import LinearMethod, Placement, SublayerMethod, method_of
+from .undropped import undropped
 
 CHILD = "inarch"
 """The name of the child that a layer is given."""
@@ -271,6 +272,7 @@ class SiteSlot(nn.Module):
         self._calls: dict[int, int] = {}
         self._output = site.output
         self._is_counted = bool(site.output.call)
+        self._is_dropped_later = site.dropped_later
         self._stream_at = Argument()
         self._program = Program(3, (), (1, 3))
         self._reads_stream = False
@@ -280,6 +282,7 @@ class SiteSlot(nn.Module):
         """Choose what the hooks will run, a program of x, h and the other branches of the sum, and where h appears."""
         self.let_go()
         self._program, self._output, self._is_counted = program, output, bool(output.call)
+        self._is_dropped_later = self.site.dropped_later and output == self.site.output
         self._reads_stream, self._reads_others = program.reads(0), program.reads(2)
 
     def watch(self, module: nn.Module) -> None:
@@ -354,11 +357,22 @@ class SiteSlot(nn.Module):
                 "An adapter that reads the other branches of its sum runs after them; got none before the output of "
                 f"site `{self.site.key}` (`{self.site.layer_path}`). Load the adapter without this site."
             )
+        if self._is_dropped_later and module.training:
+            waiting = undropped(h, self.adapt, x, others)
+            return _replace(output, key, waiting) if key else waiting
         branch, final = self._program(x, h, others)
         if final is not None:
             self._final[_thread()] = final
             return output
         return _replace(output, key, branch) if key else branch
+
+    def adapt(self, h: Tensor, x: Tensor | None, others: Tensor | None) -> Tensor:
+        """What the layer gets in the place of h, where it has dropped h by itself."""
+        branch, final = self._program(x, h, others)
+        if final is None:
+            return branch  # type: ignore[no-any-return]
+        self._final[_thread()] = final
+        return h
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the norm after the sum, for adapters that end after it."""

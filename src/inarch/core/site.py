@@ -97,6 +97,8 @@ class Site:
     """Whether `x` and `h` have the same shape, token by token (not so for window partitions)."""
     exact: bool = True
     """Whether `output` is the very operand of the sum; False where a scale or a gate follows it."""
+    dropped_later: bool = False
+    """Whether the layer calls `dropout` on `output` before it adds it: in training, adapters act after that."""
     shared_sum: bool = False
     """Whether other branches of the layer are added in the same sum (parallel attention and MLP)."""
     handed_on: bool = True

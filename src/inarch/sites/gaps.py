@@ -29,7 +29,7 @@ def find_gaps(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer], s
     unclaimed, missed = _unclaimed_attentions(graph, layers, sites)
     found = list(layers.values())
     return Gaps(
-        refused=(*unclaimed, *_never_run(graph, found)),
+        refused=(*unclaimed, *_unused(graph, layers), *_never_run(graph, found)),
         problems=(*_disagreements(graph, sites), *_without_sites(graph, found, refused), *missed),
     )
 
@@ -106,6 +106,23 @@ def _unclaimed_attentions(graph: Graph, layers: dict[Branch, Layer], sites: list
         if name not in attending
     ]
     return refused, problems
+
+
+def _unused(graph: Graph, layers: dict[Branch, Layer]) -> Iterator[str]:
+    """Layers with weights whose results reach no output of the model: a sublayer that this machine leaves out."""
+    used: set[int] = set()
+    for value in graph.calls[0].outputs.values():
+        used |= graph.ancestors(value, after=-1)
+    claimed: set[int] = set().union(*(branch.interior for branch in layers))
+    idle: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
+    for scope in {layer.scope.index: layer.scope for layer in layers.values()}.values():
+        inside = [value for value in graph.values[scope.start : scope.stop] if value.weighted and value.users]
+        lost = (graph.owner(value.index) for value in inside if value.index not in used | claimed)
+        names = tuple(dict.fromkeys(call.path.removeprefix(f"{scope.path}.") for call in lost))
+        if names:
+            idle[type(scope.module).__name__, *names][f"`{scope.path}`"] = None
+    for (layer_class, *unused), paths in idle.items():
+        yield f"{', '.join(paths)} ({layer_class}): nothing uses the results of {', '.join(unused)}"
 
 
 def _never_run(graph: Graph, layers: list[Layer]) -> Iterator[str]:

@@ -91,6 +91,17 @@ class Call:
             call = call.parent
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """One call of torch's `dropout`, which in eval mode computes nothing."""
+
+    value: int
+    at: int
+    """How many values there were."""
+    returned: int
+    """How many calls had returned."""
+
+
 @dataclass(eq=False)
 class Graph:
     """All values and calls of one forward, in the order in which they came about."""
@@ -104,6 +115,7 @@ class Graph:
     """Values picked from another by lists of places: value -> the places in every dimension, None for all."""
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
     """The values that are parameters."""
+    dropouts: list[Dropout] = field(default_factory=list)
 
     @cached_property
     def producers(self) -> dict[int, list[tuple[Call, Key]]]:

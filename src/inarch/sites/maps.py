@@ -51,9 +51,9 @@ def find_maps(graph: Graph, branch: Branch, reach: Reach) -> dict[int, LinearMap
         applied = _applied_weight(graph, reach, graph.values[index])
         if applied is not None:
             found[index] = applied
-        for call, _ in graph.producers.get(index, ()):
+        for call, key in graph.producers.get(index, ()):
             shape, path = linear_shape(call.module), reach.path(call)
-            if reach.scope.encloses(call) and shape and path:
+            if reach.scope.encloses(call) and shape and path and not key and _maps(graph, call, index, shape):
                 found[index] = LinearMap(
                     path=path,
                     in_features=shape[0],
@@ -63,6 +63,12 @@ def find_maps(graph: Graph, branch: Branch, reach: Reach) -> dict[int, LinearMap
                     result=index,
                 )
     return found
+
+
+def _maps(graph: Graph, call: Call, result: int, shape: tuple[int, int, bool]) -> bool:
+    """Whether a call of a linear module takes and gives the features it claims: not so for a map by groups."""
+    taken = graph.values[next(iter(call.inputs.values()))].shape if call.inputs else ()
+    return (taken[-1:], graph.values[result].shape[-1:]) == (shape[:1], shape[1:2])
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:

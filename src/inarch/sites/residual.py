@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from .graph import PARAMETER, Call, Graph, Value
 
 SUM = "aten.add"
-_SCALES = frozenset({"aten.mul", "aten.div", "aten.neg"})
+_SCALES = frozenset({"aten.div", "aten.masked_fill", "aten.mul", "aten.neg", "aten.where"})
 _COPIES = frozenset(
     {
         "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.lift_fresh",
@@ -23,10 +23,13 @@ _RESHAPES = frozenset(
 )
 _MOVES = frozenset(
     {
-        "aten.constant_pad_nd", "aten.expand", "aten.flip", "aten.permute", "aten.roll", "aten.select", "aten.slice",
-        "aten.t", "aten.transpose",
+        "aten.constant_pad_nd", "aten.expand", "aten.flip", "aten.index", "aten.permute", "aten.roll", "aten.select",
+        "aten.slice", "aten.split", "aten.split_with_sizes", "aten.t", "aten.transpose", "aten.unbind",
     }
 )  # fmt: skip
+_JOIN = "aten.cat"
+_WRITES = frozenset({"aten.index_put", "aten.masked_scatter"})
+_MIX = "aten.bmm"
 _MIXERS_WITHOUT_WEIGHT = ("fft", "pool")
 
 
@@ -55,6 +58,8 @@ class Branch:
     """All that the term is computed from after the stream was there; in a cross-attention more than `path`."""
     siblings: int = 0
     """How many more branches the sum has."""
+    shifted: bool = False
+    """Whether the sum has operands that are neither the skip nor a branch, such as a bias."""
 
     def inside(self, start: int) -> "Branch":
         """The branch without what came about before `start`."""
@@ -78,6 +83,14 @@ def _step(graph: Graph, seen: Seen) -> Seen | None:
     if value.op in _SCALES or _adds_bias(graph, value):
         source = _scaled_source(graph, value)
         return None if source is None else Seen(source, True, seen.moved)
+    if value.op == _JOIN:
+        source = _main_part(graph, value)
+        return None if source is None else Seen(source, seen.scaled, True)
+    if value.op in _WRITES:  # some tokens were replaced: the others are what they were
+        return Seen(value.deps[0], seen.scaled, True) if graph.values[value.deps[0]].active else None
+    if value.op == _MIX:
+        source = _mixed_streams(graph, value)
+        return None if source is None else Seen(source, True, True)
     return None
 
 
@@ -106,6 +119,43 @@ def _scaled_source(graph: Graph, value: Value) -> int | None:
     gated, gate = (left, right) if right.shape[-1] == 1 else (right, left)
     # A gate that is computed from what it is applied to is the reciprocal of a norm.
     return None if gated.index in graph.ancestors(gate.index, after=gated.index - 1) else gated.index
+
+
+def _main_part(graph: Graph, value: Value) -> int | None:
+    """Of joined parts the one that makes up most of the whole: the patches beside a class token."""
+    parts = list(dict.fromkeys(value.deps))
+    if len(parts) > 1:
+        parts = [part for part in parts if 2 * graph.values[part].numel > value.numel]
+    return parts[0] if len(parts) == 1 and graph.values[parts[0]].active else None
+
+
+def _mixed_streams(graph: Graph, value: Value) -> int | None:
+    """The streams that a small matrix per token mixes: hyper-connections. A product with attention scores is none."""
+    if len(value.deps) != 2 or not value.bilinear:
+        return None
+    matrix, streams = (graph.values[dep] for dep in value.deps)
+    if matrix.shape[-1:] != matrix.shape[-2:-1] or streams.shape != value.shape:
+        return None
+    nearest = _nearest_products(graph, matrix.index)
+    return streams.index if nearest and not any(graph.values[index].bilinear for index in nearest) else None
+
+
+def _nearest_products(graph: Graph, start: int) -> list[int]:
+    """The products that a value is computed from, without going behind them."""
+    found: list[int] = []
+    seen: set[int] = set()
+    todo = [start]
+    while todo:
+        index = todo.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        value = graph.values[index]
+        if value.weighted or value.bilinear:
+            found.append(index)
+        else:
+            todo.extend(value.deps)
+    return found
 
 
 def find_branches(graph: Graph) -> list[Branch]:
@@ -170,9 +220,10 @@ def _branches_of(graph: Graph, total: Value, earlier: list[Branch]) -> list[Bran
     if not best:
         return []
     best += _branches_from_earlier(graph, total, best, operands, earlier)
+    shifted = len(best) + 1 < len(operands)
     best = [part for branch in best for part in _split_behind_scale(graph, branch)]
     best.sort(key=lambda branch: branch.term)
-    return [replace(branch, siblings=len(best) - 1) for branch in best]
+    return [replace(branch, siblings=len(best) - 1, shifted=shifted) for branch in best]
 
 
 def _branches_over(graph: Graph, total: Value, skip: int, operands: list[int]) -> list[Branch]:

@@ -4,7 +4,7 @@ Queries, keys and values are what enters the attention's product, wherever they 
 plays several roles, each with some of its output features.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from .residual import Branch, see_through
 from .taps import Reach
 
 _OTHER_MIXERS = ("fft", "pool", "rnn", "lstm", "gru")
+_PICKS = ("pool", "mean", "cat", "slice", "select", "index", "view", "permute", "transpose", "unsqueeze", "squeeze")
 _ACTIVATIONS = ("sigmoid", "silu", "gelu", "relu", "tanh", "erf", "softplus", "swish", "mish", "elu", "aten.exp.")
 
 Roles = dict[str, tuple[Projection, ...]]
@@ -49,13 +50,46 @@ def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention]) -> 
     """Attention if queries meet keys under a softmax, else a mixer if tokens meet at all, else an MLP."""
     if attentions:
         looks_at_itself = any(attention.k in branch.path for attention in attentions)
+        if not looks_at_itself:
+            looks_at_itself = any(_comes_from_same(graph, branch, attention.k) for attention in attentions)
         return "self_attention" if looks_at_itself else "cross_attention"
     values = [graph.values[index] for index in sorted(branch.interior)]
     recurrent = any(isinstance(graph.owner(value.index).module, nn.RNNBase) for value in values)
     if recurrent or any(value.bilinear or any(part in value.op for part in _OTHER_MIXERS) for value in values):
         return "mixer"
+    if _scans_tokens(graph, values):
+        return "mixer"
     convolutions = [value for value in values if _convolves_tokens(graph, value)]
     return "mixer" if convolutions and not _blurs_hidden_features(graph, values, convolutions) else "mlp"
+
+
+def _comes_from_same(graph: Graph, branch: Branch, key: int) -> bool:
+    """Whether keys are computed from what the stream was picked or pooled from: queries of fewer tokens."""
+    whole: set[int] = set()
+    todo = [branch.stream]
+    while todo:
+        index = todo.pop()
+        value = graph.values[index]
+        if index not in whole and value.active:
+            whole.add(index)
+            if any(part in value.op for part in _PICKS):
+                todo.extend(value.deps)
+    whole.discard(branch.stream)
+    behind = graph.ancestors(key, after=min(whole) - 1) if whole else set()
+    near = {index for index in behind if index in branch.interior}
+    return any(not whole.isdisjoint(graph.values[index].deps) for index in near)
+
+
+def _scans_tokens(graph: Graph, values: list[Value]) -> bool:
+    """Whether tokens (B, D) are taken one by one out of (B, L, D): a recurrence that Python loops over."""
+    picked = Counter(
+        source.index
+        for value in values
+        if value.op == "aten.select" and value.active and len(value.shape) == 2
+        for source in (graph.values[value.deps[0]],)
+        if source.active and (source.shape[0], source.shape[-1]) == value.shape and len(source.shape) == 3
+    )
+    return any(count > 1 for count in picked.values())
 
 
 def _convolves_tokens(graph: Graph, value: Value) -> bool:
@@ -67,13 +101,16 @@ def _kernels(graph: Graph, value: Value) -> list[Value]:
 
 
 def _blurs_hidden_features(graph: Graph, values: list[Value], convolutions: list[Value]) -> bool:
-    """Whether this is an MLP with a convolution per channel between its two maps, which hierarchical models use.
+    """Whether this is an MLP with a convolution per channel between its two maps, which hierarchical models use, or
+    after them.
 
     A short convolution next to a gate is a token mixer of its own.
     """
     first, last = convolutions[0].index, convolutions[-1].index
     depthwise = all(kernel.shape[1] == 1 for value in convolutions for kernel in _kernels(graph, value))
     maps = [value.index for value in values if value.weighted and "conv" not in value.op]
+    if depthwise and len(maps) > 1 and maps[-1] < first:
+        return True
     after = graph.descendants(first, within={value.index for value in values}) | {first}
     gated = any("glu" in value.op or (_is_gate(graph, value) and not after.issuperset(value.deps)) for value in values)
     return depthwise and not gated and bool(maps) and maps[0] < first and maps[-1] > last
@@ -87,8 +124,18 @@ def is_attention(graph: Graph, value: Value) -> bool:
     """Whether the value is what an attention makes of its values: fused, or the product with a softmax."""
     if any(part in value.op for part in ATTENTIONS):
         return value.floating and len(value.shape) > 2
-    weights = (graph.values[seen.value].op for dep in value.deps for seen in see_through(graph, dep))
-    return value.bilinear and any("softmax" in op for op in weights)
+    return value.bilinear and any(
+        _is_softmax(graph, graph.values[seen.value]) for dep in value.deps for seen in see_through(graph, dep)
+    )
+
+
+def _is_softmax(graph: Graph, value: Value) -> bool:
+    """Whether the value is a softmax, or one that is spelled out: exp(z - logsumexp(z))."""
+    if value.op != "aten.exp" or not value.deps:
+        return "softmax" in value.op
+    shifted = graph.values[value.deps[0]]
+    behind = (graph.values[seen.value].op for dep in shifted.deps for seen in see_through(graph, dep))
+    return shifted.op == "aten.sub" and "aten.logsumexp" in behind
 
 
 def find_attentions(graph: Graph, branch: Branch) -> list[Attention]:
@@ -99,7 +146,7 @@ def find_attentions(graph: Graph, branch: Branch) -> list[Attention]:
         if any(part in value.op for part in ATTENTIONS) and len(value.deps) >= 3:
             q, k, v = value.deps[:3]
             found.append(Attention(q, k, v, index))
-        elif "softmax" in value.op:
+        elif _is_softmax(graph, value):
             found += _spelled_out(graph, branch, index)
     # A product with a learned position instead of a token is a bias of the scores, unless there is nothing else.
     between_tokens = [a for a in found if graph.values[a.q].data and graph.values[a.k].data]

@@ -1,15 +1,16 @@
 """The residual stream: which sums carry it on, which layers it threads into one stack, and where it comes from."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .graph import MODALITIES, Graph
+from .graph import MODALITIES, Call, Graph
 from .layers import Identity, Layer, list_pattern
 from .norms import is_norm
 from .residual import Branch, see_through
 from .roles import is_attention
 
-_POOLS = frozenset({"aten.cat", "aten.mean"})
+_POOLS = frozenset({"aten.cat", "aten.index_put", "aten.masked_scatter", "aten.mean"})
 
 
 # -------------------------------------------------------------------- which sums are sites
@@ -21,26 +22,53 @@ def carried_on(graph: Graph, layers: dict[Branch, Layer]) -> list[Branch]:
     Dropped are sums that only feed their own branch (positional embeddings that a decoder adds to queries), sums
     inside the branch of another, and skips over whole layers.
     """
-    streams: dict[int, int] = {}  # a value that some branch starts from -> the last such branch's sum
+    goes_on = starts(graph, layers)
+    ends: dict[int, int] = {}
     for branch in layers:
+        ends[branch.term] = max(ends.get(branch.term, -1), branch.total)
+    kept = [branch for branch, layer in layers.items() if continues(graph, branch, layer, goes_on, ends)]
+    kept += _ends_of_chains(graph, kept, layers)
+    kept = [branch for branch in layers if branch in kept and not _is_long_skip(graph, branch, kept, layers)]
+    return [branch for branch in kept if not _is_nested(graph, branch, kept, layers)]
+
+
+def starts(graph: Graph, branches: Iterable[Branch]) -> dict[int, int]:
+    """The values that branches start from, each with the last sum of such a branch."""
+    found: dict[int, int] = {}
+    for branch in branches:
         for value in (branch.stream, *(seen.value for seen in see_through(graph, branch.skip))):
-            streams[value] = max(streams.get(value, -1), branch.total)
-    kept = [branch for branch, layer in layers.items() if _continues(graph, branch, layer, streams)]
-    kept = [branch for branch in kept if not _is_long_skip(graph, branch, kept, layers)]
-    kept = [branch for branch in kept if not _is_nested(branch, kept, layers)]
-    return sorted([*kept, *_only_homes_of_attentions(graph, layers, kept)], key=lambda branch: branch.total)
+            found[value] = max(found.get(value, -1), branch.total)
+    return found
 
 
-def _continues(graph: Graph, branch: Branch, layer: Layer, streams: dict[int, int]) -> bool:
-    """Whether a later branch starts from the sum, or the layer hands it out."""
+def continues(graph: Graph, branch: Branch, layer: Layer, starts: dict[int, int], ends: dict[int, int]) -> bool:
+    """Whether a later branch starts from the sum, or the layer hands it out, or adds it to a longer skip as it is.
+
+    `starts` and `ends` map values that branches start from, and their terms, to the sums of these branches.
+    """
     scope = layer.scope
     outputs = set(scope.outputs.values())
     for value in forward(graph, branch.total):
-        if streams.get(value, -1) > branch.total or value in outputs:
+        if starts.get(value, -1) > branch.total or value in outputs:
             return True
         if any(not scope.start <= user < scope.stop for user in graph.values[value].users):
             return True
-    return False
+    longer = {term for term, total in ends.items() if branch.total < term < scope.stop and total > branch.total}
+    return bool(longer) and not longer.isdisjoint(_without_weights(graph, branch.total, scope))
+
+
+def _without_weights(graph: Graph, value: int, scope: Call) -> set[int]:
+    """What a value becomes inside a call without passing a weight or meeting another token."""
+    found: set[int] = set()
+    todo = [value]
+    while todo:
+        index = todo.pop()
+        if index in found:
+            continue
+        found.add(index)
+        users = (graph.values[user] for user in graph.values[index].users if user < scope.stop)
+        todo.extend(user.index for user in users if not user.weighted and not user.bilinear)
+    return found
 
 
 def forward(graph: Graph, value: int) -> set[int]:
@@ -63,9 +91,32 @@ def _carries(graph: Graph, user: int, index: int) -> bool:
     return graph.values[user].op in _POOLS or any(seen.value == index for seen in see_through(graph, user)[1:2])
 
 
+def _ends_of_chains(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
+    """Branches that go on from the sum of another of their layer, and all that a longer branch has ends in theirs.
+
+    So ends the narrow stream inside a layer that is projected up again before it is added to the wide one.
+    """
+    found: list[Branch] = []
+    for branch, layer in layers.items():
+        if branch in kept:
+            continue
+        same = [other for other in (*kept, *found) if layers[other].identity == layer.identity]
+        before = _sums_before(graph, branch)
+        if any(other.total in before for other in same) and any(
+            branch.total in other.path and all_through(graph, other, branch.total) for other in same
+        ):
+            found.append(branch)
+    return found
+
+
+def all_through(graph: Graph, branch: Branch, value: int) -> bool:
+    """Whether the branch reaches its term only by way of `value`."""
+    return branch.term not in graph.descendants(branch.stream, within=set(branch.path) - {value})
+
+
 def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
     """Whether the branch spans branches of other layers, or a chain of branches in its own."""
-    inner = [other for other in kept if other.total != branch.total and other.total in branch.path]
+    inner = [other for other in kept if _is_inside(graph, other, branch)]
     if any(layers[other].identity != layers[branch].identity for other in inner):
         return True
     sums = {other.total for other in inner}
@@ -88,7 +139,7 @@ def outside_layers(graph: Graph, homeless: list[Branch], kept: list[Branch]) -> 
     ]
 
 
-def _only_homes_of_attentions(graph: Graph, layers: dict[Branch, Layer], kept: list[Branch]) -> list[Branch]:
+def only_homes_of_attentions(graph: Graph, layers: dict[Branch, Layer], kept: list[Branch]) -> list[Branch]:
     """Branches with an attention that is in no other branch, though something else than a norm or the layer's end
     takes up their sum: a convolution that stands between two branches of a layer."""
     claimed = set[int]().union(*(branch.interior for branch in kept))
@@ -106,14 +157,18 @@ def _sums_before(graph: Graph, branch: Branch) -> set[int]:
     return values
 
 
-def _is_nested(branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
-    return any(
-        branch.total != other.total
-        and branch.total in other.path
-        and other.stream <= branch.stream
-        and layers[other].identity == layers[branch].identity
-        for other in kept
-    )
+def _is_nested(graph: Graph, branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
+    same = (other for other in kept if layers[other].identity == layers[branch].identity)
+    return any(_is_inside(graph, branch, other) for other in same)
+
+
+def _is_inside(graph: Graph, inner: Branch, outer: Branch) -> bool:
+    """Whether a sum is inside the branch of another; not if that one only crosses another stream there, as in a
+    reversible layer."""
+    if inner.total == outer.total or inner.total not in outer.path:
+        return False
+    is_foreign = inner.stream != outer.stream and inner.stream not in outer.path
+    return not (is_foreign and all_through(graph, outer, inner.total))
 
 
 # -------------------------------------------------------------------- which layers are one stack

@@ -8,10 +8,11 @@ from .axes import acts_across_tokens, feature_dims
 from .gaps import find_gaps
 from .graph import Graph
 from .layers import Identity, Layer, place
+from .projected import find_projected
 from .residual import Branch, find_branches, see_through
 from .roles import Roles, find_attentions, find_kind, find_projections
 from .samples import batch_dim
-from .stream import carried_on, find_stacks, outside_layers
+from .stream import all_through, carried_on, find_stacks, only_homes_of_attentions, outside_layers
 from .taps import Reach, Taps, find_taps
 
 
@@ -41,6 +42,10 @@ def survey(graph: Graph) -> Survey:
     branches = find_branches(graph)
     layers = place(graph, branches)
     kept = carried_on(graph, layers)
+    projected = find_projected(graph, kept, layers)
+    layers |= projected
+    kept = [*kept, *projected]
+    kept = sorted([*kept, *only_homes_of_attentions(graph, layers, kept)], key=lambda b: (b.total, b.term))
     homeless = outside_layers(graph, [branch for branch in branches if branch not in layers], kept)
     channels_first = _on_feature_maps(graph, kept, layers)
     kept = [branch for branch in kept if branch not in channels_first]
@@ -51,9 +56,11 @@ def survey(graph: Graph) -> Survey:
         for number, identity in enumerate(stack.layers)
     }
     problems: list[str] = []
+    # Streams that a layer mixes, convolutions around its layers: by themselves they are no layer's attention or MLP.
+    refused: list[str] = []
     sites: list[Site] = []
     for identity, calls in readings.items():
-        variants = [_sites_of_call(graph, call, *homes[identity], problems) for call in calls.values()]
+        variants = [_sites_of_call(graph, call, homes[identity], problems, refused) for call in calls.values()]
         if any(variant != variants[0] for variant in variants):
             problems.append(
                 "a layer that runs several times has the same sites each time; got different ones at "
@@ -62,7 +69,7 @@ def survey(graph: Graph) -> Survey:
         sites += variants[0]
     refused_layers = [layers[branch] for branch in channels_first]
     gaps = find_gaps(graph, {branch: layers[branch] for branch in kept}, refused_layers, sites)
-    refused = [
+    refused += [
         f"{layer.name}: a sum of feature maps, whose features are not the last dimension" for layer in refused_layers
     ]
     refused += [
@@ -83,7 +90,7 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         if layer.scope.index not in reaches:
             reaches[layer.scope.index] = Reach(graph, layer)
         reach = reaches[layer.scope.index]
-        local = branch.inside(layer.scope.start)
+        local = branch.inside(max(layer.scope.start, _last_sum_inside(graph, branch, kept) + 1))
         attentions = find_attentions(graph, local)
         kind = find_kind(graph, local, attentions)
         if kind == "mlp" and acts_across_tokens(graph, branch):
@@ -94,12 +101,25 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
     return found
 
 
-def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: int, problems: list[str]) -> list[Site]:
+def _last_sum_inside(graph: Graph, branch: Branch, kept: list[Branch]) -> int:
+    """The last sum that all of a branch passes through: in a reversible layer it is what the branch works on."""
+    inside = [other.total for other in kept if other.total in branch.path and all_through(graph, branch, other.total)]
+    return max(inside, default=-1)
+
+
+def _sites_of_call(
+    graph: Graph, readings: list[_Reading], home: tuple[str, int], problems: list[str], refused: list[str]
+) -> list[Site]:
+    stack, number = home
     sites = []
     counts: Counter[str] = Counter()
     for ordinal, reading in enumerate(readings, start=1):
+        taps = reading.taps
+        if taps.output is None and reading.kind == "mixer":
+            refused.append(f"{reading.layer.name}: a mixer whose result no module of the layer returns")
+            continue
         counts[reading.kind] += 1
-        count, taps = counts[reading.kind], reading.taps
+        count = counts[reading.kind]
         role = reading.kind if count == 1 else f"{reading.kind}_{count}"
         if taps.output is None:
             problems.append(_unreachable(graph, reading, role))
@@ -121,6 +141,7 @@ def _sites_of_call(graph: Graph, readings: list[_Reading], stack: str, number: i
                 branch_norm=taps.branch_norm,
                 same_layout=taps.same_layout,
                 exact=taps.exact,
+                dropped_later=taps.dropped_later,
                 shared_sum=reading.branch.siblings > 0,
                 handed_on=all(_takes_up(graph, reading, following) for following in readings[ordinal : ordinal + 1]),
                 batch_dim=batch_dim(graph, reading.layer.scope, graph.values[reading.branch.total]),

@@ -1,11 +1,13 @@
 """Where hooks can reach a branch: its output `h`, the stream `x`, and the norms around them."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..core.site import Arrangement, Tap
+from .dropouts import is_dropped
 from .graph import Call, Graph, Key
 from .layers import Layer
 from .norms import is_norm
@@ -24,6 +26,7 @@ class Taps:
     branch_norm: str | None
     same_layout: bool
     exact: bool
+    dropped_later: bool
     notes: tuple[str, ...]
 
 
@@ -82,13 +85,16 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
     output = _output(graph, branch, reach)
     pre, post, inner = _pre_norm(branch, reach), _post_norm(branch, reach), _branch_norm(branch, reach)
     stream, scales = _stream(graph, branch, reach, before=branch.term if output is None else output[1].value)
-    tap, same_layout, exact = None, False, False
+    tap, same_layout, exact, dropped_later = None, False, False, False
     notes: tuple[str, ...] = ("the model scales the stream before the sum",) if scales else ()
+    if branch.stream not in {seen.value for seen in see_through(graph, branch.skip)}:
+        notes += ("the layer projects the stream before the sum",)
     if output is not None:
         tap, seen, call = output
         same_layout = not seen.moved and graph.values[seen.value].shape == graph.values[branch.total].shape
-        exact = not seen.scaled and not scales
-        if _dropped_later(graph, seen.value, call, branch):
+        exact = not seen.scaled and not scales and not branch.shifted
+        dropped_later = is_dropped(graph, seen.value, call, branch.total)
+        if any(is_dropped(graph, value, call, branch.total) for value in _nearer(graph, branch, seen)):
             notes += ("the model's dropout follows the output",)
     return Taps(
         output=tap,
@@ -99,6 +105,7 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
         branch_norm=inner,
         same_layout=same_layout,
         exact=exact,
+        dropped_later=dropped_later,
         notes=notes,
     )
 
@@ -117,7 +124,8 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
             for call, key in graph.producers.get(seen.value, ())
             if call.stop <= branch.total and reach.countable(call)
         ]
-        # Counting the calls of a module costs a hook; one that never changes anything is not worth it.
+        # Counting the calls of a module costs a hook; one that never changes anything is not worth it, nor is a
+        # dropout, which adapters can wait for.
         chosen = [entry for entry in found if reach.hookable(entry[2]) or not is_idle(entry[2].module)] or found
         if chosen:
             _, _, call, key = max(chosen, key=lambda entry: entry[:2])
@@ -126,9 +134,9 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
 
 
 def is_idle(module: nn.Module) -> bool:
-    """Whether the module returns what it gets, in training too: a dropout or a stochastic depth of probability 0."""
+    """Whether the module returns what it gets: a dropout, or a stochastic depth of probability 0."""
     probability = getattr(module, "p", getattr(module, "drop_prob", None))
-    return isinstance(module, nn.Identity) or probability == 0
+    return isinstance(module, (nn.Identity, nn.Dropout)) or probability == 0
 
 
 def _stream(graph: Graph, branch: Branch, reach: Reach, before: int) -> tuple[Tap | None, bool]:
@@ -201,10 +209,9 @@ def _arrangement(pre: str | None, post: str | None, inner: str | None) -> Arrang
     return "branch" if inner else "none"
 
 
-def _dropped_later(graph: Graph, value: int, after: Call, branch: Branch) -> bool:
-    """Whether a dropout that hooks cannot use (it is shared) takes the branch's output before the sum."""
-    return any(
-        isinstance(call.module, nn.Dropout) and call.index > after.index and not after.encloses(call)
-        for call, _ in graph.consumers.get(value, ())
-        if call.stop <= branch.total
-    )
+def _nearer(graph: Graph, branch: Branch, tapped: Seen) -> Iterator[int]:
+    """What lies between a tap and the sum."""
+    for seen in see_through(graph, branch.term):
+        if seen.value == tapped.value:
+            return
+        yield seen.value

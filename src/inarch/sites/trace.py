@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from .graph import ALIAS, ATTENTIONS, CONSTANT, INPUT, PARAMETER, Call, Graph, Key, Value
+from .dropouts import SeesDropout
+from .graph import ALIAS, ATTENTIONS, CONSTANT, INPUT, PARAMETER, Call, Dropout, Graph, Key, Value
 from .known import KeepsIndices, Known
 from .native import unfused
 
@@ -41,9 +42,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], kn
         stack.enter_context(unfused())
         if known is not None:
             stack.enter_context(KeepsIndices())
+        stack.enter_context(SeesDropout(recorder.note_dropout))
         stack.enter_context(recorder)
         model(*args, **kwargs)
-    return Graph(model, recorder.values, recorder.calls, recorder.roots, recorder.indices, recorder.parameters)
+    return Graph(
+        model, recorder.values, recorder.calls, recorder.roots, recorder.indices, recorder.parameters, recorder.dropouts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.roots: dict[int, str] = {}
+        self.dropouts: list[Dropout] = []
         self.indices: dict[int, tuple[Tensor | None, ...]] = {}
         self._open: list[Call] = []
         self._returned = 0
@@ -195,6 +200,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._known and not is_known:
                 self._known.forget(self._on_storage[_storage(tensor)])
         return result
+
+    def note_dropout(self, tensor: Tensor) -> None:
+        self.dropouts.append(Dropout(self._index(tensor), len(self.values), self._returned))
 
     def _note_indices(self, result: Tensor, places: list[Tensor | None]) -> None:
         given = [index for index in places if index is not None]

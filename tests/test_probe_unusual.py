@@ -1,0 +1,263 @@
+"""Layers that are built unlike the rest: what the probe finds in them, and that adapters there start at the base model.
+
+Roles and hook places are written from the layers' source.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as tf
+
+import inarch
+from inarch.bank import SiteSlot
+from inarch.sites import synthesise
+from inarch.testing import perturb
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99,
+    "max_position_embeddings": 64, **SPECIAL,
+}  # fmt: skip
+GQA = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+SEQ2SEQ = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 99, "max_position_embeddings": 64, **SPECIAL,
+}  # fmt: skip
+TOKENS = torch.arange(3, 11)[None]
+
+
+def idefics():
+    vision = {
+        "embed_dim": 32, "image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }  # fmt: skip
+    model = tf.IdeficsModel(
+        tf.IdeficsConfig(
+            **TEXT, vision_config=vision, cross_layer_interval=2, use_resampler=False, additional_vocab_size=0
+        )
+    )
+    inputs = {"pixel_values": torch.randn(1, 1, 3, 16, 16), "image_attention_mask": torch.ones(1, 8, 1).long()}
+    return model, {"input_ids": TOKENS, "attention_mask": torch.ones(1, 8).long(), **inputs}
+
+
+def xmod():
+    model = tf.XmodModel(tf.XmodConfig(**TEXT, languages=["en_XX", "de_DE"]))
+    model.set_default_language("en_XX")
+    return model, None
+
+
+def reformer():
+    config = tf.ReformerConfig(
+        hidden_size=32, num_attention_heads=4, attention_head_size=8, feed_forward_size=48, vocab_size=99,
+        attn_layers=["local", "local"], axial_pos_shape=[8, 8], axial_pos_embds_dim=[16, 16],
+        local_attn_chunk_length=4, max_position_embeddings=64, is_decoder=False, **SPECIAL,
+    )  # fmt: skip
+    return tf.ReformerModel(config), {"input_ids": torch.arange(3, 67)[None]}
+
+
+MODELS = {
+    # XLNet adds inside its attention and calls one dropout twice.
+    "xlnet": lambda: (tf.XLNetModel(tf.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=99)), None),
+    # X-MOD adds its language adapter to the MLP's output, with the same dropout.
+    "xmod": xmod,
+    "albert": lambda: (
+        tf.AlbertModel(tf.AlbertConfig(**TEXT, embedding_size=16, num_hidden_groups=2, inner_group_num=2)), None,
+    ),
+    # Pegasus-X runs its MLP twice in a layer: on the tokens, and on the global ones.
+    "pegasus_x": lambda: (tf.PegasusXModel(tf.PegasusXConfig(**SEQ2SEQ, block_size=4, num_global_tokens=2)), None),
+    # MobileBERT has a narrow stream in each layer, and four MLPs on it.
+    "mobilebert": lambda: (
+        tf.MobileBertModel(tf.MobileBertConfig(**TEXT, embedding_size=16, intra_bottleneck_size=16)), None,
+    ),
+    # TimeSformer looks at the frames of a patch, then at the patches of a frame.
+    "timesformer": lambda: (
+        tf.TimesformerModel(
+            tf.TimesformerConfig(
+                image_size=32, patch_size=8, num_frames=2, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=48,
+            )
+        ), None,
+    ),
+    "gemma3n": lambda: (
+        tf.Gemma3nTextModel(
+            tf.Gemma3nTextConfig(
+                **{**GQA, "intermediate_size": [48, 48]}, num_kv_shared_layers=0, vocab_size_per_layer_input=99,
+                hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0],
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ), None,
+    ),
+    "ibert": lambda: (tf.IBertModel(tf.IBertConfig(**TEXT)), None),
+    "reformer": reformer,
+    "idefics": idefics,
+    # RWKV's attention is a recurrence.
+    "rwkv": lambda: (
+        tf.RwkvModel(
+            tf.RwkvConfig(
+                vocab_size=99, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=48
+            )
+        ), None,
+    ),
+    # The Funnel Transformer pools the queries of the first layer of a block, not its keys.
+    "funnel": lambda: (
+        tf.FunnelBaseModel(
+            tf.FunnelConfig(d_model=32, n_head=4, d_head=8, d_inner=48, vocab_size=99, block_sizes=[1, 2])
+        ), None,
+    ),
+    # OPT flattens the batch between attention and MLP.
+    "opt": lambda: (
+        tf.OPTModel(
+            tf.OPTConfig(
+                vocab_size=99, hidden_size=32, num_hidden_layers=2, ffn_dim=48, max_position_embeddings=64,
+                num_attention_heads=4, word_embed_proj_dim=32, **SPECIAL,
+            )
+        ), None,
+    ),
+    # Only its last layer adds a bias after the attention.
+    "gpt_neox_japanese": lambda: (tf.GPTNeoXJapaneseModel(tf.GPTNeoXJapaneseConfig(**TEXT)), None),
+    "lilt": lambda: (
+        tf.LiltModel(tf.LiltConfig(**{**TEXT, "hidden_size": 48}, channel_shrink_ratio=4)),
+        {"input_ids": TOKENS, "bbox": torch.zeros(1, 8, 4).long()},
+    ),
+    "deepseek_v4": lambda: (
+        tf.DeepseekV4Model(
+            tf.DeepseekV4Config(
+                **{**TEXT, "num_hidden_layers": 2}, moe_intermediate_size=32, head_dim=16, q_lora_rank=16,
+                num_experts_per_tok=2, n_routed_experts=4, o_lora_rank=16, o_groups=4,
+                layer_types=["heavily_compressed_attention"] * 2, mlp_layer_types=["moe"] * 2, sliding_window=16,
+                index_n_heads=4, index_head_dim=16, index_topk=4, partial_rotary_factor=0.5,
+            )
+        ), None,
+    ),
+}  # fmt: skip
+
+EXPECTED = {
+    "xlnet": {"self_attention": "rel_attn.dropout", "mlp": "ff.layer_2"},
+    "xmod": {"self_attention": "attention.output.dropout", "mlp": "output.dense", "mlp_2": "output.dropout"},
+    "albert": {"self_attention": "attention.output_dropout", "mlp": "ffn_output"},
+    "pegasus_x": {"self_attention": "self_attn", "self_attention_2": "self_attn", "mlp": "fc2", "mlp_2": "fc2"},
+    "mobilebert": {
+        "self_attention": "attention.output.dense", "mlp": "ffn.0.output.dense", "mlp_2": "ffn.1.output.dense",
+        "mlp_3": "ffn.2.output.dense", "mlp_4": "output.dense",
+    },
+    "timesformer": {"self_attention": "temporal_dense", "self_attention_2": "attention", "mlp": "output"},
+    "gemma3n": {
+        "mlp": "laurel", "self_attention": "post_attention_layernorm", "mlp_2": "post_feedforward_layernorm"
+    },
+    "ibert": {"self_attention": "attention.output.dropout", "mlp": "output.dropout"},
+    "reformer": {"self_attention": "attention", "mlp": "feed_forward"},
+    "rwkv": {"mixer": "attention", "mlp": "feed_forward"},
+    "funnel": {"self_attention": "attention.hidden_dropout", "mlp": "ffn.dropout"},
+    "opt": {"self_attention": "self_attn", "mlp": "fc2"},
+    "gpt_neox_japanese": {"self_attention": "attention", "mlp": "mlp"},
+    "lilt": {
+        "self_attention": "attention.output.dropout", "self_attention_2": "attention.layout_output.dropout",
+        "mlp": "output.dropout", "mlp_2": "layout_output.dropout",
+    },
+    "deepseek_v4": {"self_attention": "self_attn", "mlp": "mlp"},
+    "idefics": {"cross_attention": "cross_attn", "mlp": "mlp"},
+}  # fmt: skip
+"""Hook places by role, in the layers of the stack below or else of the first stack."""
+
+STACKS = {"idefics": "text0"}
+
+
+@cache
+def made(name):
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model.eval()
+    perturb(model)
+    return model, inputs
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_layer_has_the_sublayers_of_its_source(name):
+    model, inputs = made(name)
+    sites = inarch.probe(model, example_inputs=inputs)
+    stack = STACKS.get(name, sites.sites[0].stack)
+    layers = {}
+    for site in sites:
+        if site.stack == stack:
+            layers.setdefault(site.layer, {})[site.role] = site.output.path
+    assert list(layers.values()) == [EXPECTED[name]] * len(layers)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_adapters_start_at_the_base_model_and_learn_everywhere(name):
+    """With new adapters at every site the output is the same; then every one of them has a gradient."""
+    model, inputs = MODELS[name]()
+    model.eval()
+    perturb(model)
+    inputs = inputs or synthesise(model)
+    before = model(**inputs).last_hidden_state
+    adapters = inarch.attach(model, example_inputs=inputs)
+    adapters.add("a", "double_seq_bn[reduction_factor=4,init_weights=mam_adapter]")
+    adapters.train("a")
+    model.eval()
+    if name == "reformer":  # it computes its own gradients, in training mode, and for inputs that have some
+        model.enable_input_require_grads()
+        without_dropout(model).train()
+    after = model(**inputs).last_hidden_state
+    assert torch.equal(after, before)
+    after.square().sum().backward()
+    silent = {slot.site.key for slot in slots(model) if not reached(slot)}
+    assert silent == UNUSED.get(name, set())
+
+
+UNUSED = {
+    "pegasus_x": {"text0.1.self_attention_2", "text0.1.mlp_2"},
+    "lilt": {"text0.1.self_attention_2", "text0.1.mlp_2"},
+}
+"""Sites of the last layer on a stream that is no part of the output: global tokens, the layout."""
+
+
+def slots(model):
+    return [
+        module for module in model.modules() if isinstance(module, SiteSlot) and any(True for _ in module.parameters())
+    ]
+
+
+def reached(slot):
+    up = slot.adapters.find("a").find("bottleneck").up.weight
+    return up.grad is not None and bool(up.grad.abs().max() > 0)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+def test_the_bias_of_one_layer_makes_its_output_inexact():
+    model, _ = made("gpt_neox_japanese")
+    assert [site.exact for site in inarch.probe(model) if site.role == "self_attention"] == [True, False]
+
+
+def test_reversible_layers_hand_their_sum_to_no_site():
+    model, inputs = made("reformer")
+    assert {site.handed_on for site in inarch.probe(model, example_inputs=inputs) if site.role != "mlp"} == {False}
+
+
+def test_a_stream_of_many_rows_cannot_be_read():
+    """Hyper-connections keep four streams where a branch has one."""
+    model, _ = made("deepseek_v4")
+    assert {(site.stream, site.same_layout) for site in inarch.probe(model)} == {(None, False)}
+    adapters = inarch.attach(model)
+    try:
+        with pytest.raises(inarch.SiteError, match=r"got none at site `text0.0.mlp` \(`layers.0`\)\. Use `original_ln"):
+            adapters.add("a", "par_bn")
+    finally:
+        adapters.detach()
+
+
+def test_sublayers_whose_results_are_lost_are_named():
+    """MRA's attention gives zeros where its CUDA kernel is missing."""
+    model = tf.MraModel(tf.MraConfig(**TEXT))
+    (refused,) = inarch.probe(model).refused
+    assert refused == (
+        "`encoder.layer.0`, `encoder.layer.1` (MraLayer): nothing uses the results of attention.self.query, "
+        "attention.self.key, attention.self.value"
+    )
