@@ -77,7 +77,7 @@ def test_any_pieces_of_the_grammar_are_read_or_refused(pieces):
     refused_or(read_config, "".join(pieces))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(presets())), st.sampled_from(FIELDS), VALUES)
 def test_what_is_read_can_be_planned_or_is_refused(preset, field, value):
     found = refused_or(lambda given: presets()[preset].replace(**{field: given}), value)

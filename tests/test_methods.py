@@ -222,8 +222,8 @@ def test_ia3_without_a_projection_is_refused(config):
         read_config(config)
 
 
-@pytest.mark.parametrize(("name", "down"), [("vit", "mlp.fc2"), ("bert", "1.output.dense 0.output.dense")])
-def test_a_muted_branch_adds_nothing(name, down):
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_a_muted_branch_adds_nothing(name):
     model = tiny(name)
     adapters = inarch.attach(model)
     with pytest.raises(inarch.ConfigError, match=r"mute\[roles=\[mlp\]\].*\n.*branch lost.*goes on without"):
@@ -234,8 +234,9 @@ def test_a_muted_branch_adds_nothing(name, down):
     adapters.detach()
     assert not torch.allclose(still(model, name), found)
     with torch.no_grad():
-        for path, module in model.named_modules():
-            if path.endswith(tuple(down.split())):
+        for site in adapters.sites:
+            for projection in site.projections.get("down", ()):
+                module = model.get_submodule(site.absolute(projection.path))
                 module.weight.zero_()
                 module.bias.zero_()
     assert torch.equal(still(model, name), found)

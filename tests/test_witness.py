@@ -88,6 +88,23 @@ def test_verification_leaves_mode_and_random_state_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_verification_leaves_what_a_forward_changes_as_it_was():
+    class Remembers(PlainTransformer):
+        length, shape = 9, (9, 9)
+
+        def forward(self, x):
+            self.length, self.shape = x.shape[1], tuple(x.shape)
+            return super().forward(x)
+
+    model = Remembers().eval()
+    model.length, model.shape = 9, (9, 9)
+    x = torch.randn(1, 4, 32)
+    verify(model, inarch.probe(model, example_inputs={"x": x}), {"x": x})
+    assert (model.length, model.shape) == (9, (9, 9))
+    model(x)
+    assert model.length == 4
+
+
 def test_a_wrong_layout_attaches_nothing():
     model = tiny("vit")
     wrong = changed(model, "image0.1.self_attention", stream=Tap(path="layernorm_before", side="out"))

@@ -74,9 +74,12 @@ def made_inputs(model: nn.Module) -> list[Inputs]:
     placed = with_placeholders(model, known, wanted)
     if type(model).__name__.endswith("ForMultipleChoice") and "input_ids" in known:
         known["input_ids"] = known["input_ids"][:, None]
+    first = [placed] if placed else []
+    if placed and "image_sizes" in placed:  # which a model may name for the sake of one vision tower among many
+        first.append({name: value for name, value in placed.items() if name != "image_sizes"})
     complete = forms(known, config)
     parts = [part for form in complete for part in _parts(form)]
-    variants = {_shapes(kwargs): kwargs for kwargs in [*([placed] if placed else []), *complete, *parts]}
+    variants = {_shapes(kwargs): kwargs for kwargs in [*first, *complete, *parts]}
     return [Inputs((), kwargs) for kwargs in variants.values()]
 
 
