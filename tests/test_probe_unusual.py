@@ -8,11 +8,13 @@ from functools import cache
 import pytest
 import torch
 import transformers as tf
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import inarch
 from inarch.bank import SiteSlot
 from inarch.sites import synthesise
-from inarch.testing import perturb
+from inarch.testing import PlainTransformer, perturb
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = {
@@ -261,3 +263,35 @@ def test_sublayers_whose_results_are_lost_are_named():
         "`encoder.layer.0`, `encoder.layer.1` (MraLayer): nothing uses the results of attention.self.query, "
         "attention.self.key, attention.self.value"
     )
+
+
+class Replaced(GradientCheckpointingLayer):
+    """Its attention takes the place of the stream, and it has nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_a_tower_without_any_sum_is_named():
+    """Beside a tower that adapts: never half of a model in silence."""
+
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = PlainTransformer(16, 1, 2)
+            self.other = nn.ModuleList([Replaced(), Replaced()])
+
+        def forward(self, x):
+            y = x
+            for layer in self.other:
+                y = layer(y)
+            return self.one(x) + y.mean()
+
+    sites = inarch.probe(Towers(), example_inputs=torch.randn(1, 4, 16))
+    assert {site.layer_path for site in sites} == {"one.blocks.0"}
+    assert sites.refused == ("`other.0`, `other.1` (Replaced): an attention, and no sum that adds it to a stream",)

@@ -29,7 +29,7 @@ def find_gaps(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer], s
     unclaimed, missed = _unclaimed_attentions(graph, layers, sites)
     found = list(layers.values())
     return Gaps(
-        refused=(*unclaimed, *_unused(graph, layers), *_never_run(graph, found)),
+        refused=(*unclaimed, *_in_no_layer(graph, layers, refused), *_unused(graph, layers), *_never_run(graph, found)),
         problems=(*_disagreements(graph, sites), *_without_sites(graph, found, refused), *missed),
     )
 
@@ -106,6 +106,22 @@ def _unclaimed_attentions(graph: Graph, layers: dict[Branch, Layer], sites: list
         if name not in attending
     ]
     return refused, problems
+
+
+def _in_no_layer(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer]) -> Iterator[str]:
+    """What transformers checkpoints as a layer and has an attention, but no branch that was found."""
+    claimed: set[int] = set().union(*(branch.interior for branch in layers))
+    known = {layer.scope.index for layer in (*layers.values(), *refused)}
+    idle: dict[str, dict[str, None]] = defaultdict(dict)
+    for value in graph.values:
+        if value.index in claimed or not value.users or not is_attention(graph, value):
+            continue
+        around = list(graph.owner(value.index).chain())
+        home = next((call for call in around if is_checkpointed(call.module)), None)
+        if home is not None and known.isdisjoint(call.index for call in around):
+            idle[type(home.module).__name__][f"`{home.path}`"] = None
+    for layer_class, paths in idle.items():
+        yield f"{', '.join(paths)} ({layer_class}): an attention, and no sum that adds it to a stream"
 
 
 def _unused(graph: Graph, layers: dict[Branch, Layer]) -> Iterator[str]:
