@@ -117,8 +117,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
 
 
 def test_data_files_are_in_the_wheel(wheel):
-    files = [path for path in (ROOT / "src" / "inarch" / "assets").rglob("*") if path.is_file()]
-    assert files
+    package = ROOT / "src" / "inarch"
+    files = [path for path in (package / "assets").rglob("*") if path.is_file()]
+    files += (package / "sites" / "layouts").glob("*.json")
+    assert {path.parent.name for path in files} >= {"demo_backbone", "layouts"}
     with zipfile.ZipFile(wheel) as archive:
         for path in files:
             assert archive.read(path.relative_to(ROOT / "src").as_posix()) == path.read_bytes()
@@ -135,7 +137,7 @@ def test_the_metadata_say_what_the_project_says(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert core == {"torch", "transformers", "safetensors", "huggingface-hub", "typer", "rich"}
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "sweep", "report", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "sweep", "report", "quantised", "dev"}
     assert "inarch = inarch.cli:main" in scripts
     assert licence == (ROOT / "LICENSE").read_bytes()
 
