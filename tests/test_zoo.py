@@ -1,6 +1,8 @@
 """A representative part of the zoo; `make coverage` runs all of it."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import transformers
@@ -21,6 +23,8 @@ REPRESENTATIVE = [
     "qwen2", "qwen3", "qwen3_vl_vision", "roberta", "roformer", "siglip", "siglip2", "t5", "vit", "vit_mae",
     "wav2vec2", "whisper", "xglm",
 ]  # fmt: skip
+
+COVERAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 NEWEST = pytest.mark.skipif(
     transformers.__version__ != recorded_with(),
@@ -98,3 +102,13 @@ def test_the_tables_name_types_that_exist():
     tables = [exceptions.COMPLETE, exceptions.CONFIGS, exceptions.CLASSES, factories.FACTORIES, table.NAMED]
     tables += [reviews.REVIEWED, reviews.IDLE, reviews.REFUSED]
     assert {name for rows in tables for name in rows} <= set(model_types())
+
+
+@NEWEST
+def test_the_page_has_every_type_with_a_verdict_and_a_reason():
+    rows = [line for line in COVERAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    cells = [re.split(r" (?<!\\)\| ", row.strip("| ")) for row in rows]
+    types = [re.match(r"`([^`]+)`", row[0])[1] for row in cells]
+    assert sorted(types) == sorted(model_types())
+    for row in cells:
+        assert "adapts" in row or (("refused" in row or "fails" in row) and row[-1].strip()), row

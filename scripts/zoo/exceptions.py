@@ -116,7 +116,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "donut-swin": _SWIN,
     "swin": _SWIN,
     "sam": {"vision_config.output_channels": 64, "vision_config.num_pos_feats": 32},
-    "sam_hq": {"vision_config.output_channels": 64, "vision_config.num_pos_feats": 32},
+    "sam_hq": {"mask_decoder_config.vit_dim": 64, "vision_config.output_channels": 64, "vision_config.num_pos_feats": 32},
     "sam3": {f"vision_config.{name}": value for name, value in _SAM3.items()},
     "sam3_vision_model": _SAM3,
     "sam3_tracker": {f"vision_config.{name}": value for name, value in _SAM3.items()},

@@ -16,10 +16,15 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "fun_asr_nano": {"FunAsrNanoEncoderLayer": (1, 2)},
     "gemma4": {"Gemma4TextDecoderLayer": (3,)},  # attention, MLP, embeddings per layer
     "gemma4_text": {"Gemma4TextDecoderLayer": (3,)},
+    "grounding-dino": {
+        "GroundingDinoEncoderLayer": (6,)
+    },  # text enhancer, fusion of both, deformable attention: two sums each
+    "mm-grounding-dino": {"MMGroundingDinoEncoderLayer": (6,)},
     "inkling_mm_model": {
         "InklingDecoderLayer": (2,)
     },  # each with a short convolution behind it, whose own skip is inside
     "inkling_text": {"InklingDecoderLayer": (2,)},
+    "patchtst": {"PatchTSTEncoderLayer": (2,)},  # attention and MLP, each written for two orders of its norm
 }
 
 IDLE: Mapping[str, Mapping[str, str]] = {
