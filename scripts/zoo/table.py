@@ -92,6 +92,7 @@ def _notes(record: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     else:
         notes += [f"left alone: {_short(text)}" for text in record.get("refused", ())[:2]]
         notes += [_short(text) for text in record.get("excused", ())[:1]]
+        notes += [f"at full size on the meta device: {_short(text, 100)}" for text in full.get("refused", ())[:1]]
         if full and full.get("verdict") != "adapts":
             notes.append(f"full size not probed: {_short(full['reason'], 80)}")
     return "; ".join(notes)
