@@ -59,6 +59,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile src/inarch/version.py
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(PIP) --no-deps --upgrade --target $(VENV)/timm-site timm torchvision # beside, not in: see scripts/timm_site.py
+	@$(PIP) --no-deps --upgrade --target $(VENV)/quantised-site torchao bitsandbytes # beside: torchao logs when it is seen
 	@touch $@
 
 clean:

@@ -1,8 +1,16 @@
-"""A quantised base trains adapters: torchao's and bitsandbytes' integers, on the CPU."""
+"""A quantised base trains adapters: torchao's and bitsandbytes' integers, on the CPU.
+
+The libraries lie beside the environment, in a folder of their own, since torchao logs as soon as transformers sees it.
+The last test runs the others in a process that has this folder on its path.
+"""
 
 import copy
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +56,8 @@ def bitsandbytes_nf4(keep):
     )
 
 
+SITE = Path(sys.prefix) / "quantised-site"
+
 KINDS = {torchao_int8: "torchao", bitsandbytes_int8: "bitsandbytes", bitsandbytes_nf4: "bitsandbytes"}
 
 
@@ -72,7 +82,7 @@ def load(request, folder):
     """Loads the base, quantised; without a quantised head unless told."""
     library = KINDS[request.param]
     if importlib.util.find_spec(library) is None:
-        pytest.skip(f"needs {library}: pip install 'inarch[quantised]'")
+        pytest.skip(f"needs {library}")
 
     def loaded(keep=("classifier",)):
         options = request.param(list(keep))
@@ -205,3 +215,13 @@ def test_the_plain_trainer_takes_it_only_with_adapters(load, inputs, tmp_path):
     adapters.add("a", CONFIG)
     adapters.detach()
     assert "_hf_peft_config_loaded" not in vars(model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="the tests above run by themselves")
+@pytest.mark.skipif(not SITE.is_dir(), reason=f"needs {SITE}, which `make venv` installs")
+def test_the_tests_above_pass_with_the_libraries():
+    path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "15 passed, 1 skipped" in result.stdout
