@@ -261,7 +261,7 @@ def test_ctrl_c_ends_with_130(monkeypatch):
 
 def test_ctrl_c_while_something_is_imported_ends_at_once():
     """There is no half module for anyone to fail with, and later Ctrl-C is an exception again."""
-    code = "import os, signal\nfrom inarch.cli.guard import importing\nwith importing():\n    {}\n{}"
+    code = "import os, signal\nfrom inarch.core.interrupt import importing\nwith importing():\n    {}\n{}"
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
     for inside, after, status, said in (
         (interrupt, "print('on')", 130, "Interrupted.\n"),
@@ -271,6 +271,23 @@ def test_ctrl_c_while_something_is_imported_ends_at_once():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (status, "")
         assert said in (None, done.stderr)
+
+
+@pytest.mark.parametrize("module", ["typer", "inarch.cli.probe", "torch"])
+def test_ctrl_c_ends_at_once_from_the_first_moment_on(module):
+    """Whatever is being imported: the command line itself, a command, or what it needs."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "sys.argv = ['inarch', 'probe', 'vit']\n"
+        "runpy.run_module('inarch', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 
 
 def test_a_closed_pipe_is_quiet():

@@ -64,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     "sweep": SERVICES | {"handle", "data", "train"},
     "compat": USERS,
     "cli": USERS | {"compat", PACKAGE},
-    "__main__": {"cli"},
+    "__main__": CORE | {"cli"},
     PACKAGE: USERS,  # the front door: `inarch/__init__.py`
 }
 """Each top-level module or folder of the package, and those it may import besides itself."""

@@ -1,5 +1,9 @@
-"""`python -m inarch`: the command line without its script."""
+"""What the command `inarch` and `python -m inarch` run."""
 
-from .cli import main
+from .core.interrupt import importing
 
-main()
+with importing():
+    from .cli import main
+
+if __name__ == "__main__":
+    main()

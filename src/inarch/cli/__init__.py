@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..core.interrupt import importing
 from ..version import __version__
 from .guard import guarded, loading, prepare_streams, share_cores, show_tracebacks
 
@@ -36,7 +37,7 @@ class _Commands(TyperGroup):
 
 def _load(name: str) -> Any:
     module = COMMANDS[name][0]
-    with loading():
+    with loading(), importing():
         function = getattr(importlib.import_module(f".{module}", __package__), module)
     single = typer.Typer(**_STYLE)
     single.command(name)(guarded(function))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
-from .guard import ERROR, importing
+from ..core.interrupt import importing
+from .guard import ERROR
 from .output import say, say_json, say_table
 from .probe import LAYOUT_HELP, MODEL_HELP
 

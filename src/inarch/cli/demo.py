@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .guard import importing
+from ..core.interrupt import importing
 from .output import err, note, out, say, say_table
 
 if TYPE_CHECKING:

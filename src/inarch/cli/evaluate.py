@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.interrupt import importing
 from ..train.recipe import DataConfig
-from .guard import importing
 from .options import configured, made_from
 from .output import note, progress, say, say_json, say_table
 from .predict import ADAPTER_HELP, BASE_HELP, DEVICE_HELP

@@ -4,9 +4,7 @@ import errno
 import functools
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +15,10 @@ from typing import Any, NoReturn
 import typer
 
 from ..core.errors import InarchError
+from ..core.interrupt import INTERRUPTED
 from .output import fail, note
 
-ERROR, INTERRUPTED = 1, 130
+ERROR = 1
 
 _OPTIONS = {
     f"`{name}`": f"`--{name.replace('_', '-')}`"
@@ -90,27 +89,6 @@ def loading() -> Iterator[None]:
             raise
         fail(describe(error))
         sys.exit(ERROR)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Around slow imports, before anything is written: Ctrl-C ends the process at once.
-
-    As an exception it would leave half a module behind, or be swallowed by one, and fail in other words later.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only the main one may set a handler
-        yield
-        return
-    before = signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave(*_: Any) -> None:
-    os.write(2, b"Interrupted.\n")
-    os._exit(INTERRUPTED)
 
 
 def _stop(code: int, message: str) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 import typer
 
-from .guard import importing
+from ..core.interrupt import importing
 from .output import note, out, progress
 
 if TYPE_CHECKING:

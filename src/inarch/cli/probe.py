@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.interrupt import importing
 from ..core.table import ranges
-from .guard import importing
 from .output import say, say_json, say_table
 
 if TYPE_CHECKING:

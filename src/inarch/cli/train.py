@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError, InarchError
+from ..core.interrupt import importing
 from ..core.records import EpochRecord, RunRecord, SeedsRecord
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
 from .check import ADAPTER_HELP, say_report
-from .guard import ERROR, importing
+from .guard import ERROR
 from .options import configured, in_options, made_from
 from .output import err, fail, note, say, say_json, say_table
 
