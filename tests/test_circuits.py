@@ -203,6 +203,24 @@ def test_a_joined_adapter_without_the_other_branch_says_so():
         block.mlp(x)
 
 
+def test_a_joined_adapter_reads_nothing_of_a_forward_that_did_not_end():
+    model, ids = gptj(), torch.arange(6)[None]
+    adapters = inarch.attach(model)
+    adapters.add("a", JOINED)
+    awake(adapters, "a")
+    adapters.activate("a")
+    expected = model(ids).last_hidden_state
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    handle = model.h[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(ids + 1)
+    handle.remove()
+    assert torch.equal(model(ids).last_hidden_state, expected)
+
+
 def test_a_joined_stream_from_a_module_that_is_called_often_is_refused():
     model = gptj()
     sites = inarch.probe(model)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import inarch
 from inarch.attach import modules_at, slot_of
 from inarch.core.errors import ConfigError, SiteError
+from inarch.fingerprint import fingerprint
 
 WIDTH, HEADS = 16, 2
 EVERY_ROLE = "lora[r=3,alpha=5,attn_matrices=[q,k,v,o],init_weights=bert,init_weights_seed=1]"
@@ -229,6 +230,29 @@ def test_an_exception_in_the_forward_leaves_nothing_behind():
     assert "in_proj_weight" not in vars(model[0].attn)
     assert "weight" not in vars(model[0].attn.out_proj)
     assert torch.equal(model(x), expected)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind_either():
+    """Ctrl-C passes by every hook; the weights of the base are back when the adapter is not active any more."""
+    model, (x,), adapters = attached("fused")
+    base = model(x)
+    adapters.activate("a")
+    expected = model(x)
+    known = fingerprint(model, adapters.sites)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[0].attn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    assert "in_proj_weight" in vars(model[0].attn)
+    assert torch.equal(model(x), expected)
+    assert fingerprint(model, adapters.sites) == known
+    adapters.deactivate()
+    assert torch.equal(model(x), base)
+    assert not {"in_proj_weight", "weight"} & (vars(model[0].attn).keys() | vars(model[0].attn.out_proj).keys())
 
 
 def test_threads_have_graphs_of_their_own():

@@ -40,7 +40,7 @@ from .methods import AdapterConfig, LinearMethod, layer_number, method_of, place
 from .plan import sublayer_part
 from .sites import Unnested, nesting_encoders
 from .tensors import TRAINABLE, execution_device, is_sharded
-from .weight import WeightRole, WeightSlot
+from .weight import Shadows, WeightRole, WeightSlot
 
 
 class Removable(Protocol):
@@ -209,14 +209,14 @@ def _arm_sum(
         handles.append(norm.register_forward_hook(slot.close))
     if program.reads(2):
         # Those branches' own hooks, of sites that run before, are registered already.
-        for other in others:
+        for number, other in enumerate(others):
             if other.output.call:
                 raise SiteError(
                     "An adapter that reads the other branches of its sum needs each of them at a module that its layer "
                     f"calls once; got `{other.output.path}`, which is called often, for `{other.key}` at site "
                     f"`{site.key}`. Load the adapter without this site."
                 )
-            hook = partial(slot.hold_other, other.output.key)
+            hook = partial(slot.hold_other, other.output.key, number == 0)
             handles.append(tap_module(model, other, other.output).register_forward_hook(hook))
     return handles
 
@@ -276,9 +276,7 @@ def _arm_projections(
     return handles
 
 
-def _arm_weights(
-    model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]
-) -> list[RemovableHandle]:
+def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> list[Removable]:
     # By module through all sites: two slots on one module would not know of each other.
     programs: dict[nn.Module, tuple[str, dict[str, list[WeightRole]]]] = {}
     for site in sites:
@@ -287,12 +285,13 @@ def _arm_weights(
                 path = site.absolute(projection.path)
                 _, program = programs.setdefault(model.get_submodule(path), (path, {}))
                 program.setdefault(projection.weight, []).append(WeightRole(projection, kept, modules))
-    handles = []
+    handles: list[Removable] = []
     for owner, (path, program) in programs.items():
         slot = WeightSlot(path, program)
         handles += [
             owner.register_forward_pre_hook(slot.enter, prepend=True),
             owner.register_forward_hook(slot.leave, always_call=True),
+            Shadows(owner, tuple(program)),
         ]
     return handles
 

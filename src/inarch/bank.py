@@ -335,9 +335,15 @@ class SiteSlot(nn.Module):
         assert self.site.stream is not None
         self._held[_thread()] = pick(output, self.site.stream.key)
 
-    def hold_other(self, key: tuple[int | str, ...], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hook on the output of another branch of the same sum, after that branch's adapters."""
-        other, before = pick(output, key), self._others.get(_thread())
+    def hold_other(
+        self, key: tuple[int | str, ...], is_first: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        """Hook on the output of another branch of the same sum, after that branch's adapters.
+
+        With the first of them a new sum begins, whatever a forward that did not end has left.
+        """
+        other = pick(output, key)
+        before = None if is_first else self._others.get(_thread())
         self._others[_thread()] = other if before is None else before + other
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

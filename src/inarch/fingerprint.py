@@ -127,7 +127,9 @@ def _parameter(model: nn.Module, site: Site, projection: Projection, leaf: str) 
     """The `weight` or the `bias` of a projection, which may be one of a module that applies it itself; None without."""
     path, _, name = (projection.weight or "weight").rpartition(".")
     module = model.get_submodule(site.absolute(projection.path)).get_submodule(path)
-    return getattr(module, name.replace("weight", leaf), None)
+    attribute = name.replace("weight", leaf)
+    registered = module._parameters.get(attribute)  # a forward in another thread may have another value before it
+    return getattr(module, attribute, None) if registered is None else registered
 
 
 def _rows(tensor: Any, projection: Projection, seen: set[torch.dtype]) -> Tensor | None:

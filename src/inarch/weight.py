@@ -127,6 +127,22 @@ class WeightSlot(nn.Module):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Shadows:
+    """What a forward that was interrupted left before the parameters of a module, until it is removed.
+
+    (Python's `KeyboardInterrupt` and the like pass by every hook.)
+    """
+
+    module: nn.Module
+    parameters: tuple[str, ...]
+
+    def remove(self) -> None:
+        """Let the module read its own parameters again. Runs when no forward does."""
+        for name in self.parameters:
+            _shadow(self.module, name, None)
+
+
 def _holder(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
