@@ -1,21 +1,30 @@
 """What the README shows is run: its code blocks, in order, in one place."""
 
 import re
+import shlex
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from inarch.cli import _load, app
+from inarch.methods import registry
 
 ROOT = Path(__file__).parent.parent
 BACKBONE = ROOT / "src" / "inarch" / "assets" / "demo_backbone"
 HUB_ID = "google/vit-base-patch16-224-in21k"
+READMES = ["README.md", "README.zh.md"]
 
 
 def blocks(page, language):
-    """The code blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    """The code blocks of one language; "" is what has none: output, and the tree of files."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if name == language]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("page", READMES)
 def test_the_python_of_the_readme_runs(page, tmp_path, monkeypatch):
     """With the demonstration backbone in the place of the model on the Hub."""
     monkeypatch.chdir(tmp_path)
@@ -27,7 +36,7 @@ def test_the_python_of_the_readme_runs(page, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "cifar100" / "adapter.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("page", READMES)
 def test_the_readme_is_short_and_begins_with_the_two_commands(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
@@ -43,15 +52,52 @@ def test_every_link_to_a_file_leads_somewhere(page):
     assert missing == []
 
 
-def test_the_commands_of_the_readme_exist():
-    from typer.testing import CliRunner
+@pytest.mark.parametrize("page", READMES)
+def test_the_output_shown_is_what_is_printed(page):
+    """But for the ends of lines, which a page has where it is full."""
+    (shown,) = [block for block in blocks(page, "") if block.startswith("$ ")]
+    command, _, output = shown.partition("\n")
+    result = CliRunner().invoke(app, shlex.split(command)[2:])
+    assert output.split() == result.output.split()
 
-    from inarch.cli import app
 
-    commands = set(
-        re.findall(r"^(?:\.venv/bin/)?inarch (\w+)", "\n".join(blocks("README.md", "sh")), flags=re.MULTILINE)
-    )
-    assert {"train", "predict", "eval", "probe", "check"} <= commands
-    for command in commands:
-        result = CliRunner().invoke(app, [command, "--help"])
-        assert result.exit_code == 0, command
+@pytest.mark.parametrize("page", READMES)
+def test_the_commands_of_the_readme_are_understood(page):
+    """Each with its options and arguments; nothing is run."""
+    lines = [shlex.split(line) for line in "".join(blocks(page, "sh")).splitlines() if line.startswith("inarch ")]
+    assert {"train", "predict", "eval", "probe", "check"} <= {words[1] for words in lines}
+    for _, name, *arguments in lines:
+        _load(name).make_context(name, arguments)
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_every_preset_is_in_the_table(page):
+    rows = [line.split("|")[1] for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line[:3] == "| `"]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    older = {name for method in registry.methods().values() for name in method.aliases}
+    assert told == registry.presets().keys() - older
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_tree_shows_files_that_are_there(page):
+    (tree,) = [block for block in blocks(page, "") if block.startswith("src/")]
+    paths = re.findall(r"(?:^|[;；] +)([\w/]+(?:/|\.py))(?= )", tree, flags=re.MULTILINE)
+    assert len(paths) > 10
+    assert [path for path in paths if not any((ROOT / place / path).exists() for place in ("", "src/inarch"))] == []
+
+
+def test_both_readmes_show_the_same():
+    """Code but for its comments, tables but for their words, pictures and figures."""
+
+    def shown(page):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        code = [re.sub(r" *#.*", "", block) for name in ("python", "sh") for block in blocks(page, name)]
+        output = [block if block[0] == "$" else re.findall(r"^\S+", block, re.MULTILINE) for block in blocks(page, "")]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        figures = sorted(re.findall(r"\b\d\d\.\d\b|\d+,\d{3}", prose))
+        headings = [line.split()[0] for line in prose.splitlines() if line.startswith("#")]
+        tables = [re.findall(r"`[^`]+`", line) for line in prose.splitlines() if line.startswith("|")]
+        return [*code, *output, *tables, headings, re.findall(r"!\[.*?\]\((.*?)\)", prose), figures]
+
+    for one, other in zip_longest(*map(shown, READMES)):
+        assert one == other
