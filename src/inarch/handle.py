@@ -611,11 +611,14 @@ def _refusal(verdict: Report) -> str:
 
 
 def _is_causal(model: nn.Module, sites: Sites) -> bool:
-    """Whether the model generates, or some attention of a layer says that it looks back only."""
+    """Whether the model generates, or its configuration or some attention of a layer says that it looks back only."""
     layers = (model.get_submodule(site.layer_path) for site in sites)
-    generates = getattr(model, "can_generate", None)
-    return (callable(generates) and bool(generates())) or any(
-        module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules()
+    generates, config = getattr(model, "can_generate", None), getattr(model, "config", None)
+    decodes = any(getattr(config, flag, False) is True for flag in ("is_decoder", "is_encoder_decoder"))
+    return (
+        decodes
+        or (callable(generates) and bool(generates()))
+        or any(module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules())
     )
 
 
