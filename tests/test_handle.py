@@ -158,7 +158,7 @@ def test_check_of_a_configuration_leaves_the_model_untouched(model):
         inarch.check(model)
 
 
-@pytest.mark.parametrize("name", ["", " a", "a.b", "a/b", "a,b", "a|b", "a[b]", "a\nb", 3])
+@pytest.mark.parametrize("name", ["", " a", "a.b", "a/b", "a,b", "a|b", "a[b]", "a\nb", "a\0b", 3])
 def test_a_name_that_cannot_be_a_key_is_refused(name, model):
     with pytest.raises(SetupError, match="An adapter's name is text without"):
         inarch.attach(model).add(name, "lora")

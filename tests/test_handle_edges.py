@@ -288,3 +288,97 @@ def test_a_composition_that_cannot_run_has_no_plan(model):
         adapters.add(name, "lora")
     with pytest.raises(SetupError, match="This version runs `Stack`"):
         adapters.plan(inarch.Average("a", "b"))
+
+
+LAST_NORM = "seq_bn[circuits={'output_adapter':'last_norm'}]"
+"""What no ViT can run: it has no norm at the end of a branch."""
+
+
+def test_what_cannot_be_activated_leaves_what_is_active(model, inputs):
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[init_weights=bert]")
+    adapters.add("b", LAST_NORM, unsound="allow")
+    adapters.activate("a")
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    expected = model(**inputs).logits
+    for change in (adapters.activate, adapters.train, lambda name: adapters.using(name).__enter__()):
+        with pytest.raises(SiteError, match="takes the norm of the last layer"):
+            change("b")
+        assert adapters.setup == "a" and torch.equal(model(**inputs).logits, expected)
+        assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == flags
+
+
+def test_an_active_adapter_outlives_one_that_cannot_run_in_its_place(model, inputs, tmp_path):
+    """The adapter, its configuration and the head it was trained with."""
+    other = inarch.attach(tiny("vit", seed=1))
+    other.add("a", LAST_NORM, unsound="allow")
+    other.save("a", tmp_path / "b")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn")
+    adapters.train("a")
+    tensors, config = {key: p.detach().clone() for key, p in adapters["a"].items()}, adapters.config("a")
+    expected = model(**inputs).logits
+    for change in (
+        lambda: adapters.add("a", LAST_NORM, overwrite=True, unsound="allow"),
+        lambda: adapters.load(tmp_path / "b", name="a", overwrite=True, other_base="allow"),
+    ):
+        with pytest.raises(SiteError, match="takes the norm of the last layer"):
+            change()
+        assert adapters.setup == "a" and adapters.config("a") == config and adapters.head("a")
+        assert all(torch.equal(p, tensors[key]) and p.requires_grad for key, p in adapters["a"].items())
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("is_replaced", [True, False], ids=["replaced", "removed"])
+def test_a_model_that_has_lost_a_layer_is_told_so_and_can_be_detached(model, is_replaced):
+    keys = set(model.state_dict())
+    adapters = inarch.attach(model)
+    adapters.add("a", "double_seq_bn")
+    adapters.activate("a")
+    parent, _, number = adapters.sites["image0.1.mlp"].layer_path.rpartition(".")
+    layers = model.get_submodule(parent)
+    fresh = dict(tiny("vit-classifier").named_modules())[f"{parent}.{number}"]
+    layers[int(number)] = fresh
+    if not is_replaced:
+        del layers[int(number)]
+    with pytest.raises(SiteError, match=r"keeps the layers that it was attached with; got none .* `image0\.1\."):
+        adapters.add("b", "seq_bn")
+    adapters.detach()
+    lost = f"{parent}.{number}."
+    assert set(model.state_dict()) == {key for key in keys if is_replaced or not key.startswith(lost)}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert inarch.attach(model).names == ()
+
+
+def test_a_configuration_is_tried_under_a_name_that_is_free(model):
+    adapters = inarch.attach(model)
+    for name in ("adapter", "adapter 2"):
+        adapters.add(name, "lora")
+    assert inarch.check(model, "seq_bn", measure=False).sound
+    assert adapters.names == ("adapter", "adapter 2")
+
+
+def test_a_model_that_saves_itself_in_a_way_of_its_own_is_not_written_with_adapters_in_it(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny("vit")
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+        def save_pretrained(self, path, *, note="none"):
+            self.inner.save_pretrained(path)
+            (path / "note").write_text(note)
+
+    model = Wrapped()
+    adapters = inarch.attach(model, example_inputs=tiny_inputs("vit"))
+    model.save_pretrained(tmp_path / "base", note="one")
+    assert (tmp_path / "base" / "note").read_text() == "one"
+    adapters.add("a", "seq_bn")
+    with pytest.raises(SetupError, match="takes a `save_directory`; got one of Wrapped with a way of its own"):
+        model.save_pretrained(tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    adapters.detach()
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "note").exists()

@@ -64,34 +64,41 @@ def graft(model: nn.Module, sites: Sites) -> None:
         getattr(home, CHILD)[slot_name(site)] = SiteSlot(site)
 
 
-def ungraft(model: nn.Module, sites: Sites) -> None:
+def ungraft(model: nn.Module) -> None:
     """Remove every slot."""
-    for site in sites:
-        home = layer_home(model, site)
-        if hasattr(home, CHILD):
+    for home in list(model.modules()):
+        if isinstance(home._modules.get(CHILD), LayerSlot):
             delattr(home, CHILD)
 
 
 def slot_of(model: nn.Module, site: Site) -> SiteSlot:
-    """The slot of a site."""
-    found = getattr(layer_home(model, site), CHILD)[slot_name(site)]
+    """The slot of a site. Raises `SiteError` where the model has lost the layer that held it."""
+    try:
+        found = getattr(layer_home(model, site), CHILD)[slot_name(site)]
+    except (AttributeError, KeyError):
+        raise SiteError(
+            f"A model keeps the layers that it was attached with; got none with a slot for site `{site.key}` at "
+            f"`{site.layer_path}` of {type(model).__name__}. Call `detach()`, and attach the model as it is now."
+        ) from None
     assert isinstance(found, SiteSlot)
     return found
 
 
-def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
-    """The modules of one adapter, by site key and module key, on each site's device and dtype; not yet in the model."""
-    built: dict[str, dict[str, nn.Module]] = {}
+def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, Modules]:
+    """The modules of one adapter, by site key, on each site's device and dtype; not yet in the model."""
+    built: dict[str, Modules] = {}
     for part in config.parts:
         method = method_of(part)
         for number, placement in enumerate(placements(part, sites)):
+            slot_of(model, placement.site)  # raises where the model has lost the layer
             seed = getattr(part, "init_weights_seed", None)
             # One stream of random numbers for each module: equal weights in every layer would be no random start.
             generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
             module = method(part, placement, layer_number(placement.site, sites), generator)
             module.train(model.training)
             device, dtype = _like(model, placement.site)
-            built.setdefault(placement.site.key, {})[module_key(method.name, placement)] = module.to(device, dtype)
+            place = built.setdefault(placement.site.key, Modules())
+            place.put(module_key(method.name, placement), module.to(device, dtype))
     return built
 
 
@@ -124,14 +131,17 @@ def _misplaced(site: Site, state: str, event: str) -> SiteError:
     )
 
 
-def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Mapping[str, nn.Module]]) -> None:
+def stored(model: nn.Module, sites: Sites, name: str) -> dict[str, Modules]:
+    """The modules of one adapter in the model, by site key."""
+    found = {site.key: modules_at(slot_of(model, site), name) for site in sites}
+    return {key: modules for key, modules in found.items() if modules is not None}
+
+
+def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Modules]) -> None:
     """Put the modules of one adapter into the slots, in the place of any of that name."""
     discard(model, sites, name)
     for key, modules in built.items():
-        holder = Modules()
-        for module_name, module in modules.items():
-            holder.put(module_name, module)
-        slot_of(model, sites[key]).adapters.put(name, holder)
+        slot_of(model, sites[key]).adapters.put(name, modules)
 
 
 def discard(model: nn.Module, sites: Sites, name: str) -> None:
@@ -165,15 +175,16 @@ def arm(
     forget_compiled()
 
 
-def disarm(model: nn.Module, sites: Sites, handles: list[Removable]) -> None:
+def disarm(model: nn.Module, handles: list[Removable]) -> None:
     """Remove hooks, and what they hold."""
     if not handles:
         return
     for handle in handles:
         handle.remove()
     handles.clear()
-    for site in sites:
-        slot_of(model, site).let_go()
+    for module in model.modules():
+        if isinstance(module, SiteSlot):
+            module.let_go()
     forget_compiled()
 
 

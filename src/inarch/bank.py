@@ -11,7 +11,7 @@ Tensors: x the stream, h the output of the branch, both (B batch, L tokens, D wi
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -529,13 +529,6 @@ def layer_home(model: nn.Module, site: Site) -> nn.Module:
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return layer.get_submodule(site.output.path)
     return layer
-
-
-def slots(model: nn.Module) -> Iterator[tuple[str, SiteSlot]]:
-    """Every slot of the model with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module, SiteSlot):
-            yield path, module
 
 
 def tap_module(model: nn.Module, site: Site, tap: Tap) -> nn.Module:

@@ -27,12 +27,11 @@ from .attach import (
     disarm,
     discard,
     graft,
-    modules_at,
-    slot_of,
     store,
+    stored,
     ungraft,
 )
-from .bank import SiteSlot
+from .bank import Modules, SiteSlot
 from .check import Data, Report, Training, examine, report
 from .compose import Block, Setup, check_runnable, names
 from .core.errors import ConfigError, SetupError, SiteError, nearest
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_inarch_handle"
 _LOCK = threading.RLock()
-_NAME = re.compile(r"[^./,|\[\]\s](?:[^./,|\[\]\n]*[^./,|\[\]\s])?")
+_NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 Unsound = Literal["refuse", "allow"]
 
@@ -201,9 +200,8 @@ class Adapters:
         """The parameters of one adapter, by their key in an adapter file."""
         self._require(name)
         return {
-            f"{site.key}.{key}": parameter
-            for site in self.sites
-            if (modules := modules_at(slot_of(self.model, site), name)) is not None
+            f"{site}.{key}": parameter
+            for site, modules in stored(self.model, self.sites, name).items()
             for key, parameter in modules.named_parameters()
         }
 
@@ -283,7 +281,8 @@ class Adapters:
     @contextmanager
     def _on_trial(self, config: AdapterConfig) -> Iterator[str]:
         """Have an adapter, sound or not, for the length of a `with` block; afterwards all is as it was."""
-        name = "adapter" if "adapter" not in self else f"adapter {len(self._configs)}"
+        candidates = ("adapter", *(f"adapter {number}" for number in range(2, len(self._configs) + 3)))
+        name = next(candidate for candidate in candidates if candidate not in self)
         active = self._setup
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -323,9 +322,20 @@ class Adapters:
             self._check_composition(self._setup, self._configs | {name: config}, self._unsound - {name})
         return verdict
 
-    def _store(self, name: str, config: AdapterConfig, built: dict[str, dict[str, nn.Module]], *, sound: bool) -> None:
-        """Put built modules in the model, leaving what is active as it was."""
+    def _store(self, name: str, config: AdapterConfig, built: dict[str, Modules], *, sound: bool) -> None:
+        """Put built modules in the model, leaving what is active as it was. What cannot run leaves everything so."""
+        before, config_before, setup = stored(self.model, self.sites, name), self._configs.get(name), self._setup
         store(self.model, self.sites, name, built)
+        self._configs[name] = config
+        if setup is not None and name in names(setup):
+            try:
+                self._arm(setup)
+            except BaseException:
+                store(self.model, self.sites, name, before)
+                assert config_before is not None, "an active adapter has a configuration"
+                self._configs[name] = config_before
+                self._arm(setup)
+                raise
         if any(sees_whole_sequences(part) for part in config.parts) and _is_causal(self.model, self.sites):
             logger.warning(
                 "The gate of `%s` is a mean over all tokens, so on %s a token sees later ones, and generation with a "
@@ -334,14 +344,11 @@ class Adapters:
                 name,
                 type(self.model).__name__,
             )
-        self._configs[name] = config
         self._trainer.tell_adapters()
         self._heads.forget(name)
         self._unsound.discard(name)
         if not sound:
             self._unsound.add(name)
-        if self._setup is not None and name in names(self._setup):
-            self._arm(self._setup)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises `SetupError` if it is active."""
@@ -370,7 +377,7 @@ class Adapters:
             self._arm(None)
             self._pretrained.close()
             self._trainer.close()
-            ungraft(self.model, self.sites)
+            ungraft(self.model)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
             model.__dict__.pop(_ATTRIBUTE, None)
@@ -382,11 +389,12 @@ class Adapters:
         """Run a setup in every forward from now on. Changes no `requires_grad`.
 
         Raises `SetupError` for an unknown name, a composition that cannot run, or one that provably does not keep the
-        pre-trained function although each of its adapters does.
+        pre-trained function although each of its adapters does, and `SiteError` for what this model cannot run; what
+        was active stays so then.
         """
         with _LOCK:
             self._check_setup(setup)
-            self._arm(setup)
+            self._switch(setup)
 
     def deactivate(self) -> None:
         """Run the base model as it is."""
@@ -417,6 +425,7 @@ class Adapters:
             self._check_setup(setup)
             heads = self._heads.find(head)
             self._check_trainable(setup, heads)
+            self._switch(setup)
             self._heads.keep(names(setup), heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
@@ -426,7 +435,6 @@ class Adapters:
                 self._heads.assign(name, heads)
             for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
-            self._arm(setup)
 
     def _check_trainable(self, setup: Setup, heads: tuple[str, ...]) -> None:
         """Raise for weights that cannot be trained where they are, before anything is frozen."""
@@ -446,16 +454,25 @@ class Adapters:
                     "task head in memory, or pass `head=False`."
                 )
 
+    def _switch(self, setup: Setup) -> None:
+        """Change the hooks to those of a setup; if that fails, what was active stays so."""
+        before = self._setup
+        try:
+            self._arm(setup)
+        except BaseException:
+            self._arm(before)
+            raise
+
     def _arm(self, setup: Setup | None) -> None:
         """Change the hooks to those of a setup; if that fails, none is active."""
-        disarm(self.model, self.sites, self._handles)
+        disarm(self.model, self._handles)
         self._setup = None
         if setup is None:
             return
         try:
             arm(self.model, self.sites, setup, self._configs, self._handles)
         except BaseException:
-            disarm(self.model, self.sites, self._handles)
+            disarm(self.model, self._handles)
             raise
         self._setup = setup
 
@@ -533,19 +550,19 @@ class Adapters:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
             built = build(self.model, self.sites, found.config)
             wanted = {
-                f"{site}.{key}.{leaf}": parameter
+                f"{site}.{key}": parameter
                 for site, modules in built.items()
-                for key, module in modules.items()
-                for leaf, parameter in module.named_parameters()
+                for key, parameter in modules.named_parameters()
             }
             heads = self._heads.tensors(found.head)
             state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
-            self._heads.keep([chosen], found.head)
-            for key, tensor in {**wanted, **heads}.items():
-                copy_into(tensor, found.tensors[key])
-            for parameter in wanted.values():
+            for key, parameter in wanted.items():
+                copy_into(parameter, found.tensors[key])
                 parameter.requires_grad_(False)
             self._store(chosen, found.config, built, sound=sound)
+            self._heads.keep([chosen], found.head)
+            for key, tensor in heads.items():
+                copy_into(tensor, found.tensors[key])
             self._heads.assign(chosen, found.head)
             return chosen
 
@@ -569,8 +586,8 @@ class Adapters:
         self._require_attached()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SetupError(
-                f"An adapter's name is text without `.`, `/`, `,`, `|`, brackets or line breaks; got {name!r}. "
-                "Use letters, digits, `-` and `_`."
+                "An adapter's name is text without `.`, `/`, `,`, `|`, brackets, line breaks or null bytes; got "
+                f"{name!r}. Use letters, digits, `-` and `_`."
             )
         if name in self._configs and not overwrite:
             raise SetupError(

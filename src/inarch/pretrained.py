@@ -75,6 +75,10 @@ class Door:
         model = handle.model
         own: Any = type(model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(own).bind(model, *args, **kwargs)
+        if "save_directory" not in call.signature.parameters:
+            if handle.names:
+                raise _saved_otherwise(model)
+            return own(model, *args, **kwargs)
         if handle.names and (call.arguments.get("push_to_hub") or call.arguments.get("kwargs", {}).get("push_to_hub")):
             raise _unpublished(model)
         tensors = call.arguments.get("state_dict")
@@ -132,6 +136,14 @@ def _leave_ours_out(_module: nn.Module, state_dict: dict[str, Any], *_: Any) -> 
     """Hook on `state_dict` while the base is saved."""
     for key in [key for key in state_dict if is_ours(key)]:
         del state_dict[key]
+
+
+def _saved_otherwise(model: nn.Module) -> SetupError:
+    return SetupError(
+        "A `save_pretrained` that writes the base without the adapters in it takes a `save_directory`; got one of "
+        f"{type(model).__name__} with a way of its own. Call `adapters.save` for each adapter, and save the base after "
+        "`detach()`."
+    )
 
 
 def _unpublished(model: nn.Module) -> SetupError:
