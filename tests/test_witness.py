@@ -115,6 +115,19 @@ def test_a_wrong_layout_attaches_nothing():
     inarch.attach(model)
 
 
+def test_a_layout_that_no_forward_can_show_right_is_taken_with_a_warning(caplog):
+    model, x = PlainTransformer().eval(), {"x": torch.randn(1, 4, 32)}
+    sites = inarch.probe(model, example_inputs=x)
+    rows = [dataclasses.replace(s, output=s.stream) if s.kind == "mlp" else s for s in sites]
+    wrong = dataclasses.replace(sites, sites=tuple(rows))
+    inarch.attach(model, layout=sites, example_inputs=x).detach()
+    assert not caplog.records
+    inarch.attach(model, layout=wrong).detach()
+    assert "No forward of PlainTransformer was watched" in caplog.text
+    with pytest.raises(SiteError):
+        inarch.attach(model, layout=wrong, example_inputs=x)
+
+
 def images_seen(model):
     """The shapes of the images that the patch embedding gets, from now on."""
     shapes = []

@@ -103,6 +103,12 @@ def _verify(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
     inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
     if inputs.args or inputs.kwargs:
         verify(model, sites, inputs.args, inputs.kwargs)
+    else:  # there is a layout, or the probe would have needed inputs
+        logger.warning(
+            "No forward of %s was watched, for no inputs can be made up: nothing shows that the taps of its layout are "
+            "right. Pass `example_inputs`.",
+            type(model).__name__,
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
