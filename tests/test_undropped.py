@@ -154,6 +154,32 @@ def test_the_layer_may_not_drop_after_all():
         assert torch.equal(found, torch.full((2, 3), 11.0))
 
 
+def test_what_a_hook_changes_in_place_is_what_the_layer_goes_on_with():
+    waiting = undropped(torch.ones(2, 3), lambda h, factor: factor * h, 10.0)
+    waiting.add_(1)
+    waiting[0] = 0
+    waiting *= 2
+    assert torch.equal(waiting + 0, torch.tensor([[0.0] * 3, [22.0] * 3]))
+
+    torch.manual_seed(0)
+    model = MODELS["bart"]()
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[init_weights=bert]")
+    adapters.train("a")
+    branch = model.train().encoder.layers[0].fc2
+    outputs = []
+
+    def zero(_module, _args, output):
+        output.zero_()
+
+    for hook in (lambda *_: None, zero, lambda *call: torch.zeros_like(call[2])):
+        handle = branch.register_forward_hook(hook)
+        torch.manual_seed(1)
+        outputs.append(model(input_ids=torch.arange(4, 12)[None]).last_hidden_state)
+        handle.remove()
+    assert torch.equal(outputs[1], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+
+
 @pytest.mark.parametrize(("name", "expected"), [("vit", True), ("bert", False), ("bart", True), ("bloom", True)])
 def test_dropouts_that_no_hook_can_follow_are_seen_in_eval_mode(name, expected):
     """Also where the probability is 0: what is found does not depend on it."""

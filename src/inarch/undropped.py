@@ -33,6 +33,9 @@ class Undropped(Tensor):
             return waiting.adapt(F.dropout(waiting.output, *args[1:], **kwargs), *waiting.given)
         if func in _QUESTIONS:
             return func(*_replaced(args, _output), **kwargs)
+        if args and isinstance(args[0], Undropped) and _is_in_place(func.__name__):
+            # What a hook of the user's changes in place is what the layer goes on with.
+            args[0].output, args[0].adapt, args[0].given = _adapted(args[0]), _unchanged, ()
         return func(*_replaced(args, _adapted), **{name: _one(value, _adapted) for name, value in kwargs.items()})
 
 
@@ -51,6 +54,17 @@ def undropped(output: Tensor, adapt: Callable[..., Tensor], *given: Any) -> Tens
     # Attributes, for the compiler can trace no `as_subclass` back to a plain tensor.
     waiting.output, waiting.adapt, waiting.given = output, adapt, given
     return waiting
+
+
+def _is_in_place(name: str) -> bool:
+    return name in _IN_PLACE if name.startswith("__") else name.endswith("_")
+
+
+_IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
+
+
+def _unchanged(output: Tensor) -> Tensor:
+    return output
 
 
 def _output(waiting: Undropped) -> Tensor:
