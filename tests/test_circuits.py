@@ -11,13 +11,13 @@ from torch import nn
 from transformers import GPTJConfig, GPTJModel, ViTConfig, ViTModel
 
 import inarch
-from inarch.bank import rewire, wired_adapter
 from inarch.core.errors import SiteError
 from inarch.core.site import Site, Tap
 from inarch.core.wiring import layer_output
 from inarch.methods import AdapterConfig
 from inarch.methods.bottleneck import BottleneckConfig
 from inarch.plan import formula
+from inarch.programs import rewire, wired_adapter
 from inarch.testing import tiny, tiny_inputs
 
 FLAGS = [

@@ -20,7 +20,7 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"tensors", "bank", "weight", "plan", "attach"}
+GRAFT = MECHANISM | {"tensors", "bank", "programs", "weight", "plan", "attach"}
 SERVICES = GRAFT | {
     "check",
     "witness",
@@ -44,9 +44,10 @@ LAYERS: dict[str, set[str]] = {
     "tensors": CORE,
     "undropped": set(),
     "bank": MECHANISM | {"undropped"},
+    "programs": MECHANISM,
     "weight": MECHANISM | {"bank"},
-    "plan": MECHANISM | {"bank"},
-    "attach": MECHANISM | {"tensors", "bank", "weight", "plan"},
+    "plan": MECHANISM | {"bank", "programs"},
+    "attach": MECHANISM | {"tensors", "bank", "programs", "weight", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,

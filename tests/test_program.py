@@ -7,13 +7,13 @@ from typing import get_args
 import pytest
 import torch
 
-from inarch.bank import WiredAdapter, linear_program, rewire, sum_program
 from inarch.compose import Stack, names
 from inarch.core.program import Recorder
 from inarch.core.site import Site, Tap
 from inarch.core.wiring import Circuit
 from inarch.methods import methods, read_config
 from inarch.plan import formula
+from inarch.programs import WiredAdapter, linear_program, rewire, sum_program
 
 FLAGS = ("original_ln_before", "original_ln_after", "is_parallel", "ln_after", "adapter_residual_before_ln")
 CONFIGS = [

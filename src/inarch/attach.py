@@ -21,23 +21,25 @@ from .bank import (
     ProjectionSlot,
     Role,
     SiteSlot,
-    WiredAdapter,
-    circuit_norm,
-    circuit_site,
-    input_program,
     layer_home,
-    linear_program,
     module_key,
     slot_name,
-    sum_program,
     tap_module,
-    wired_adapter,
 )
 from .compose import Setup, keep_only, last, names
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
 from .plan import sublayer_part
+from .programs import (
+    WiredAdapter,
+    circuit_norm,
+    circuit_site,
+    input_program,
+    linear_program,
+    sum_program,
+    wired_adapter,
+)
 from .sites import Unnested, nesting_encoders
 from .tensors import TRAINABLE, execution_device, is_sharded
 from .weight import Shadows, WeightRole, WeightSlot

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bank import check_circuits, circuit_site, module_key, rewire, wired_adapter
+from .bank import module_key
 from .compose import Setup, check_runnable, keep_only, last, names
 from .core.config import Config
 from .core.errors import ConfigError
@@ -15,6 +15,7 @@ from .core.symbols import Expr, symbol
 from .core.table import render
 from .core.wiring import Settled, layer_output
 from .methods import AdapterConfig, Placement, SublayerMethod, layer_number, method_of, placements
+from .programs import check_circuits, circuit_site, rewire, wired_adapter
 
 X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
 
