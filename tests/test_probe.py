@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch import nn
+from zoo.build import tiny_model
 
 from inarch.core.errors import SiteError
 from inarch.core.site import Sites, Tap
@@ -655,6 +656,15 @@ def test_latent_attention_shares_one_map_between_keys_and_values():
     assert by_role["v"][shared].rows == ((8, 14), (22, 28), (36, 42), (50, 56))
     assert by_role["k"]["self_attn.kv_a_proj_with_mqa"].rows == ((12, 16),)
     assert set(by_role["q"]) == {"self_attn.q_b_proj"}
+
+
+@pytest.mark.skipif(not hasattr(tf, "MistralLarge4TextModel"), reason="this release does not have the model")
+def test_a_map_that_gives_the_keys_no_feature_is_none_of_theirs():
+    """Mistral Large 4 has layers without rotary features, whose keys come from the latent alone."""
+    model = tiny_model("mistral_large4_text")
+    k = {site.layer: [p.path for p in site.projections["k"]] for site in probe(model) if site.kind == "self_attention"}
+    assert k[0] == ["self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"]
+    assert k[3] == ["self_attn.kv_b_proj"]
 
 
 # -------------------------------------------------------------------- what the keys depend on

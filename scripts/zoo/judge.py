@@ -92,7 +92,8 @@ def _judge(record: Record) -> None:
     factory = FACTORIES.get(record.type)
     inputs = factory(model) if factory else _generic(model)
     ran = _watch(model, inputs)
-    before = _outputs(model, inputs)
+    found = _outputs(model, inputs)
+    before = _frozen(model, inputs)
     record.idle = ran.idle
     record.stage = "attach"
     hooks = _count_hooks(model)
@@ -131,7 +132,7 @@ def _judge(record: Record) -> None:
     record.stage = "detach"
     adapters.detach()
     _check_detached(model, state, hooks)
-    _check_same(before, _outputs(model, inputs), "a detached model computes something else")
+    _check_same(found, _outputs(model, inputs), "a detached model computes something else")
     record.stage = "towers"
     allowed = IDLE.get(record.type, {})
     record.excused += [f"{tower}: {reason}" for tower, reason in allowed.items()]
@@ -216,6 +217,20 @@ def _fresh(value: Any) -> Any:
 
 def _outputs(model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
     return {key: tensor.clone() for key, tensor in leaves(_run(model, inputs), depth=6)}
+
+
+def _frozen(model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
+    """The outputs of the base as it will be when adapters train.
+
+    torch chooses kernels, and so rounds, by which weights require a gradient; whoever freezes them changes that.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        return _outputs(model, inputs)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
 
 
 def _check_same(before: Mapping[Any, Tensor], after: Mapping[Any, Tensor], what: str) -> None:

@@ -364,14 +364,18 @@ def _are_disjoint(left: Iterable[Source], right: Sequence[Source]) -> bool:
 def _without_ambiguous(roles: dict[str, list[Source]]) -> tuple[dict[str, list[Source]], tuple[str, ...]]:
     """Drop fused maps whose features could not be told apart: a role must not change what another role computes.
 
-    Two roles may share a map altogether (keys that are also values); then their features are the same.
+    A map that gives a role no feature does not play it (the latent of keys without rotary features). Two roles may
+    share a map altogether (keys that are also values); then their features are the same.
     """
     users: dict[tuple[str, str], dict[str, Features]] = defaultdict(dict)
     for role, sources in roles.items():
         for key in dict.fromkeys(source.map.key for source in sources):
             users[key][role] = _all_features(source for source in sources if source.map.key == key)
     mixed = {key for key, uses in users.items() if _are_mixed(list(uses.values()))}
-    clear = {role: [source for source in sources if source.map.key not in mixed] for role, sources in roles.items()}
+    clear = {
+        role: [source for source in sources if source.map.key not in mixed and source.features != frozenset()]
+        for role, sources in roles.items()
+    }
     notes = tuple(
         f"`{weight or path.rpartition('.')[2]}` computes {', '.join(users[path, weight])}, "
         "and which of its output features is which could not be told"
