@@ -2,8 +2,8 @@
 
 Run where that version is installed, from the root of the project:
 
-    python -m venv /tmp/old && /tmp/old/bin/pip install torch==2.13.0 transformers==5.5.4 typer rich
-    PYTHONPATH=src /tmp/old/bin/python scripts/make_vit_5_5_fixture.py tests/fixtures/vit_transformers_5_5
+    python -m venv build/old && build/old/bin/pip install torch==2.13.0 transformers==5.5.4 typer rich
+    PYTHONPATH=src build/old/bin/python scripts/make_vit_5_5_fixture.py tests/fixtures/vit_transformers_5_5
 
 A base that is there is kept, so that a new format of adapter folders gets an adapter of its own beside the old ones.
 """

@@ -472,6 +472,13 @@ def test_check_measures_what_a_batch_shows_and_counts_its_memory():
     assert estimated["memory"]["activations"] == pytest.approx(measured["memory"]["activations"], rel=0.15)
 
 
+def test_what_cannot_be_measured_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr("inarch.sites.synthesise", lambda _: None)
+    result = run("check", "demo", "--adapter", "seq_bn", "--measure")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "got `demo`, whose inputs cannot be told from it. Leave `--measure` out" in result.stderr
+
+
 def test_fix_rewrites_a_file_and_prints_what_it_became(tmp_path):
     file = tmp_path / "adapter.json"
     file.write_text(json.dumps(read_config("seq_bn[original_ln_after=False,scaling=0.0]").to_dict()))

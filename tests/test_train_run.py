@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_for_comparison_a_head_or_the_whole_model_is_trained(tmp_path, model, pi
     moved = {key for key, tensor in trained.state_dict().items() if not torch.equal(tensor, before[key])}
     assert moved == (changed or before.keys())
     assert (tmp_path / "model/preprocessor_config.json").is_file()
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars of the libraries, switched on as they are for a user."""
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+
+
+@pytest.mark.usefixtures("bars")
+def test_nothing_is_printed(tmp_path, model, pictures, capsys):
+    train_run(QUICK.replace(max_steps=1), model, pictures, CONFIG, tmp_path / "adapter")
+    train_run(QUICK.replace(max_steps=1), model, pictures, None, tmp_path / "head", trains="head")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_data_may_come_as_an_object(tmp_path, model):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, SiteError
 from ..core.interrupt import importing
 from .guard import ERROR
 from .output import say, say_json, say_table
@@ -59,6 +59,11 @@ def check(
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
     inputs = _batch(network, batch_size)
+    if measure and inputs is None:
+        raise SiteError(
+            f"A model is measured on a batch that its configuration describes; got `{model}`, whose inputs cannot be "
+            "told from it. Leave `--measure` out, or call `inarch.check` with `example_inputs` in Python."
+        )
 
     def judge(candidate: "AdapterConfig") -> "Report":
         return handle.check(candidate, example_inputs=inputs, training=training, measure=inputs is not None)

@@ -115,7 +115,7 @@ def _say_result(result: "DemoResult") -> None:
     most = reload.max_probability_difference
     shares = f"probabilities differ by at most {most:.0e}" if most else "every probability is identical"
     say(
-        f"In a fresh process the adapter ({result.adapter_bytes / 1e6:.1f} MB) predicts {same} labels for "
+        f"In a fresh process the adapter ({result.adapter_bytes / 1e3:.0f} kB) predicts {same} labels for "
         f"{reload.num_images} images; {shares}."
     )
     say()

@@ -9,7 +9,7 @@ import transformers
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's report of what it loads: a new task head is meant."""
+    """Without the library's report of what it loads, as a new task head is meant, and without its bars."""
     verbosity = transformers.logging.get_verbosity()
     has_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -36,6 +36,7 @@ from .ledger import Ledger, describe_data, describe_environment, describe_model,
 from .metrics import BEST
 from .models import load_model, load_processor
 from .processes import Processes
+from .quiet import quiet
 from .recipe import DataConfig, Recipe, Trains
 
 logger = logging.getLogger(__name__)
@@ -359,7 +360,8 @@ def _write_result(name: str, folder: RunFolder, network: nn.Module, handle: Adap
     draft = folder.path / ".model.draft"
     try:
         shutil.rmtree(draft, ignore_errors=True)
-        network.save_pretrained(draft)  # type: ignore[operator]
+        with quiet():
+            network.save_pretrained(draft)  # type: ignore[operator]
         processor.save_pretrained(draft)
         replace_folder(draft, folder.model)
     except OSError as error:
