@@ -101,3 +101,9 @@ def test_both_readmes_show_the_same():
 
     for one, other in zip_longest(*map(shown, READMES)):
         assert one == other
+
+
+def test_every_script_is_told_of_to_contributors():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {path.name for path in (ROOT / "scripts").iterdir() if path.name != "__pycache__"}
+    assert names and {name for name in names if not re.search(rf"[`/]{re.escape(name)}\b", text)} == set()
