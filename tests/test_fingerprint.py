@@ -275,3 +275,17 @@ def test_only_the_weights_of_the_tower_are_compared(tmp_path):
 def _move(parameters):
     for parameter in parameters.values():
         parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.mark.parametrize("unread", ["that base", "this model"])
+def test_weights_that_cannot_be_read_are_said_to_be_unknown(unread, caplog):
+    model = tiny("vit")
+    sites = inarch.probe(model)
+    whole, absent = record_of(model, sites), record_of(copy.deepcopy(model).to("meta"), sites)
+    assert absent["base"]["fingerprint"] == "unknown"
+    assert not compare_bases(whole, sites, model) and not caplog.records
+    if unread == "that base":
+        assert not compare_bases(absent, sites, model)
+    else:
+        assert not compare_bases(whole, sites, model.to("meta"))
+    assert f"is not known: the weights of {unread} cannot be read" in caplog.text

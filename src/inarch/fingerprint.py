@@ -6,6 +6,7 @@ by their role at a site, or by the layer they are in; those outside the layers (
 their stack and shape. No name of a module is used. What a task adds behind the last layer is no part of the base.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from .bank import CHILD
 from .core.site import Projection, Site, Sites
+
+logger = logging.getLogger(__name__)
 
 Summary = list[float]
 """The norm of a tensor, and its sum under fixed signs where there is one."""
@@ -35,7 +38,8 @@ def describe_sites(sites: Sites) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module, sites: Sites, heads: Iterable[str] = ()) -> dict[str, Any] | str:
-    """What an adapter file keeps of the weights of its base; "unknown" for a quantised or unmaterialised base.
+    """What an adapter file keeps of the weights of its base; "unknown" for one none of which can be
+    read here: quantised, offloaded, or spread over processes.
 
     Arguments: `heads` are the paths of modules that do not belong to the base.
 
@@ -79,13 +83,19 @@ def compare_bases(
             f"`{key}`: {theirs.get(key, 'absent')} in the adapter, {own.get(key, 'absent')} in {sites.model_class}"
         )
     before = record["base"].get("fingerprint", "unknown")
-    if isinstance(before, str):
+    now = fingerprint(model, sites, heads)
+    if isinstance(before, str) or isinstance(now, str):
+        logger.warning(
+            "Whether %s is the base that an adapter was made on is not known: the weights of %s cannot be read, being "
+            "quantised, offloaded or spread over processes.",
+            sites.model_class,
+            "that base" if isinstance(before, str) else "this model",
+        )
         return ""
-    if "parts" not in before:
-        found = _compare_samples(before, record["base"].get("dtype"), model, sites, touched)
+    if "parts" in before:
+        found = _compare(before, now, touched)
     else:
-        now = fingerprint(model, sites, heads)
-        found = "" if isinstance(now, str) else _compare(before, now, touched)
+        found = _compare_samples(before, record["base"].get("dtype"), model, sites, touched)
     if not found:
         return ""
     return f"the weights of an adapter's base and of the model must agree; got others {found} in {sites.model_class}"
