@@ -30,6 +30,7 @@ _HIERA = {
     "global_attention_blocks": [4],
 }
 _SAM3 = {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+_PE = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [56, 56], "ref_feat_shape": [4, 4]}
 _FOUR_AXES = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 16, "indexer_compress_ratio": 4
@@ -47,6 +48,10 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "emu3": {
         "vocabulary_map": {"<image>": 260, "<|extra_200|>": 261} | {f"<|visual token {i:06}|>": i for i in range(64)}
     },
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_large_patch14_336",
+        "vision_config.model_args": {"embed_dim": 1024, "depth": 23, "global_pool": "", "img_size": [448, 448]},
+    },
     "step3p7": {"text_config.sliding_window": 64},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 31, "text_config.num_experts_per_tok": 2},
@@ -59,6 +64,7 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 300},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "blip-2": {"image_token_id": 260},
     "instructblip": {"image_token_id": 260},
@@ -132,9 +138,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "tvp": {"num_frames": 2, "visual_prompter_apply": "replace"},
     "clap": {"audio_config.hidden_size": 384},
     "clvp": {
-        "text_config.vocab_size": 320, "decoder_config.vocab_size": 320, "text_config.num_attention_heads": 2,
+        "text_config.vocab_size": 320, "decoder_config.vocab_size": 320, "speech_config.vocab_size": 320, "text_config.num_attention_heads": 2,
         "speech_config.num_attention_heads": 2, "decoder_config.num_attention_heads": 2,
     },
+    "pe_video": {"video_config.vision_config.model_args": _PE},
+    "pe_video_encoder": {"vision_config.model_args": _PE},
+    "pe_audio_video": {"audio_video_config.video_config.vision_config.model_args": _PE},
+    "pe_audio_video_encoder": {"video_config.vision_config.model_args": _PE},
+    "perception_lm": {"vision_config.model_args": _PE | {"global_pool": ""}},
     "edgetam": {
         "vision_config.fpn_hidden_size": 256, "prompt_encoder_config.hidden_size": 256,
         "mask_decoder_config.hidden_size": 256, "vision_config.backbone_channel_list": [1024, 512, 256, 64],
@@ -142,6 +153,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "mllama": {"vision_config.vision_output_dim": 128, "vision_config.intermediate_layers_indices": [0]},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "unlimited_ocr": {
+        "vision_config.sam_config.output_channels": 64, "vision_config.sam_config.downsample_channels": [64, 64],
+        "vision_config.sam_config.num_pos_feats": 32, "vision_config.encoder_config.hidden_size": 64,
+    },
     "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64], "backbone_feature_sizes": _SIZES},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"], "vision_config.sam_config.output_channels": 64,

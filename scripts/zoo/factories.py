@@ -174,6 +174,13 @@ FACTORIES: Mapping[str, Factory] = {
         pixel_values=ramp(1, 3, 640, 640), classes_input_ids=_ids(2, 6), classes_attention_mask=torch.ones(2, 6, dtype=torch.long),
         tasks_input_ids=_ids(1, 6), tasks_attention_mask=torch.ones(1, 6, dtype=torch.long), classes_structure=torch.tensor([2]),
     ),
+    "pe_video": lambda m: _kwargs(input_ids=_ids(1, 8), pixel_values_videos=ramp(1, 4, 3, 56, 56)),
+    "pe_video_encoder": lambda m: _kwargs(pixel_values_videos=ramp(1, 4, 3, 56, 56)),
+    "pe_audio_video": lambda m: _kwargs(
+        input_ids=_ids(1, 8), pixel_values_videos=ramp(1, 4, 3, 56, 56), input_values=ramp(1, 1, 4 * 1920)
+    ),
+    "pe_audio_video_encoder": lambda m: _kwargs(pixel_values_videos=ramp(1, 4, 3, 56, 56), input_values=ramp(1, 1, 4 * 1920)),
+    "perception_lm": _with_tower("image", pixel_values=lambda c: ramp(1, 1, 3, 56, 56)),
     "perceiver": lambda m: _kwargs(inputs=ramp(1, 12, m.config.d_model)),
     "pi0": lambda m: _kwargs(
         action_embeds=ramp(1, 4, m.config.dit_config.hidden_size), pixel_values=_image(m.config, 1, 1),
@@ -240,7 +247,7 @@ FACTORIES: Mapping[str, Factory] = {
     ),
     "video_llava": lambda m: _video_llava(m),  # noqa: PLW0108  defined below
     "inkling2_vision": lambda m: _kwargs(
-        pixel_values=ramp(4 * m.config.patch_size, 4 * m.config.patch_size, 3), image_grid_thw=torch.tensor([[1, 4, 4]])
+        pixel_values=ramp(16, *[m.config.patch_size * m.config.spatial_merge_size] * 2, 3), image_grid_thw=torch.tensor([[1, 4, 4]])
     ),
     "minicpm_ocr_vision": lambda m: _kwargs(pixel_values=ramp(1, 3, 16, 16 * 16), target_sizes=torch.tensor([[4, 4]])),
     "minicpmv4_7_vision": lambda m: _kwargs(pixel_values=ramp(1, 3, 16, 16 * 16), target_sizes=torch.tensor([[4, 4]])),

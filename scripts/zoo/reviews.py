@@ -52,6 +52,7 @@ REFUSED: Mapping[str, str] = {
     "voxtral_realtime_text": "the installed transformers names a class that it does not export: adapt `voxtral_realtime`",
     "pp_ocrv6_medium_det": "convolutions; its default configuration is incomplete",
     "pp_ocrv6_small_det": "convolutions; its default configuration is incomplete",
+    "xcodec": "makes its sound from discrete codes, through which no gradient comes: adapt its semantic model",
     "timm_backbone": "names no model by default: see the table of timm's models",
     "textnet": "convolutions, no residual Transformer block",
     "uvdoc": "convolutions, no residual Transformer block",

@@ -132,7 +132,7 @@ class _Shrink:
         if name in _MOST:
             return min(value, _MOST[name])
         if _LAYERS.fullmatch(name) and not _NOT_LAYERS.fullmatch(name):
-            return min(value, layers.number)
+            return value if value == _stages(settings) else min(value, layers.number)
         if _EXPERTS.fullmatch(name):
             return min(value, 4)
         if _KV_HEADS.fullmatch(name):
@@ -213,6 +213,13 @@ def _stage_widths(settings: Mapping[str, Any]) -> Any:
     return ()
 
 
+def _stages(settings: Mapping[str, Any]) -> int:
+    """How many stages a pyramid of patches has, each with its width and its depth; 0 if it is none."""
+    lists = (settings.get("patch_sizes"), settings.get("depths"), _stage_widths(settings))
+    lengths = {len(value) if isinstance(value, (list, tuple)) else 0 for value in lists}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
 def _stage_factor(settings: Mapping[str, Any]) -> int:
     widths = _stage_widths(settings)
     return max(1, widths[0] // 16) if widths else 0
@@ -242,7 +249,7 @@ class _Layers:
 def _by_layer(config: Any, settings: Mapping[str, Any]) -> _Layers:
     names = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers")
     total = next((v for v in (settings.get(name) for name in names) if isinstance(v, int)), 0)
-    if total < 3:
+    if total < 3 or total == _stages(settings):
         return _Layers(total, {}, [])
     lists = {
         name: value
