@@ -355,3 +355,15 @@ def test_a_configuration_that_no_module_can_be_made_of_is_refused_by_check_and_b
         with pytest.raises(ConfigError, match="got none for layer 1"):
             refuse(model, "seq_bn[reduction_factor={'0':8}]")
     assert not inarch.attach(model).names
+
+
+def test_a_model_of_ones_own_whose_head_is_unknown_is_told_so(caplog):
+    model = PlainTransformer()
+    adapters = inarch.attach(model, example_inputs=torch.randn(2, 5, 32))
+    adapters.add("a", "seq_bn")
+    adapters.train("a")
+    assert "No task head is known in PlainTransformer" in caplog.text
+    assert not model.head.weight.requires_grad
+    caplog.clear()
+    adapters.train("a", head=["head"])
+    assert not caplog.records and model.head.weight.requires_grad

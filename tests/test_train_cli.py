@@ -421,3 +421,13 @@ def test_a_loss_that_is_no_number_is_an_error(train, tmp_path):
     assert "The loss of a training must stay a number" in err.splitlines()[-1]
     assert "--learning-rate" in err.splitlines()[-1]
     assert read_record(tmp_path / "run").status == "diverged"
+
+
+def test_what_was_understood_of_the_data_and_a_rate_that_seldom_trains_are_said(tmp_path, capsys):
+    options = ["--model", "demo", "--data", "digits", "--adapter", "seq_bn", "--max-steps", "2"]
+    with pytest.raises(SystemExit) as left:
+        main(["train", *options, "--learning-rate", "0.5", "--output", str(tmp_path / "run")])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1,397 images to train on, 400 to validate with; 10 labels: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in said
+    assert "warning large-step" in said

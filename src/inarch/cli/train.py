@@ -181,6 +181,7 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
     from rich.text import Text
     from transformers import TrainerCallback
 
+    from ..check import Training
     from ..handle import attached
     from ..train.callbacks import epochs_of
 
@@ -199,8 +200,12 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             handle = attached(rest["model"])
+            if self.is_first:
+                say(_data_line(rest["model"], rest.get("train_dataloader"), rest.get("eval_dataloader")))
             if handle is not None and self.is_first:
-                say_report(handle.check())
+                # What a batch shows of the initial weights says nothing of a run that goes on.
+                training = Training(learning_rate=args.learning_rate)
+                say_report(handle.check(training=training, measure=state.global_step == 0))
             self.is_first = False
             if num_seeds > 1:
                 self.say(f"seed {args.seed}")
@@ -222,6 +227,16 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
     shown = Shown()
     stack.callback(shown.bar.stop)
     return shown
+
+
+def _data_line(model: Any, train: Any, validation: Any) -> str:
+    """What was understood of the data: how many images, which labels, and whether an image may have several."""
+    labels = [str(label) for label in model.config.id2label.values()]
+    shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    several = ", several an image" if model.config.problem_type == "multi_label_classification" else ""
+    held_out = len(validation.dataset) if validation is not None else 0
+    images = f"{len(train.dataset):,} images to train on, {held_out:,} to validate with"
+    return f"{images}; {len(labels)} labels{several}: {shown}"
 
 
 def _epoch_line(epoch: EpochRecord) -> str:

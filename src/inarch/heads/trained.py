@@ -40,7 +40,8 @@ class TrainedHeads:
             return ()
         if head is True:
             found = task_head(self._model, self._sites)
-            if not found and "Classification" in type(self._model).__name__:
+            # A model of transformers without a task in its name has no head; of any other model nothing is known.
+            if not found and ("Classification" in type(self._model).__name__ or not hasattr(self._model, "base_model")):
                 logger.warning(
                     "No task head is known in %s, so none is trained; name its modules: `train(..., head=[...])`.",
                     type(self._model).__name__,

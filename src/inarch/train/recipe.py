@@ -105,7 +105,11 @@ class DataConfig(Config):
     data: str = option(
         help="`digits`, a folder of images by class, a CIFAR archive, a saved data set or the id of one on the Hub."
     )
-    labels: str = option("auto", "CSV of labels for a folder of images; or `fine` or `coarse` where a source has both.")
+    labels: str = option(
+        "auto",
+        "CSV of labels for a folder of images: `image,label`, or `image,labels` with labels between `;` or `|`, or a "
+        "column of 0 and 1 for each label; or `fine` or `coarse` where a source has both.",
+    )
     validation: float | None = option(
         None, "Share of the images to hold out; none takes the data's own validation part, or a tenth.",
         at_least=0, less_than=1,
