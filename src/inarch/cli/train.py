@@ -201,7 +201,7 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             handle = attached(rest["model"])
             if self.is_first:
-                say(_data_line(rest["model"], rest.get("train_dataloader"), rest.get("eval_dataloader")))
+                say(_data_line(rest["model"], rest["train_dataloader"]))
             if handle is not None and self.is_first:
                 # What a batch shows of the initial weights says nothing of a run that goes on.
                 training = Training(learning_rate=args.learning_rate)
@@ -229,14 +229,12 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
     return shown
 
 
-def _data_line(model: Any, train: Any, validation: Any) -> str:
+def _data_line(model: Any, train: Any) -> str:
     """What was understood of the data: how many images, which labels, and whether an image may have several."""
     labels = [str(label) for label in model.config.id2label.values()]
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     several = ", several an image" if model.config.problem_type == "multi_label_classification" else ""
-    held_out = len(validation.dataset) if validation is not None else 0
-    images = f"{len(train.dataset):,} images to train on, {held_out:,} to validate with"
-    return f"{images}; {len(labels)} labels{several}: {shown}"
+    return f"{len(train.dataset):,} images to train on; {len(labels)} labels{several}: {shown}"
 
 
 def _epoch_line(epoch: EpochRecord) -> str:
