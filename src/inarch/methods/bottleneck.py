@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
@@ -256,15 +255,13 @@ class Bottleneck(SublayerMethod):
 
     def branch(self, z: Tensor) -> Tensor:
         """A(z), (B, L, D) -> (B, L, D)."""
-        # Neither `self.down` nor a call of it: looking a module up and entering its call each cost as much as adding
-        # two tensors of a small model. Its weight is read as an attribute, which a parametrisation may compute.
+        # Not `self.down`: to look a module up as an attribute costs as much as to add two tensors of a small model.
         modules: Mapping[str, Any] = self._modules
-        down, up = modules["down"], modules["up"]
-        weight = down.weight
-        u = in_dtype(z, weight.dtype)
+        down = modules["down"]
+        u = in_dtype(z, down.weight.dtype)
         if self.norm_before is not None:
             u = self.norm_before(u)
-        w = F.linear(self.activation(F.linear(u, weight, down.bias)), up.weight, up.bias)
+        w: Tensor = modules["up"](self.activation(down(u)))
         if self.training and self.stochastic_depth:
             w = _drop_samples(w, self.stochastic_depth, self.batch_dim)
         if self.scale is not None:
