@@ -261,7 +261,11 @@ def test_ctrl_c_ends_with_130(monkeypatch):
 
 def test_ctrl_c_while_something_is_imported_ends_at_once():
     """There is no half module for anyone to fail with, and later Ctrl-C is an exception again."""
-    code = "import os, signal\nfrom inarch.core.interrupt import importing\nwith importing():\n    {}\n{}"
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with it ignored
+        "from inarch.core.interrupt import importing\nwith importing():\n    {}\n{}"
+    )
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
     for inside, after, status, said in (
         (interrupt, "print('on')", 130, "Interrupted.\n"),
