@@ -524,3 +524,17 @@ def test_several_labels_an_image_as_a_table(place, tmp_path):
         assert sorted(line[head.index("labels") : head.index("likeliest")].strip().split(", ")) == LABELS
         assert line[head.index("likeliest") :].split()[0] in LABELS
     assert len({line.index(".png") for line in lines}) == 1
+
+
+def test_the_hubs_own_notes_stay_out_of_the_way_though_it_is_loaded_late():
+    """It sets its level when it is loaded, after the command line has begun."""
+    code = (
+        "import logging\nfrom inarch.cli.guard import guarded\n"
+        "def command():\n"
+        "    from huggingface_hub.utils import logging as _\n"
+        "    logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s')\n"
+        "guarded(command)()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")

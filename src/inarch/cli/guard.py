@@ -150,8 +150,9 @@ def _settled() -> Iterator[None]:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
-    if not _shown:
-        hub.setLevel(logging.ERROR)  # it tells of every attempt to connect
+    if not _shown:  # it tells of every attempt to connect
+        hub.setLevel(logging.ERROR)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # where it is loaded later and sets its level itself
     logger.addHandler(handler)
     logger.propagate = False
     try:
