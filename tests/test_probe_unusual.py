@@ -295,3 +295,48 @@ def test_a_tower_without_any_sum_is_named():
     sites = inarch.probe(Towers(), example_inputs=torch.randn(1, 4, 16))
     assert {site.layer_path for site in sites} == {"one.blocks.0"}
     assert sites.refused == ("`other.0`, `other.1` (Replaced): an attention, and no sum that adds it to a stream",)
+
+
+class TwoWay(GradientCheckpointingLayer):
+    """Tokens look at an image, then the image looks at them; the tokens' sum is limited before its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.to_image, self.to_tokens = nn.LayerNorm(16), attention(), attention()
+        self.mlp, self.end = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16)), nn.LayerNorm(16)
+
+    def forward(self, tokens, image):
+        tokens = self.norm(tokens + self.to_image(tokens, image, image)[0])
+        tokens = self.end((tokens + self.mlp(tokens)).clamp(-9.0, 9.0))
+        return tokens, image + self.to_tokens(image, tokens, tokens)[0]
+
+
+def attention():
+    return nn.MultiheadAttention(16, 2, batch_first=True)
+
+
+class TwoWays(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.last = nn.ModuleList([TwoWay(), TwoWay()]), attention()
+
+    def forward(self, tokens, image):
+        for layer in self.layers:
+            tokens, image = layer(tokens, image)
+        return tokens + self.last(tokens, image, image)[0], image
+
+
+def test_two_streams_that_look_at_each_other_both_have_their_sites():
+    """And the attention after the layers, which is in none, is named."""
+    inputs = torch.randn(1, 3, 16), torch.randn(1, 4, 16)
+    model = TwoWays()
+    sites = inarch.probe(model, example_inputs=inputs)
+    assert [(site.layer_path, site.output.path) for site in sites] == [
+        (f"layers.{layer}", path) for layer in (0, 1) for path in ("to_image", "mlp", "to_tokens")
+    ]
+    assert sites.refused == ("`` (TwoWays): a sum outside of the lists of layers",)
+    before = model(*inputs)
+    adapters = inarch.attach(model, example_inputs=inputs)
+    adapters.add("a", "lora")
+    adapters.train("a", head=False)
+    assert all(torch.equal(left, right) for left, right in zip(before, model(*inputs), strict=True))

@@ -11,6 +11,7 @@ from .residual import Branch, see_through
 from .roles import is_attention
 
 _POOLS = frozenset({"aten.cat", "aten.index_put", "aten.masked_scatter", "aten.mean"})
+_LIMITS = frozenset({"aten.clamp", "aten.clamp_max", "aten.clamp_min"})
 
 
 # -------------------------------------------------------------------- which sums are sites
@@ -72,7 +73,7 @@ def _without_weights(graph: Graph, value: int, scope: Call) -> set[int]:
 
 
 def forward(graph: Graph, value: int) -> set[int]:
-    """A value and what it becomes by changes of layout, scales, norms and pooling."""
+    """A value and what it becomes by changes of layout, scales, limits, norms and pooling."""
     found: set[int] = set()
     todo = [value]
     while todo:
@@ -88,7 +89,9 @@ def forward(graph: Graph, value: int) -> set[int]:
 
 
 def _carries(graph: Graph, user: int, index: int) -> bool:
-    return graph.values[user].op in _POOLS or any(seen.value == index for seen in see_through(graph, user)[1:2])
+    return graph.values[user].op in _POOLS | _LIMITS or any(
+        seen.value == index for seen in see_through(graph, user)[1:2]
+    )
 
 
 def _ends_of_chains(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
@@ -116,7 +119,8 @@ def all_through(graph: Graph, branch: Branch, value: int) -> bool:
 
 def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
     """Whether the branch spans branches of other layers, or a chain of branches in its own."""
-    inner = [other for other in kept if _is_inside(graph, other, branch)]
+    beside = _beside(graph, branch, kept)
+    inner = [other for other in kept if other not in beside and _is_inside(graph, other, branch)]
     if any(layers[other].identity != layers[branch].identity for other in inner):
         return True
     sums = {other.total for other in inner}
@@ -124,7 +128,8 @@ def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict
 
 
 def outside_layers(graph: Graph, homeless: list[Branch], kept: list[Branch]) -> list[Branch]:
-    """Of the branches without a layer those whose sums become the stream of others, and lie in no branch.
+    """Of the branches without a layer those that lie in no branch, and whose sums become the stream of others or that
+    have an attention of their own.
 
     What only convolves is left out: so a model makes positions for its stream.
     """
@@ -134,9 +139,13 @@ def outside_layers(graph: Graph, homeless: list[Branch], kept: list[Branch]) -> 
         branch
         for branch in homeless
         if branch.total not in inside
-        and not streams.isdisjoint(forward(graph, branch.total))
+        and (_attends(graph, branch, inside) or not streams.isdisjoint(forward(graph, branch.total)))
         and any(graph.values[index].weighted and "conv" not in graph.values[index].op for index in branch.path)
     ]
+
+
+def _attends(graph: Graph, branch: Branch, claimed: set[int]) -> bool:
+    return any(index not in claimed and is_attention(graph, graph.values[index]) for index in branch.path)
 
 
 def only_homes_of_attentions(graph: Graph, layers: dict[Branch, Layer], kept: list[Branch]) -> list[Branch]:
@@ -159,7 +168,36 @@ def _sums_before(graph: Graph, branch: Branch) -> set[int]:
 
 def _is_nested(graph: Graph, branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
     same = (other for other in kept if layers[other].identity == layers[branch].identity)
-    return any(_is_inside(graph, branch, other) for other in same)
+    return any(_is_inside(graph, branch, other) and branch not in _beside(graph, other, kept) for other in same)
+
+
+def _beside(graph: Graph, branch: Branch, kept: list[Branch]) -> list[Branch]:
+    """Branches of another stream that runs beside a branch which looks at it, and goes on without that branch.
+
+    So do two streams that look at each other in turns: sums on the one lie on the way from the other to its own sum.
+    """
+    own = {branch.stream, *branch.path}
+    chains: list[list[Branch]] = []
+    for other in kept:
+        if other.total == branch.total or other.total not in branch.path:
+            continue
+        before = _sums_before(graph, other)
+        chain = next((chain for chain in chains if any(link.total in before for link in chain)), None)
+        if chain is not None:
+            chain.append(other)
+        elif own.isdisjoint(before):
+            chains.append([other])
+    return [link for chain in chains if _goes_on_beside(graph, branch, chain[-1].total) for link in chain]
+
+
+def _goes_on_beside(graph: Graph, branch: Branch, total: int) -> bool:
+    """Whether something later than a branch starts from an earlier sum, or a module around the branch returns it."""
+    owner = graph.owner(branch.total)
+    around = {value for call in owner.chain() for value in call.outputs.values()}
+    return any(
+        value in around or any(user > branch.total for user in graph.values[value].users)
+        for value in forward(graph, total)
+    )
 
 
 def _is_inside(graph: Graph, inner: Branch, outer: Branch) -> bool:

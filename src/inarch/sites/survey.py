@@ -1,7 +1,7 @@
 """From the graph of one forward to the records of its sites, with all that went wrong."""
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.site import Kind, Site
 from .axes import acts_across_tokens, feature_dims
@@ -92,13 +92,22 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         reach = reaches[layer.scope.index]
         local = branch.inside(max(layer.scope.start, _last_sum_inside(graph, branch, kept) + 1))
         attentions = find_attentions(graph, local)
-        kind = find_kind(graph, local, attentions)
+        kind = find_kind(graph, _without_other_streams(graph, branch, local, kept), attentions)
         if kind == "mlp" and acts_across_tokens(graph, branch):
             kind = "mixer"
         projections, notes = find_projections(graph, local, reach, kind, attentions)
         reading = _Reading(branch, layer, find_taps(graph, branch, reach), kind, projections, notes)
         found[layer.identity][layer.scope.index].append(reading)
     return found
+
+
+def _without_other_streams(graph: Graph, branch: Branch, local: Branch, kept: list[Branch]) -> Branch:
+    """The branch without what comes back to it from its stream by way of another stream only."""
+    sums = {other.total for other in kept if other.total in branch.path}
+    others = {total for total in sums if not all_through(graph, branch, total)}
+    if not others:
+        return local
+    return replace(local, path=local.path & graph.descendants(branch.stream, within=set(branch.path) - others))
 
 
 def _last_sum_inside(graph: Graph, branch: Branch, kept: list[Branch]) -> int:
