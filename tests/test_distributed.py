@@ -96,6 +96,26 @@ def test_torchrun_with_two_processes_gives_what_one_gives(inputs, tmp_path):
         assert together.train_loss == pytest.approx(alone.train_loss, abs=1e-5)
 
 
+def test_one_of_several_processes_leaves_before_the_interpreter_is_taken_down(tmp_path):
+    """gloo's threads would abort it. What was asked to run at exit runs, and the exit code and the output are kept."""
+    code = f"""
+import atexit, builtins, torch
+class Last:
+    def __del__(self): print("taken down", flush=True)
+builtins.last = Last()
+atexit.register(print, "at exit")
+if {{}}:
+    torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/met", rank=0, world_size=1)
+from inarch.cli import main
+main(["nonsense"])
+"""
+    alone = subprocess.run([sys.executable, "-c", code.format(0)], capture_output=True, text=True, check=False)
+    together = subprocess.run([sys.executable, "-c", code.format(1)], capture_output=True, text=True, check=False)
+    assert (alone.returncode, together.returncode) == (2, 2)
+    assert (alone.stdout, together.stdout) == ("at exit\ntaken down\n", "at exit\n")
+    assert alone.stderr == together.stderr
+
+
 # From here on processes are forked from one that has imported everything, which takes longer than the runs.
 
 

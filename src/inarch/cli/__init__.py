@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from ..core.interrupt import importing
 from ..version import __version__
-from .guard import guarded, loading, prepare_streams, share_cores, show_tracebacks
+from .guard import guarded, leave, loading, prepare_streams, share_cores, show_tracebacks
 
 COMMANDS = {
     "probe": ("probe", "Find where adapters can go in a model."),
@@ -97,5 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--debug" in options:
         words.remove("--debug")
         words.insert(0, "--debug")
-    with loading():  # what writes the help may find no room
-        app(words, prog_name="inarch")
+    try:
+        with loading():  # what writes the help may find no room
+            app(words, prog_name="inarch")
+    except SystemExit as left:
+        leave(left.code)
+        raise

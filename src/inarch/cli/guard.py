@@ -1,5 +1,6 @@
 """What surrounds every command: exceptions become messages, warnings become notes."""
 
+import atexit
 import errno
 import functools
 import logging
@@ -7,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,6 +90,22 @@ def loading() -> Iterator[None]:
             raise
         fail(describe(error))
         sys.exit(ERROR)
+
+
+def leave(code: object) -> None:
+    """Where processes train together: leave without taking the interpreter down, once everything is written.
+
+    gloo's threads give back the tensors of the last exchange in their own time. One that comes when the interpreter is
+    half gone aborts the process (seen in 3 % of runs with torch 2.13), and a finished training would count as failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    atexit._run_exitfuncs()  # noqa: SLF001  the interpreter would call it next
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _stop(code: int, message: str) -> NoReturn:
