@@ -1,5 +1,6 @@
 """Several processes: DistributedDataParallel and FSDP2 give the gradients and the adapter of one process."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ from torch import distributed, nn
 
 import inarch
 from inarch import SiteError, StateError
+from inarch.fingerprint import fingerprint
 from inarch.testing import tiny, tiny_inputs
 
 CONFIG = "double_seq_bn[original_ln_before=True,scaling=learned]|lora[init_weights=bert]"
@@ -151,6 +153,8 @@ def test_an_adapter_trained_in_shards_is_the_one_of_one_process(tmp_path):
             assert torch.allclose(found[key], parameter, rtol=1e-5, atol=1e-6), (name, key)
         other = tiny(name)
         handle = inarch.attach(other)
+        record = json.loads((tmp_path / name / "inarch.json").read_text())
+        assert record["base"]["fingerprint"] == fingerprint(other, handle.sites, handle.heads)
         handle.activate(handle.load(tmp_path / name))
         with torch.no_grad():
             assert torch.allclose(other(**whole(name)).logits, model(**whole(name)).logits, rtol=1e-4, atol=1e-5)

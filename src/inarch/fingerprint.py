@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .bank import CHILD
 from .core.site import Projection, Site, Sites
+from .tensors import is_quantised, whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def describe_sites(sites: Sites) -> dict[str, Any]:
 
 def fingerprint(model: nn.Module, sites: Sites, heads: Iterable[str] = ()) -> dict[str, Any] | str:
     """What an adapter file keeps of the weights of its base; "unknown" for one none of which can be
-    read here: quantised, offloaded, or spread over processes.
+    read here: quantised or offloaded. Where it is spread over processes, every process calls this.
 
     Arguments: `heads` are the paths of modules that do not belong to the base.
 
@@ -87,7 +88,7 @@ def compare_bases(
     if isinstance(before, str) or isinstance(now, str):
         logger.warning(
             "Whether %s is the base that an adapter was made on is not known: the weights of %s cannot be read, being "
-            "quantised, offloaded or spread over processes.",
+            "quantised or offloaded.",
             sites.model_class,
             "that base" if isinstance(before, str) else "this model",
         )
@@ -109,8 +110,8 @@ def _stack(key: str) -> str:
 
 
 def _is_plain(tensor: Any, seen: set[torch.dtype]) -> bool:
-    """Whether the values of a tensor can be read here: not quantised, offloaded, or spread over processes."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.dtype not in _TOLERANCE:
+    """Whether the values of a tensor can be read here: neither quantised nor offloaded."""
+    if not isinstance(tensor, Tensor) or is_quantised(tensor) or tensor.is_meta:
         return False
     seen.add(tensor.dtype)
     return bool(tensor.numel())
@@ -146,7 +147,7 @@ def _rows(tensor: Any, projection: Projection, seen: set[torch.dtype]) -> Tensor
     """Of a weight or bias, what plays the role, with output features first."""
     if not _is_plain(tensor, seen) or tensor.dim() not in (1, 2):
         return None
-    tensor = tensor.detach()
+    tensor = whole(tensor)
     if tensor.dim() == 2 and projection.transposed:
         tensor = tensor.T
     if len(tensor) != projection.out_features:
@@ -222,7 +223,7 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def _summary(tensor: Tensor) -> Summary:
-    values = tensor.detach().squeeze()
+    values = whole(tensor).squeeze()
     values = values.reshape(len(values) if values.dim() > 1 else 1, -1)
     values = values[:: max(1, math.ceil(values.numel() / _WHOLE))]
     if values.dtype != torch.float64:
@@ -316,7 +317,7 @@ def _samples(model: nn.Module, site: Site, role: str) -> list[float] | None:
     if projection is None or not _is_plain(weight, set()) or weight.dim() != 2:  # type: ignore[union-attr]
         return None
     assert isinstance(weight, Tensor)
-    weight = weight.detach().T if projection.transposed else weight.detach()
+    weight = whole(weight).T if projection.transposed else whole(weight)
     if weight.shape != (projection.out_features, projection.in_features):
         return None
     places = [(2 * place + 1) * weight.numel() // (2 * _SAMPLED_VALUES) for place in range(_SAMPLED_VALUES)]

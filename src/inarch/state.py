@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .core.errors import StateError
-from .tensors import gather, is_sharded
+from .tensors import is_sharded, whole
 
 TENSORS, RECORD = "adapter.safetensors", "inarch.json"
 FORMAT_VERSION = 2
@@ -57,10 +57,10 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
             f"An adapter is saved from memory; got {len(offloaded)} tensors without values, first `{offloaded[0]}`, "
             "which are offloaded or on the meta device. Add or load the adapter after the model is offloaded."
         )
-    whole = gather(tensors)
+    values = {key: whole(tensor) for key, tensor in tensors.items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
-        return _write_once(Path(folder), whole, record)
-    return _write(Path(folder), whole, record)
+        return _write_once(Path(folder), values, record)
+    return _write(Path(folder), values, record)
 
 
 def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:

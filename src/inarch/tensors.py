@@ -1,8 +1,5 @@
 """Weights that are not plain tensors: quantised, sharded over processes, or offloaded."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +18,9 @@ def is_quantised(tensor: Tensor) -> bool:
     return tensor.dtype not in TRAINABLE or (own_class and not is_sharded(tensor))
 
 
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whole. Where some are sharded, every process must call this, and gets all of them."""
-    whole: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        whole[key] = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
-    return whole
+def whole(tensor: Tensor) -> Tensor:
+    """The values of a tensor. If it is sharded, every process must call this, and gets all of them."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def copy_into(target: Tensor, values: Tensor) -> None:
