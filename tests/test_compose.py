@@ -12,13 +12,15 @@ from inarch.compose import (
     Parallel,
     Split,
     Stack,
-    check_runnable,
+    cases,
+    check_nesting,
     from_data,
-    keep_only,
     last,
+    leaves,
     names,
     run,
     to_data,
+    uncut,
 )
 from inarch.compose.blocks import BLOCKS
 from inarch.core.errors import SetupError
@@ -56,27 +58,52 @@ def test_a_setup_prints_as_the_python_that_makes_it(setup):
 
 
 @given(blocks())
-def test_the_names_of_a_setup_are_those_in_its_data(setup):
+def test_the_leaves_of_a_setup_are_those_in_its_data(setup):
     text = str(to_data(setup)["children"])
-    assert set(names(setup)) == {name for name in "abcd" if f"'{name}'" in text}
+    assert set(leaves(setup)) == {name for name in "abcd" if f"'{name}'" in text}
+    assert set(leaves(setup)) <= set(names(setup))
+
+
+class Text(str):
+    """A state that remembers what was done to it."""
+
+    __slots__ = ()
+
+    def part(self, cut, child):
+        return Text(f"{self}[{child}]")
+
+    def joined(self, cut, parts):
+        return Text(f"({'|'.join(parts)})")
+
+    def mean(self, results, shares):
+        return Text(f"({'+'.join(f'{share}{result}' for share, result in zip(shares, results, strict=True))})")
+
+
+def ran(setup, cutter=str):
+    return run(setup, Text("h"), lambda name, state: Text(state + name), cutter)
 
 
 @given(st.lists(NAMES, min_size=1, max_size=4))
 def test_a_stack_applies_its_adapters_in_order(children):
-    assert run(Stack(*children), "", lambda name, state: state + name) == "".join(children)
-    nested = Stack(Stack(*children).children[0], *children[1:])
-    assert run(nested, "", lambda name, state: state + name) == "".join(children)
+    assert ran(Stack(*children), uncut) == "h" + "".join(children)
+    assert last(Stack(*children)) == children[-1]
 
 
-@given(st.lists(NAMES, min_size=1, max_size=4), st.sets(NAMES))
-def test_only_what_is_present_is_kept(children, present):
-    kept = keep_only(Stack(*children), lambda name: name in present)
-    expected = [name for name in children if name in present]
-    if not expected:
-        assert kept is None
-    else:
-        assert run(kept, "", lambda name, state: state + name) == "".join(expected)
-        assert last(kept) in present
+def test_blocks_cut_average_and_join():
+    assert ran(Stack("a", Parallel("b", Stack("c", "d")), "a")) == "(ha[0]b|ha[1]cd)a"
+    assert ran(Average("a", "b", weights=[1, 3])) == "(1/4ha+3/4hb)"
+    assert ran(Average("a", "b", weights=[0, 3])) == "(1hb)"
+    assert ran(Average("a", "b", weights=[2, 0.5], normalize_weights=False)) == "(2ha+1/2hb+-3/2h)"
+    assert ran(BatchSplit("a", Split("b", "c", splits=2), batch_sizes=[1, 2])) == "(h[0]a|(h[1][0]b|h[1][1]c))"
+
+
+def test_the_cases_of_a_setup_are_what_its_rows_may_meet():
+    assert cases("a") == ("a",)
+    nested = cases(Stack("a", Parallel("b", Stack("c", "d"))))
+    assert list(map(str, nested)) == ["Stack('a', 'b')", "Stack('a', Stack('c', 'd'))"]
+    inner = BatchSplit("a", "b", batch_sizes=[1, 2])
+    assert cases(Average(inner, "c", weights=[1, 2])) == tuple(Average(n, "c", weights=[1, 2]) for n in "ab")
+    assert cases(MultiTask("a", Fuse("b", "c"), "a")) == ("a", Fuse("b", "c"))
 
 
 @pytest.mark.parametrize(
@@ -99,13 +126,27 @@ def test_an_invalid_setup_is_refused_with_the_allowed_ones(make, message):
         make()
 
 
-@pytest.mark.parametrize("setup", [Fuse("a", "b"), Stack("a", Parallel("b", "c")), MultiTask("a", "b")])
-def test_a_block_that_cannot_run_yet_is_refused_by_name(setup):
-    with pytest.raises(SetupError, match="This version runs `Stack`"):
-        check_runnable(setup)
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (Stack(Parallel("a", "b"), Parallel("a", "b", "c")), "every `Parallel` of a setup has the same number"),
+        (
+            BatchSplit("a", BatchSplit("a", "b", batch_sizes=[1, 2]), batch_sizes=[1, 2]),
+            r"its share of the batch; got BatchSplit\('a', 'b', batch_sizes=\[1, 2\]\), for 3 samples, in a share",
+        ),
+        (
+            Stack(BatchSplit("a", "b", batch_sizes=1), BatchSplit("a", "b", batch_sizes=2)),
+            r"makes up the same batch; got sizes for \[2, 4\] samples",
+        ),
+    ],
+)
+def test_blocks_that_contradict_each_other_are_refused(setup, message):
+    with pytest.raises(SetupError, match=message):
+        check_nesting(setup)
 
 
 def test_weights_of_an_average_are_normalised():
     assert Average("a", "b", weights=[1, 3]).shares() == (0.25, 0.75)
     assert Average("a", "b").shares() == (0.5, 0.5)
+    assert sum(Average("a", "b", "c", weights=[0.1, 0.2, 0.3]).shares()) == 1
     assert Split("a", "b", splits=4).splits == (4, 4)

@@ -284,10 +284,12 @@ def test_where_a_scale_follows_the_tap_the_formula_says_so():
 
 def test_a_composition_that_cannot_run_has_no_plan(model):
     adapters = inarch.attach(model)
-    for name in "ab":
+    for name in ("a", "b", "a+b"):
         adapters.add(name, "lora")
-    with pytest.raises(SetupError, match="This version runs `Stack`"):
-        adapters.plan(inarch.Average("a", "b"))
+    with pytest.raises(
+        SetupError, match=r"combines what bottlenecks add to a sum; got `lora` of `a` at `image0\.0\.\w+"
+    ):
+        adapters.plan(inarch.Fuse("a", "b"))
 
 
 LAST_NORM = "seq_bn[circuits={'output_adapter':'last_norm'}]"

@@ -26,7 +26,7 @@ from .bank import (
     slot_name,
     tap_module,
 )
-from .compose import Setup, keep_only, last, names
+from .compose import Batch, Place, Setup, Watched, cuts_rows, fusions, leaves, names, sum_of_rows
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
@@ -34,6 +34,7 @@ from .plan import sublayer_part
 from .programs import (
     WiredAdapter,
     circuit_norm,
+    circuit_of,
     circuit_site,
     input_program,
     linear_program,
@@ -167,14 +168,23 @@ def arm(
     handles: list[Removable],
 ) -> None:
     """Register the hooks a setup needs, adding what removes them to `handles`."""
+    batch = Batch(setup, sum_of_rows(setup), _batch_dim(model, sites))
     for site in sites:
-        handles += _arm_projections(model, site, setup, configs)
+        handles += _arm_projections(model, site, setup, configs, batch)
     handles += _arm_weights(model, sites, setup, configs)
     # After the projections': where both hook one module, the projection is part of the branch.
     for site in sites:
-        handles += _arm_sum(model, site, sites, setup, configs)
+        handles += _arm_sum(model, site, sites, setup, configs, batch=batch)
+    if cuts_rows(setup):
+        handles.append(Watched(batch, model))
     handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]
     forget_compiled()
+
+
+def _batch_dim(model: nn.Module, sites: Sites) -> int:
+    """Where the inputs of a model have their samples: first, but in a model of the user's own that has them second."""
+    is_known = hasattr(model, "main_input_name")
+    return 0 if is_known else min(site.batch_dim for site in sites)
 
 
 def disarm(model: nn.Module, handles: list[Removable]) -> None:
@@ -197,22 +207,23 @@ def forget_compiled() -> None:
 
 
 def _arm_sum(
-    model: nn.Module, site: Site, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]
+    model: nn.Module, site: Site, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig], *, batch: Batch
 ) -> list[RemovableHandle]:
     slot = slot_of(model, site)
     wired: dict[str, WiredAdapter] = {}
-    for name in names(setup):
+    for name in leaves(setup):
         part, modules = sublayer_part(configs[name], site), modules_at(slot, name)
         branch = modules.find(method_of(part).name) if part is not None and modules is not None else None
         if branch is not None:
             wired[name] = wired_adapter(part, site, branch)
-    kept = keep_only(setup, lambda name: name in wired)
-    if kept is None:
+    if not wired:
         return []
-    circuit = wired[last(kept)].circuit
+    circuit = circuit_of(setup, wired)
     path, others = circuit_norm(site, sites, circuit), _earlier_in_sum(site, sites)
     norm = None if path is None else model.get_submodule(path)
-    program = sum_program(kept, wired, norm, joins_others=bool(others))
+    cutter = Place(site.key, site.batch_dim, batch).cut
+    fused = {block.name: fusion for block in fusions(setup) if (fusion := _fusion(slot, block.name)) is not None}
+    program = sum_program(setup, wired, norm, joins_others=bool(others), fusions=fused, cutter=cutter)
     seen = circuit_site(site, circuit)
     slot.arm(program, seen.output)
     handles = watch_output(model, seen, slot, slot.rewrite)
@@ -232,6 +243,12 @@ def _arm_sum(
             hook = partial(slot.hold_other, other.output.key, number == 0)
             handles.append(tap_module(model, other, other.output).register_forward_hook(hook))
     return handles
+
+
+def _fusion(slot: SiteSlot, name: str) -> nn.Module | None:
+    """The fusion layer of that name at a site."""
+    modules = modules_at(slot, name)
+    return None if modules is None else modules.find("fusion")
 
 
 def _earlier_in_sum(site: Site, sites: Sites) -> list[Site]:
@@ -272,12 +289,13 @@ def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> Remo
 
 
 def _arm_projections(
-    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig], batch: Batch
 ) -> list[RemovableHandle]:
     roles: dict[str, list[Role]] = {}
-    for projection, kept, modules in _adapted_projections(model, site, setup, configs):
+    cutter = Place(site.key, site.batch_dim, batch).cut
+    for projection, modules in _adapted_projections(model, site, setup, configs):
         if not projection.weight:
-            on_input, on_output = input_program(kept, modules), linear_program(kept, modules)
+            on_input, on_output = input_program(setup, modules, cutter), linear_program(setup, modules, cutter)
             roles.setdefault(projection.path, []).append(Role(on_input, on_output, projection.rows))
     handles = []
     for path, played in roles.items():
@@ -293,11 +311,11 @@ def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[
     # By module through all sites: two slots on one module would not know of each other.
     programs: dict[nn.Module, tuple[str, dict[str, list[WeightRole]]]] = {}
     for site in sites:
-        for projection, kept, modules in _adapted_projections(model, site, setup, configs):
+        for projection, modules in _adapted_projections(model, site, setup, configs):
             if projection.weight:
                 path = site.absolute(projection.path)
                 _, program = programs.setdefault(model.get_submodule(path), (path, {}))
-                program.setdefault(projection.weight, []).append(WeightRole(projection, kept, modules))
+                program.setdefault(projection.weight, []).append(WeightRole(projection, setup, modules))
     handles: list[Removable] = []
     for owner, (path, program) in programs.items():
         slot = WeightSlot(path, program)
@@ -311,15 +329,14 @@ def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[
 
 def _adapted_projections(
     model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
-) -> Iterator[tuple[Projection, Setup, dict[str, list[LinearMethod]]]]:
+) -> Iterator[tuple[Projection, dict[str, list[LinearMethod]]]]:
     """The projections of a site that adapters of the setup act on, with those adapters."""
     slot = slot_of(model, site)
     for role, projections in site.projections.items():
         for part, projection in enumerate(projections):
             modules = _linear_modules(slot, names(setup), configs, f"{role}{part or ''}")
-            kept = keep_only(setup, lambda name, modules=modules: name in modules)  # type: ignore[misc]
-            if kept is not None:
-                yield projection, kept, modules
+            if modules:
+                yield projection, modules
 
 
 def _linear_modules(

@@ -33,7 +33,7 @@ from .attach import (
 )
 from .bank import Modules, SiteSlot
 from .check import Data, Report, Training, examine, report
-from .compose import Block, Setup, check_runnable, names
+from .compose import Block, Setup, Watched, fusions, names
 from .core.errors import ConfigError, SetupError, SiteError, nearest
 from .core.site import Sites
 from .core.table import render
@@ -422,6 +422,21 @@ class Adapters:
                 if self.model.__dict__.get(_ATTRIBUTE) is self:
                     self._arm(before if before is None or all(name in self for name in names(before)) else None)
 
+    @contextmanager
+    def prepared(self, task_ids: Any = None) -> Iterator[None]:
+        """A block for inputs that you have prepared yourself for the active setup, where inarch cannot.
+
+        A `Parallel` copies what the model is called with. Parts of a model (`get_image_features`, an encoder alone) and
+        later calls with a cache are called in this block, with inputs that hold the rows of the first child, then those
+        of the second, and so on. `task_ids` are those of a `MultiTask`.
+        """
+        batch = next((handle.batch for handle in self._handles if isinstance(handle, Watched)), None)
+        if batch is None:
+            yield
+            return
+        with batch.prepared(batch.by_hand(task_ids)):
+            yield
+
     def train(self, setup: Setup, *, head: bool | Sequence[str] = True) -> None:
         """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
 
@@ -606,9 +621,14 @@ class Adapters:
             raise SetupError(
                 f"A setup is the name of an adapter or a block of names; got {setup!r}. Write `Stack('a', 'b')`."
             )
+        for block in fusions(setup):
+            if block.name not in self:
+                raise SetupError(
+                    f"A `Fuse` has fusion layers of its own; got none named `{block.name}` for {block}. Make them with "
+                    f"`add_fusion({block})`."
+                )
         for name in names(setup):
             self._require(name)
-        check_runnable(setup)
         self._check_composition(setup, self._configs, self._unsound)
 
     def _check_composition(self, setup: Setup, configs: Mapping[str, AdapterConfig], unsound: set[str]) -> None:

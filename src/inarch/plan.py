@@ -1,21 +1,37 @@
 """What attaching and activating would do, as plain data: no tensor is made, nothing is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .bank import module_key
-from .compose import Setup, check_runnable, keep_only, last, names
+from .compose import (
+    Average,
+    BatchSplit,
+    Block,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Setup,
+    Split,
+    cases,
+    check_nesting,
+    fusions,
+    last,
+    leaves,
+    names,
+    walk,
+)
 from .core.config import Config
-from .core.errors import ConfigError
+from .core.errors import ConfigError, SetupError
 from .core.site import Site, Sites
 from .core.symbols import Expr, symbol
 from .core.table import render
 from .core.wiring import Settled, layer_output
-from .methods import AdapterConfig, Placement, SublayerMethod, layer_number, method_of, placements
-from .programs import check_circuits, circuit_site, rewire, wired_adapter
+from .methods import AdapterConfig, LinearMethod, Placement, SublayerMethod, layer_number, method_of, placements
+from .programs import check_circuits, circuit_of, circuit_site, rewire, wired_adapter
 
 X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
 
@@ -70,8 +86,8 @@ class Plan:
     """Every module of some adapters, and the formula of every site under a setup. Prints as a table."""
 
     modules: tuple[PlannedModule, ...]
-    formulas: Mapping[str, Formula]
-    """By site key; sites whose sum no adapter touches are left out."""
+    formulas: Mapping[str, tuple[Formula, ...]]
+    """By site key, one for each case of the setup; sites whose sum no adapter touches are left out."""
 
     @property
     def num_parameters(self) -> int:
@@ -84,7 +100,7 @@ class Plan:
                 module.key,
                 module.placement.port,
                 module.num_parameters,
-                f"y = {self.formulas[module.placement.site.key].adapted}"
+                "; ".join(f"y = {formula.adapted}" for formula in self.formulas[module.placement.site.key])
                 if module.placement.port == "sublayer" and module.placement.site.key in self.formulas
                 else "",
             )
@@ -99,8 +115,6 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
     Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
     cannot run.
     """
-    if setup is not None:
-        check_runnable(setup)
     modules = [
         PlannedModule(name, part, placement, layer_number(placement.site, sites))
         for name, config in adapters.items()
@@ -110,12 +124,93 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
     _check_sums(modules)
     formulas = {}
     if setup is not None:
+        check_setup(setup, modules)
         at = sublayer_sites(modules)
         for site in sites:
-            found = formula(site, setup, {n: adapters[n] for n in names(setup) if site.key in at.get(n, ())})
-            if found is not None:
-                formulas[site.key] = found
+            present = {name: adapters[name] for name in names(setup) if site.key in at.get(name, ())}
+            found = [one for case in cases(setup) if (one := formula(site, case, present)) is not None]
+            if found:
+                formulas[site.key] = tuple(found)
     return Plan(tuple(modules), formulas)
+
+
+def check_setup(setup: Setup, modules: Sequence[PlannedModule]) -> None:
+    """Raise `SetupError` for blocks that have no meaning where the adapters in them are."""
+    check_nesting(setup)
+    fused = {block.name for block in fusions(setup)}
+    for name in leaves(setup):
+        if any(module.adapter == name and module.placement.port == "fusion" for module in modules):
+            raise SetupError(
+                f"Fusion layers act where a `Fuse` combines adapters; got `{name}` by itself in {setup!s}. Activate "
+                f"`Fuse(..., name={name!r})`."
+            )
+    for block in walk(setup):
+        inside = [module for module in modules if module.adapter in block.names() and module.adapter not in fused]
+        if isinstance(block, Fuse):
+            _check_fuse(block, inside, modules)
+        if isinstance(block, BatchSplit | Split | Parallel | MultiTask):
+            for module in inside:
+                if module.placement.port == "weight":
+                    raise SetupError(
+                        f"A weight is one for all rows of a batch; got `{module.key}` of `{module.adapter}` in a "
+                        f"`{type(block).__name__}`. Compose it by `Stack` or `Average`, or leave that projection out."
+                    )
+                _check_experts(block, module)
+        if isinstance(block, Average):
+            _check_inputs(block, inside)
+
+
+def _check_fuse(block: Fuse, inside: Sequence[PlannedModule], modules: Sequence[PlannedModule]) -> None:
+    for module in inside:
+        if module.placement.port != "sublayer":
+            raise SetupError(
+                "A `Fuse` combines what bottlenecks add to a sum; got "
+                f"`{module.method}` of `{module.adapter}` at `{module.key}`. Compose it by `Stack` or `Average`."
+            )
+    sites = {
+        child: {module.placement.site.key for module in inside if module.adapter == last(child)}
+        for child in block.children
+    }
+    sites[block.name] = {module.placement.site.key for module in modules if module.adapter == block.name}
+    for child, found in sites.items():
+        odd = sorted(found ^ next(iter(sites.values())))
+        if odd:
+            raise SetupError(
+                f"The children of a `Fuse` and its fusion layers are at the same sites; got `{odd[0]}` for only one of "
+                f"`{block.children[0]}` and `{child}` in {block}. Fuse adapters of one configuration, and make the "
+                "layers with `add_fusion`."
+            )
+
+
+def _check_experts(block: Block, module: PlannedModule) -> None:
+    placement = module.placement
+    if placement.port != "linear":
+        return
+    path = placement.site.projections[placement.role][placement.part].path
+    if any("expert" in part for part in path.split(".")):
+        raise SetupError(
+            f"A `{type(block).__name__}` cuts what holds whole samples; got `{path}` for `{module.key}` of "
+            f"`{module.adapter}`, an expert that sees some of the tokens. Leave that projection out."
+        )
+
+
+def _check_inputs(block: Average, inside: Sequence[PlannedModule]) -> None:
+    """A projection's input can be averaged where all that the adapters do is change it."""
+    places: dict[tuple[str, str, int], set[tuple[str, bool, bool]]] = {}
+    for module in inside:
+        placement = module.placement
+        method = method_of(module.config)
+        if placement.port == "linear" and issubclass(method, LinearMethod):
+            key = (placement.site.key, placement.role, placement.part)
+            changes = method.changes(module.config, placement)
+            places.setdefault(key, set()).add((module.adapter, "input" in changes, "output" in changes))
+    for key, found in places.items():
+        if any(on_input for _, on_input, _ in found) and any(on_output for _, _, on_output in found):
+            raise SetupError(
+                "In an `Average`, adapters of one projection all change its input or all its output; got both of "
+                f"{', '.join(sorted({f'`{name}`' for name, _, _ in found}))} at `{key[1]}` of `{key[0]}` in {block}. "
+                "Average adapters of one method."
+            )
 
 
 def _check_sums(modules: list[PlannedModule]) -> None:
@@ -144,14 +239,13 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
 
     The function that runs in the forward is run here on symbols.
     """
-    wired = {name: part for name in names(setup) if name in configs and (part := sublayer_part(configs[name], site))}
-    kept = keep_only(setup, lambda name: name in wired)
-    if kept is None:
+    wired = {name: part for name in leaves(setup) if name in configs and (part := sublayer_part(configs[name], site))}
+    if not wired:
         return None
     branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
     adapters = {name: wired_adapter(part, site, branches[name]) for name, part in wired.items()}
-    check_circuits(kept, adapters, site)
-    circuit = adapters[last(kept)].circuit
+    check_circuits(setup, adapters, site)
+    circuit = circuit_of(setup, adapters)
     site = circuit_site(site, circuit)
 
     def norm(total: Expr) -> Expr:
@@ -159,7 +253,13 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
 
     post = norm if site.post_norm is not None else None
     settled = rewire(
-        kept, adapters, X, H, others=OTHERS if site.shared_sum else None, norm=norm if circuit == "last_norm" else post
+        setup,
+        adapters,
+        X,
+        H,
+        others=OTHERS if site.shared_sum else None,
+        norm=norm if circuit == "last_norm" else post,
+        fusions={block.name: _FusionSymbol() for block in fusions(setup)},
     )
     stream = X + OTHERS if site.shared_sum else X
 
@@ -204,3 +304,10 @@ class _Symbols:
 
     def norm_branch(self, w: Expr) -> Expr:
         return w.applied(self.norm_name)
+
+
+class _FusionSymbol:
+    """Fusion layers in a formula: F, which weighs and maps outputs without a constant, so makes nothing of nothing."""
+
+    def fuse(self, query: Expr, outputs: list[Expr]) -> Expr:
+        return sum(outputs, start=Expr()).applied("F")

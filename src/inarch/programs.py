@@ -3,17 +3,18 @@
 `rewire` is the one function that wires adapters into a sum. The proof runs it on symbols; here it runs on registers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, Generic
 
 from torch import Tensor, nn
 
-from .compose import Setup, last, names, run
+from .compose import Cut, Cutter, Fuse, Setup, Take, last, leaves, run, uncut
 from .core.errors import SetupError, SiteError
-from .core.program import Program, Recorder, Register
+from .core.program import Program, Recorder, Register, apply, apply_all
 from .core.site import Site, Sites, Tap
-from .core.wiring import Carry, Circuit, Settled, settle
+from .core.wiring import Carry, Circuit, Settled, V, settle
 from .methods import LinearMethod, SublayerMethod, method_of
 
 
@@ -35,16 +36,129 @@ def wired_adapter(config: Any, site: Site, branch: Any) -> WiredAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class _SumStep:
-    """One adapter of a setup, on what the ones before it made of the branch output."""
+class _Flow(Generic[V]):
+    """What runs through a setup at a sum, for the samples and tokens that it is about."""
+
+    sum: "_Sum"
+    x: V
+    h: V
+    carry: Carry[V]
+    """What the adapters so far have made of the branch output."""
+    end: Settled[V]
+    """What the layer gets if none comes after them."""
+
+    def part(self, cut: Cut, child: int) -> "_Flow[V]":
+        take = Take(cut, child)
+        end = Settled(apply(take, self.end.branch), None if self.end.output is None else apply(take, self.end.output))
+        carry = Carry(apply(take, self.carry.rest), self.carry.count)
+        return _Flow(self.sum, apply(take, self.x), apply(take, self.h), carry, end)
+
+    def joined(self, cut: Cut, parts: Sequence["_Flow[V]"]) -> "_Flow[V]":
+        def whole(values: list[V]) -> V:
+            found: V = apply_all(cut.whole, values)
+            return found
+
+        return self._merged(parts, whole)
+
+    def mean(self, results: Sequence["_Flow[V]"], shares: Sequence[Fraction]) -> "_Flow[V]":
+        def weighted(values: list[V]) -> V:
+            first, *others = [
+                value if share == 1 else value * share for value, share in zip(values, shares, strict=True)
+            ]
+            return sum(others, start=first)
+
+        return self._merged(results, weighted)
+
+    def _merged(self, flows: Sequence["_Flow[V]"], merge: Callable[[list[V]], V]) -> "_Flow[V]":
+        """Several flows as one. The coefficients of a mean add up to one, so equal multiples of the stream stay so."""
+        if len({flow.carry.count for flow in flows}) == 1:
+            carry = Carry(merge([flow.carry.rest for flow in flows]), flows[0].carry.count)
+        else:
+            carry = Carry(merge([flow.carry.value(flow.x) for flow in flows]))
+        ends = [flow.end for flow in flows]
+        if all(end.output is None for end in ends):
+            return _Flow(self.sum, self.x, self.h, carry, Settled(merge([end.branch for end in ends])))
+        norm = self.sum.norm
+        assert norm is not None, "only a norm is passed over"
+        outputs = [norm(f.x + f.end.branch) if f.end.output is None else f.end.output for f in flows]
+        return _Flow(self.sum, self.x, self.h, carry, Settled(self.h, merge(outputs)))
+
+    def fused(self, block: Fuse, through: Callable[[Setup, "_Flow[V]"], "_Flow[V]"]) -> "_Flow[V]":
+        present = [child for child in block.children if last(child) in self.sum.adapters]
+        if not present:
+            return self
+        outputs = [self._output_of(child, through) for child in present]
+        final = self.sum.adapters[last(present[-1])]
+        return self.sum.step(replace(final, branch=_Fused(self.sum.fusions[block.name], outputs)), self)
+
+    def _output_of(self, child: Setup, through: Callable[[Setup, "_Flow[V]"], "_Flow[V]"]) -> V:
+        """What the branch of a child, of its last adapter, gives."""
+        flow = self
+        while not isinstance(child, str):
+            for earlier in child.children[:-1]:
+                flow = through(earlier, flow)
+            child = child.children[-1]
+        seen: list[V] = []
+        adapter = self.sum.adapters[child]
+        self.sum.step(replace(adapter, branch=_Watched(adapter.branch, seen)), flow)
+        return seen[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """The branch of fused adapters: a fusion of their outputs, whose query is the input of the last one."""
+
+    fusion: Any
+    outputs: list[Any]
+
+    def branch(self, z: Any) -> Any:
+        return self.fusion.fuse(z, self.outputs)
+
+    def norm_branch(self, w: Any) -> Any:
+        return w  # what is fused is what adapters give before a norm of their own
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """The branch of an adapter, and what it gives."""
+
+    inner: Any
+    seen: list[Any]
+
+    def branch(self, z: Any) -> Any:
+        self.seen.append(self.inner.branch(z))
+        return self.seen[-1]
+
+    def norm_branch(self, w: Any) -> Any:
+        return self.inner.norm_branch(w)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """One sum of a layer, with the adapters there."""
 
     adapters: Mapping[str, WiredAdapter]
-    x: Any
+    fusions: Mapping[str, Any]
+    """Fusion layers by name; symbols in a proof."""
     norm: Callable[[Any], Any] | None
 
-    def __call__(self, name: str, carry: Carry[Any]) -> Carry[Any]:
-        adapter = self.adapters[name]
-        return adapter.method.wire(adapter.config, self.x, carry, self.norm, adapter.branch)
+    def apply(self, name: str, flow: _Flow[Any]) -> _Flow[Any]:
+        """One adapter of a setup, on what the ones before it made of the branch output."""
+        return self.step(self.adapters[name], flow) if name in self.adapters else flow
+
+    def step(self, adapter: WiredAdapter, flow: _Flow[Any]) -> _Flow[Any]:
+        add = adapter.method.keeps_sum(adapter.config)
+        x, h, norm = flow.x, flow.h, self.norm
+        if adapter.circuit == "exchanged":
+            carry = adapter.method.wire(adapter.config, h, flow.carry, norm, adapter.branch)
+            total = carry.value(h)
+            if add:
+                total = total + h if norm is None else norm(total + h)
+            return replace(flow, carry=carry, end=settle(Carry(total), x, h, add=False, post_norm=norm is not None))
+        carry = adapter.method.wire(adapter.config, x, flow.carry, norm, adapter.branch)
+        if adapter.circuit == "last_norm":
+            return replace(flow, carry=carry, end=Settled(carry.value(x)))
+        return replace(flow, carry=carry, end=settle(carry, x, h, add=add, post_norm=norm is not None))
 
 
 def rewire(
@@ -55,26 +169,27 @@ def rewire(
     *,
     others: Any,
     norm: Callable[[Any], Any] | None,
+    fusions: Mapping[str, Any] | None = None,
+    cutter: Cutter = uncut,
 ) -> Settled[Any]:
     """What a site hands to its layer instead of `h`. The proof runs it on symbols, `sum_program` on registers.
 
-    `others` is what branches of the same sum that ran before hand to it; None where there are none.
+    `adapters` are those of the setup that are present at the site, all of one circuit; `others` is what branches of
+    the same sum that ran before hand to it; None where there are none; `fusions` are the fusion layers of the site.
     """
-    final = adapters[last(setup)]
-    add = final.method.keeps_sum(final.config)
-    if final.circuit == "exchanged":
-        total = run(setup, Carry(x), _SumStep(adapters, h, norm)).value(h)
-        if add:
-            total = total + h if norm is None else norm(total + h)
-        return settle(Carry(total), x, h, add=False, post_norm=norm is not None)
-    if final.circuit == "joined" and others is not None:
+    circuit = circuit_of(setup, adapters)
+    if circuit == "joined" and others is not None:
         x = x + others
-    if final.circuit in ("unnormed", "inner"):
+    if circuit in ("unnormed", "inner"):
         norm = None
-    carry = run(setup, Carry(h), _SumStep(adapters, x, norm))
-    if final.circuit == "last_norm":
-        return Settled(carry.value(x))
-    return settle(carry, x, h, add=add, post_norm=norm is not None)
+    place = _Sum(adapters, fusions or {}, norm)
+    flow = _Flow(place, x, h, Carry(x if circuit == "exchanged" else h), Settled(h))
+    return run(setup, flow, place.apply, cutter).end
+
+
+def circuit_of(setup: Setup, adapters: Mapping[str, WiredAdapter]) -> Circuit:
+    """The circuit of the adapters that are present."""
+    return next(adapters[name].circuit for name in leaves(setup) if name in adapters)
 
 
 def circuit_site(site: Site, circuit: Circuit) -> Site:
@@ -109,7 +224,7 @@ def circuit_norm(site: Site, sites: Sites, circuit: Circuit) -> str | None:
 
 def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Site) -> None:
     """Raise `SetupError` for adapters that take different things for the stream and the branch of one site."""
-    found = {adapters[name].circuit: name for name in names(setup)}
+    found = {adapters[name].circuit: name for name in leaves(setup) if name in adapters}
     if len(found) > 1:
         raise SetupError(
             "The adapters of a setup must take the same for stream and branch; got "
@@ -119,28 +234,61 @@ def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Sit
 
 
 def sum_program(
-    setup: Setup, adapters: Mapping[str, WiredAdapter], norm: nn.Module | None, *, joins_others: bool
+    setup: Setup,
+    adapters: Mapping[str, WiredAdapter],
+    norm: nn.Module | None,
+    *,
+    joins_others: bool,
+    fusions: Mapping[str, Any] | None = None,
+    cutter: Cutter = uncut,
 ) -> Program:
     """What `rewire` does, as a program of x, h and others that returns the branch and the output of `Settled`."""
     recorder = Recorder(3)
     x, h, others = recorder.arguments
     recorded = {name: replace(part, branch=_Recorded(recorder, part.branch)) for name, part in adapters.items()}
     call = None if norm is None else _Recording(recorder, _ForwardOf(norm))
-    settled: Settled[Register] = rewire(setup, recorded, x, h, others=others if joins_others else None, norm=call)
+    fused = {name: _Recorded(recorder, module) for name, module in (fusions or {}).items()}
+    joined = others if joins_others else None
+    settled: Settled[Register] = rewire(setup, recorded, x, h, others=joined, norm=call, fusions=fused, cutter=cutter)
     return recorder.program(settled.branch, settled.output)
 
 
-def input_program(setup: Setup, modules: Mapping[str, list[LinearMethod]]) -> Program:
+def input_program(setup: Setup, modules: Mapping[str, list[LinearMethod]], cutter: Cutter = uncut) -> Program:
     """What the linear methods of a setup make of a projection's input."""
     recorder = Recorder(1)
-    return recorder.program(run(setup, recorder.arguments[0], _InputStep(recorder, modules)))
+    flow = _LinearFlow(recorder.arguments[0], recorder.arguments[0])
+    return recorder.program(run(setup, flow, _InputStep(recorder, modules), cutter).value)
 
 
-def linear_program(setup: Setup, modules: Mapping[str, list[LinearMethod]]) -> Program:
+def linear_program(setup: Setup, modules: Mapping[str, list[LinearMethod]], cutter: Cutter = uncut) -> Program:
     """What the linear methods of a setup make of a projection's output, as a program of its input and output."""
     recorder = Recorder(2)
-    inputs, output = recorder.arguments
-    return recorder.program(run(setup, output, _LinearStep(recorder, modules, inputs)))
+    flow = _LinearFlow(*recorder.arguments)
+    return recorder.program(run(setup, flow, _LinearStep(recorder, modules), cutter).value)
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearFlow:
+    """What runs through a setup at a projection: its input, and what the adapters make of its output (or its input)."""
+
+    inputs: Register
+    value: Register
+
+    def part(self, cut: Cut, child: int) -> "_LinearFlow":
+        take = Take(cut, child)
+        return _LinearFlow(apply(take, self.inputs), apply(take, self.value))
+
+    def joined(self, cut: Cut, parts: Sequence["_LinearFlow"]) -> "_LinearFlow":
+        return replace(self, value=apply_all(cut.whole, [part.value for part in parts]))
+
+    def mean(self, results: Sequence["_LinearFlow"], shares: Sequence[Fraction]) -> "_LinearFlow":
+        first, *others = [
+            result.value if share == 1 else result.value * share for result, share in zip(results, shares, strict=True)
+        ]
+        return replace(self, value=sum(others, start=first))
+
+    def fused(self, block: Fuse, through: Any) -> "_LinearFlow":
+        raise AssertionError(f"{block} was let through to a projection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +303,10 @@ class _Recorded:
 
     def norm_branch(self, w: Register) -> Register:
         return self.recorder.call(self.module.norm_branch, w)
+
+    def fuse(self, query: Register, outputs: list[Register]) -> Register:
+        found: Register = apply_all(self.module.fuse, [query, *outputs])
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +337,11 @@ class _InputStep:
     recorder: Recorder
     modules: Mapping[str, list[LinearMethod]]
 
-    def __call__(self, name: str, inputs: Register) -> Register:
-        for module in self.modules[name]:
-            inputs = self.recorder.call(module.prepare, inputs) if module.changes_input else inputs
-        return inputs
+    def __call__(self, name: str, flow: _LinearFlow) -> _LinearFlow:
+        value = flow.value
+        for module in self.modules.get(name, ()):
+            value = self.recorder.call(module.prepare, value) if module.changes_input else value
+        return replace(flow, value=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +350,9 @@ class _LinearStep:
 
     recorder: Recorder
     modules: Mapping[str, list[LinearMethod]]
-    inputs: Register
 
-    def __call__(self, name: str, output: Register) -> Register:
-        for module in self.modules[name]:
-            output = self.recorder.call(module, self.inputs, output)
-        return output
+    def __call__(self, name: str, flow: _LinearFlow) -> _LinearFlow:
+        value = flow.value
+        for module in self.modules.get(name, ()):
+            value = self.recorder.call(module, flow.inputs, value)
+        return replace(flow, value=value)

@@ -7,15 +7,16 @@ the state dict and the classes stay as they are.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bank import refuse_replica
-from .compose import Setup, run
+from .compose import Cut, Fuse, Setup, run, uncut
 from .core.errors import SiteError
 from .core.site import Projection
 from .methods import LinearMethod
@@ -34,7 +35,7 @@ class WeightRole:
         dim, rows = (-1 if self.projection.transposed else -2), self.projection.rows
         part = weight if rows is None else torch.cat([weight.narrow(dim, a, b - a) for a, b in rows], dim)
         part = part.mT if self.projection.transposed else part
-        part = run(self.setup, part, _WeightStep(self.modules))
+        part = run(self.setup, _WeightState(part), _WeightStep(self.modules), uncut).weight
         part = part.mT if self.projection.transposed else part
         if rows is None:
             return part
@@ -52,10 +53,31 @@ class _WeightStep:
 
     modules: Mapping[str, list[LinearMethod]]
 
-    def __call__(self, name: str, weight: Tensor) -> Tensor:
-        for module in self.modules[name]:
+    def __call__(self, name: str, state: "_WeightState") -> "_WeightState":
+        weight = state.weight
+        for module in self.modules.get(name, ()):
             weight = module.effective(weight)
-        return weight
+        return _WeightState(weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightState:
+    """A weight on its way through a setup. It has no rows of a batch to be cut."""
+
+    weight: Tensor
+
+    def part(self, cut: Cut, child: int) -> "_WeightState":
+        raise AssertionError(f"{cut} was let through to a weight, for child {child}")
+
+    def joined(self, cut: Cut, parts: Sequence["_WeightState"]) -> "_WeightState":
+        raise AssertionError(f"{cut} was let through to a weight, of {len(parts)} children")
+
+    def mean(self, results: Sequence["_WeightState"], shares: Sequence[Fraction]) -> "_WeightState":
+        first, *others = [result.weight * float(share) for result, share in zip(results, shares, strict=True)]
+        return _WeightState(sum(others, start=first))
+
+    def fused(self, block: Fuse, through: Any) -> "_WeightState":
+        raise AssertionError(f"{block} was let through to a weight")
 
 
 class WeightSlot(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..compose import Setup, names
+from ..compose import Setup, cuts_rows, names
 from ..core.site import Sites
 from ..heads import id2label, task_head
 from ..methods import AdapterConfig
@@ -57,7 +57,8 @@ def examine(
     heads = [tensor for name in names(setup) for tensor in subject.head(name).values()]
     head = [tensor for tensor in heads if isinstance(tensor, nn.Parameter)] or _head_parameters(model, subject.sites)
     evidence, held = None, None
-    if inputs is not None:
+    # Of a setup that cuts the batch, outputs and memory are those of each case, and of its share.
+    if inputs is not None and not cuts_rows(setup):
         with subject.using(setup):
             run = _run_of(model, inputs)
             if not _has_no_memory(model):

@@ -17,11 +17,13 @@ class SiteReport:
 
     sites: tuple[Site, ...]
     proof: Proof
+    case: str = ""
+    """What of a setup the proof is about, where rows or tokens of a batch meet different adapters."""
 
     @property
     def place(self) -> str:
-        """The sites in words: stack, role and layers."""
-        return place(self.sites)
+        """The sites in words: stack, role and layers, and the case."""
+        return place(self.sites) + (f", {self.case}" if self.case else "")
 
 
 def place(sites: tuple[Site, ...]) -> str:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..compose import Setup, check_runnable, names
+from ..compose import Setup, cases, names
 from ..core.errors import ConfigError
 from ..core.site import Site, Sites
 from ..core.table import render
 from ..methods import AdapterConfig
-from ..plan import Plan, plan, sublayer_sites
+from ..plan import Plan, check_setup, plan, sublayer_sites
 from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Training
 from .findings import LEVELS, Finding, find
 from .proof import Proof, prove
@@ -117,9 +118,9 @@ def report(
     Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
     cannot run.
     """
-    check_runnable(setup)
     chosen = {name: configs[name] for name in names(setup)}
     planned = plan(sites, chosen)
+    check_setup(setup, planned.modules)
     facts = Facts(
         sites=sites,
         setup=setup,
@@ -143,13 +144,18 @@ def report(
 
 def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:
     touched = sublayer_sites(list(planned.modules))
-    groups: dict[tuple[object, ...], list[tuple[Site, Proof]]] = {}
+    groups: dict[tuple[int, tuple[Any, ...], tuple[str, ...]], list[tuple[Site, Proof]]] = {}
+    different = cases(setup)
     for site in sites:
         present = {name: config for name, config in chosen.items() if site.key in touched.get(name, ())}
-        proof = prove(site, setup, present)
-        if proof is not None:
-            groups.setdefault((site.signature(), tuple(present)), []).append((site, proof))
-    return tuple(SiteReport(tuple(site for site, _ in group), group[0][1]) for group in groups.values())
+        for number, case in enumerate(different):
+            proof = prove(site, case, present)
+            if proof is not None:
+                groups.setdefault((number, site.signature(), tuple(present)), []).append((site, proof))
+    named = [f"case {case!s}" if len(different) > 1 else "" for case in different]
+    return tuple(
+        SiteReport(tuple(site for site, _ in group), group[0][1], named[key[0]]) for key, group in groups.items()
+    )
 
 
 def _checked(facts: Facts, finding: Finding, errors: set[str]) -> Finding:

@@ -1,5 +1,7 @@
 """Composition of adapters: the blocks, and the one function that runs them."""
 
+from .batch import Batch as Batch
+from .batch import Watched as Watched
 from .blocks import Average as Average
 from .blocks import BatchSplit as BatchSplit
 from .blocks import Block as Block
@@ -9,10 +11,21 @@ from .blocks import Parallel as Parallel
 from .blocks import Setup as Setup
 from .blocks import Split as Split
 from .blocks import Stack as Stack
+from .blocks import cases as cases
 from .blocks import from_data as from_data
+from .blocks import fusions as fusions
+from .blocks import leaves as leaves
 from .blocks import names as names
 from .blocks import to_data as to_data
-from .route import check_runnable as check_runnable
-from .route import keep_only as keep_only
+from .blocks import walk as walk
+from .cuts import Cut as Cut
+from .cuts import Cutter as Cutter
+from .cuts import Place as Place
+from .cuts import Take as Take
+from .cuts import uncut as uncut
+from .route import State as State
+from .route import check_nesting as check_nesting
+from .route import cuts_rows as cuts_rows
 from .route import last as last
 from .route import run as run
+from .route import sum_of_rows as sum_of_rows

@@ -9,8 +9,12 @@ Average      all on the same input, combined by fixed weights
 MultiTask    each on the rows of its task
 """
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Union
 
 from ..core.errors import SetupError, nearest
@@ -56,9 +60,27 @@ class Stack(Block):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Fuse(Block):
-    """Adapters side by side, combined by a trained attention over their outputs."""
+    """Adapters side by side, combined by a trained attention over their outputs.
 
+    `name` is that of its fusion layers, which `Adapters.add_fusion` makes: by default those of the children, joined
+    by `+`.
+    """
+
+    name: str
     allowed = ("Stack",)
+
+    def __init__(self, *children: Setup, name: str | None = None) -> None:
+        object.__setattr__(self, "children", _checked(Fuse, children))
+        object.__setattr__(
+            self, "name", "+".join("-".join(names(child)) for child in children) if name is None else name
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters, and the fusion layers."""
+        return tuple(dict.fromkeys([name for child in self.children for name in names(child)] + [self.name]))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -107,27 +129,46 @@ class BatchSplit(Block):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Average(Block):
-    """The weighted mean of the children's outputs; weights are divided by their sum."""
+    """The weighted mean of the children's outputs; weights are divided by their sum.
+
+    With `normalize_weights=False` they are taken as they are, and multiply what each child changes.
+    """
 
     weights: tuple[float, ...]
+    normalize_weights: bool
     allowed = ("Stack", "Split", "BatchSplit")
 
-    def __init__(self, *children: Setup, weights: list[float] | tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self,
+        *children: Setup,
+        weights: list[float] | tuple[float, ...] | None = None,
+        normalize_weights: bool = True,
+    ) -> None:
         object.__setattr__(self, "children", _checked(Average, children))
         chosen = tuple(weights) if weights is not None else (1.0,) * len(children)
-        if len(chosen) != len(children) or not sum(chosen):
+        finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in chosen)
+        if len(chosen) != len(children) or not finite or (normalize_weights and not sum(chosen)):
             raise SetupError(
                 f"`weights` of an `Average` must be one number for each child, with a sum other than zero; got "
                 f"{list(chosen)} for {len(children)} children. Give {len(children)} weights."
             )
         object.__setattr__(self, "weights", tuple(map(float, chosen)))
+        object.__setattr__(self, "normalize_weights", bool(normalize_weights))
 
     def settings(self) -> dict[str, Any]:
-        return {"weights": list(self.weights)}
+        return {
+            "weights": list(self.weights),
+            **({} if self.normalize_weights else {"normalize_weights": False}),
+        }
 
-    def shares(self) -> tuple[float, ...]:
-        """The weights divided by their sum."""
-        return tuple(weight / sum(self.weights) for weight in self.weights)
+    def shares(self) -> tuple[Fraction, ...]:
+        """What each child's result counts, as exact as the weights are written; and last, where the weights are not
+        normalised, what is left for the input: weights then multiply what each child changes."""
+        exact = [Fraction(repr(weight)) for weight in self.weights]
+        total = sum(exact, start=Fraction(0))
+        if self.normalize_weights:
+            return tuple(weight / total for weight in exact)
+        return (*exact, 1 - total)
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {
@@ -146,6 +187,34 @@ def walk(setup: Setup) -> Iterator[Block]:
         yield setup
         for child in setup.children:
             yield from walk(child)
+
+
+def cases(setup: Setup) -> tuple[Setup, ...]:
+    """What the rows and tokens of a batch may meet, block by block: setups of `Stack`, `Average` and `Fuse` alone."""
+    if isinstance(setup, str):
+        return (setup,)
+    inner = [cases(child) for child in setup.children]
+    if isinstance(setup, BatchSplit | Split | Parallel | MultiTask):
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(inner)))
+    return tuple(dict.fromkeys(_with_children(setup, children) for children in itertools.product(*inner)))
+
+
+def _with_children(block: Block, children: tuple[Setup, ...]) -> Block:
+    """The same block of other children, also of those that nobody may write there."""
+    changed: Block = object.__new__(type(block))
+    for field in dataclasses.fields(block):
+        object.__setattr__(changed, field.name, children if field.name == "children" else getattr(block, field.name))
+    return changed
+
+
+def fusions(setup: Setup) -> tuple[Fuse, ...]:
+    """Every `Fuse` of a setup."""
+    return tuple(block for block in walk(setup) if isinstance(block, Fuse))
+
+
+def leaves(setup: Setup) -> tuple[str, ...]:
+    """The names of a setup without those of its fusion layers."""
+    return (setup,) if isinstance(setup, str) else tuple(dict.fromkeys(n for c in setup.children for n in leaves(c)))
 
 
 def to_data(setup: Setup | None) -> Any:

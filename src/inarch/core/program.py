@@ -5,8 +5,9 @@ the forward repeats exactly their operations, in their order, without walking th
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 
@@ -50,10 +51,22 @@ class Recorder:
         return Register(self, self._num_arguments + len(self._steps))
 
     def program(self, result: "Register", *second: "Register | None") -> Program:
-        """What was recorded, returning one or two registers, of which the second may be nothing."""
-        numbers = [self._num_arguments if register is None else register.number for register in (result, *second)]
+        """What was recorded and has any influence, returning one or two registers; the second may be nothing."""
+        first = self._num_arguments + 1  # the number of what the first step gives
+        results = [self._num_arguments if register is None else register.number for register in (result, *second)]
+        needed = set(results)
+        for place in reversed(range(len(self._steps))):
+            if first + place in needed:
+                needed.update(number for number in self._steps[place][1:] if number is not None)
+        new = {number: number for number in range(first)}
+        steps: list[tuple[Callable[..., Any], int, int | None]] = []
+        for place, (function, left, right) in enumerate(self._steps):
+            if first + place in needed:
+                new[first + place] = first + len(steps)
+                steps.append((function, new[left], None if right is None else new[right]))
+        numbers = [new[number] for number in results]
         one_or_two = (numbers[0],) if len(numbers) == 1 else (numbers[0], numbers[1])
-        return Program(self._num_arguments, tuple(self._steps), one_or_two)
+        return Program(self._num_arguments, tuple(steps), one_or_two)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +79,36 @@ class Register:
     def __add__(self, other: "Register") -> "Register":
         return self.recorder.call(operator.add, self, other)
 
-    def __mul__(self, factor: int) -> "Register":
-        return self.recorder.call(Times(factor), self)
+    def __mul__(self, factor: int | Fraction) -> "Register":
+        return self.recorder.call(Times(factor if isinstance(factor, int) else float(factor)), self)
+
+
+def apply(function: Callable[..., Any], *values: Any) -> Any:
+    """`function` of one value or two, recorded where they are registers."""
+    return values[0].recorder.call(function, *values) if isinstance(values[0], Register) else function(*values)
+
+
+def apply_all(function: Callable[[tuple[Any, ...]], Any], values: Sequence[Any]) -> Any:
+    """`function` of a tuple of values, recorded where they are registers."""
+    together = apply(_alone, values[0])
+    for value in values[1:]:
+        together = apply(_with, together, value)
+    return apply(function, together)
+
+
+def _alone(value: Any) -> tuple[Any, ...]:
+    return (value,)
+
+
+def _with(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    return (*values, value)
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Multiplication by a whole number."""
+    """Multiplication by a number."""
 
-    factor: int
+    factor: int | float
 
     def __call__(self, value: Any) -> Any:
         return value * self.factor

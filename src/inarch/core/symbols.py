@@ -1,10 +1,11 @@
 """Sums of named tensors, just enough algebra to prove what a wiring computes.
 
-An `Expr` is kept in normal form, a sum of terms with integer coefficients; a term is a symbol or a function applied to
-an `Expr`. Wiring code written for tensors (`+`, `-`, `*` by an integer, calls) runs on it unchanged.
+An `Expr` is kept in normal form, a sum of terms with whole or rational coefficients; a term is a symbol or a function
+applied to an `Expr`. Wiring code written for tensors (`+`, `-`, `*` by a number, calls) runs on it unchanged.
 """
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TypeAlias
 
 
@@ -20,13 +21,14 @@ class Applied:
 
 
 Term: TypeAlias = str | Applied
+Number: TypeAlias = int | Fraction
 
 
 @dataclass(frozen=True, slots=True)
 class Expr:
     """A sum; two expressions are equal when they have the same terms with the same coefficients, in any order."""
 
-    terms: tuple[tuple[Term, int], ...] = field(default=())
+    terms: tuple[tuple[Term, Number], ...] = field(default=())
 
     def __add__(self, other: "Expr") -> "Expr":
         total = dict(self.terms)
@@ -34,7 +36,7 @@ class Expr:
             total[term] = total.get(term, 0) + count
         return Expr(tuple((term, count) for term, count in total.items() if count))
 
-    def __mul__(self, factor: int) -> "Expr":
+    def __mul__(self, factor: Number) -> "Expr":
         return Expr(tuple((term, count * factor) for term, count in self.terms if count * factor))
 
     def __sub__(self, other: "Expr") -> "Expr":
@@ -53,10 +55,11 @@ class Expr:
         text = ""
         for term, count in sorted(self.terms, key=_reading_order):
             sign = " - " if count < 0 else " + "
-            text += (sign if text else sign.strip(" +")) + (str(term) if abs(count) == 1 else f"{abs(count)}{term}")
+            size = f"{abs(count)}·" if isinstance(count, Fraction) and count.denominator != 1 else f"{abs(count)}"
+            text += (sign if text else sign.strip(" +")) + (str(term) if abs(count) == 1 else f"{size}{term}")
         return text or "0"
 
-    def __getitem__(self, term: Term) -> int:
+    def __getitem__(self, term: Term) -> Number:
         """The coefficient of a term."""
         return dict(self.terms).get(term, 0)
 
@@ -82,7 +85,7 @@ class Expr:
         return total
 
 
-def _reading_order(item: tuple[Term, int]) -> tuple[bool, bool]:
+def _reading_order(item: tuple[Term, Number]) -> tuple[bool, bool]:
     """The stream first, then other tensors, then functions."""
     return isinstance(item[0], Applied), item[0] != "x"
 

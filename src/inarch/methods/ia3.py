@@ -76,13 +76,19 @@ class IA3(LinearMethod):
     def placements(cls, config: IA3Config, sites: Sites) -> list[Placement]:
         return projection_placements(config.roles(), config.leave_out, config.leave_out_roles, sites)
 
+    @classmethod
+    def changes(cls, config: IA3Config, placement: Placement) -> frozenset[str]:
+        at_input = placement.role == "down" and config.intermediate_lora and config.after_activation
+        at_output = placement.role != "down" or config.output_lora
+        return frozenset(side for side, is_changed in (("input", at_input), ("output", at_output)) if is_changed)
+
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]
-        at_input = placement.role == "down" and config.intermediate_lora and config.after_activation
-        at_output = placement.role != "down" or config.output_lora
+        changes = self.changes(config, placement)
+        at_input = "input" in changes
         self.input_scale = nn.Parameter(torch.ones(projection.in_features)) if at_input else None
-        self.scale = nn.Parameter(torch.ones(projection.num_rows)) if at_output else None
+        self.scale = nn.Parameter(torch.ones(projection.num_rows)) if "output" in changes else None
         self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
         self.batch_dim = placement.site.batch_dim
         self.alpha = config.alpha

@@ -34,7 +34,7 @@ class Placement:
     """One module a method wants: at which site, through which port, and, for a projection, in which role."""
 
     site: Site
-    port: Literal["sublayer", "linear", "weight"]
+    port: Literal["sublayer", "linear", "weight", "fusion"]
     role: str = ""
     part: int = 0
     """Which of the projections that share the role (an attention may compute k in two steps)."""
@@ -108,6 +108,11 @@ class LinearMethod(AbstractMethod):
     @abstractmethod
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """The new output (..., rows) of a projection, from its input (..., in) and its output (..., rows)."""
+
+    @classmethod
+    def changes(cls, config: Any, placement: Placement) -> frozenset[str]:  # noqa: ARG003  overriding methods read them
+        """What a module changes of its projection: `input`, `output` or both."""
+        return frozenset({"output"})
 
     @classmethod
     def obstacle_on_weight(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it

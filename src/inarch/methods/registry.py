@@ -76,7 +76,7 @@ def placements(part: Config, sites: Sites) -> list[Placement]:
 
 
 def _through_its_port(method: type[AbstractMethod], part: Config, placement: Placement) -> Placement:
-    if placement.port == "sublayer":
+    if placement.port != "linear":
         return placement
     site = placement.site
     projection = site.projections[placement.role][placement.part]
