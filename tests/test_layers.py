@@ -32,6 +32,8 @@ SERVICES = GRAFT | {
     "trainer_door",
     "report",
     "loading",
+    "combine",
+    "merge",
 }
 USERS = SERVICES | {"handle", "data", "train", "sweep", "testing"}
 
@@ -56,6 +58,8 @@ LAYERS: dict[str, set[str]] = {
     "heads": GRAFT,
     "pretrained": GRAFT | {"state"},
     "trainer_door": GRAFT,
+    "combine": MECHANISM,
+    "merge": GRAFT,
     "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "report": CORE,
     "handle": SERVICES,

@@ -160,6 +160,15 @@ def modules_at(slot: SiteSlot, name: str) -> Modules | None:
     return found
 
 
+def methods_in(modules: Modules, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of methods among those of an adapter at a site, by key."""
+    for name, module in modules.named_children():
+        if isinstance(module, Modules):
+            yield from methods_in(module, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", module
+
+
 def arm(
     model: nn.Module,
     sites: Sites,

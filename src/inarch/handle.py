@@ -27,12 +27,15 @@ from .attach import (
     disarm,
     discard,
     graft,
+    methods_in,
     store,
     stored,
     ungraft,
 )
 from .bank import Modules, SiteSlot
-from .check import Data, Report, Training, examine, report
+from .check import Data, Report, Training, difference, examine, report, run_of
+from .combine import Combination, combined_config, recipe
+from .combine import combine as combine_modules
 from .compose import Block, Setup, Watched, fusions, names
 from .core.errors import ConfigError, SetupError, SiteError, nearest
 from .core.site import Sites
@@ -40,6 +43,7 @@ from .core.table import render
 from .fingerprint import describe_sites, fingerprint
 from .heads import TrainedHeads, id2label, task_head
 from .loading import OtherBase
+from .merge import Merged, check_agreement, check_mergeable, fold, undone_on_error
 from .methods import AdapterConfig, ConfigLike, read_config, sees_whole_sequences
 from .plan import Plan, plan
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
@@ -55,6 +59,9 @@ _LOCK = threading.RLock()
 _NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 Unsound = Literal["refuse", "allow"]
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
+"""How far outputs may be apart because weights are rounded with an update in them, relative to their size."""
 
 
 def attach(
@@ -178,6 +185,7 @@ class Adapters:
         self._heads = TrainedHeads(model, sites)
         self._setup: Setup | None = None
         self._handles: list[Removable] = []
+        self._merged = Merged()
         setattr(model, _ATTRIBUTE, self)
         self._trainer = TrainerDoor(self)
         self._pretrained = pretrained.Door(self, self._trainer.as_base)
@@ -365,14 +373,131 @@ class Adapters:
                     f"An active adapter cannot be removed; got `{name}`, part of {self._setup!r}. "
                     "Call `deactivate()` or activate another setup first."
                 )
+            self._check_unmerged(name)
             discard(self.model, self.sites, name)
             del self._configs[name]
             self._trainer.tell_adapters()
             self._heads.forget(name)
             self._unsound.discard(name)
 
-    def detach(self) -> nn.Module:
+    # Combining and merging
+
+    def average(
+        self,
+        name: str,
+        of: Sequence[str] | Mapping[str, float],
+        weights: Sequence[float] | None = None,
+        *,
+        combine: Combination = "linear",
+        normalize_weights: bool = True,
+        rank: int | None = None,
+        density: float | None = None,
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> float:
+        """Add an adapter that is the weighted average of others. It is not active, and has no task head.
+
+        Arguments: `of` names the adapters, with their weights where it is a mapping; weights are divided by their sum
+        unless `normalize_weights=False`. `combine` is `linear`, the sum of each parameter, for every method; or for
+        LoRA `negate_b`, `cat`, `svd`, `ties` or `dare`, for (IA)³ `ties` or `dare` (see `docs/composition.md`).
+        `rank` is that of the result of `svd`, `ties` and `dare`, by default the largest; `density`, the share of an
+        update that `ties` and `dare` keep; `seed`, that of `dare`.
+
+        Returns how far the update of a projection is from the one that was meant, relative to its size, where it is
+        farthest: zero but for rounding where the way is exact. Raises `SetupError` for adapters that cannot be
+        combined so.
+        """
+        with _LOCK:
+            asked = recipe(
+                of,
+                weights,
+                combine,
+                normalize_weights=normalize_weights,
+                rank=rank,
+                density=density,
+                seed=seed,
+            )
+            for other in asked.names:
+                self._require(other)
+            self._check_new(name, overwrite)
+            config = combined_config(asked, [self._configs[other] for other in asked.names])
+            built = build(self.model, self.sites, config)
+            sources = [stored(self.model, self.sites, other) for other in asked.names]
+            generator = torch.Generator().manual_seed(asked.seed)
+            farthest = 0.0
+            for place, modules in built.items():
+                for key, module in methods_in(modules):
+                    theirs = [source[place].find(key) for source in sources]
+                    farthest = max(farthest, combine_modules(asked, theirs, module, generator))  # type: ignore[arg-type]
+            self._store(name, config, built, sound=not self._unsound & set(asked.names))
+            return farthest
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are in the weights of the base."""
+        return tuple(self._merged.names)
+
+    def merge(self, name: str, *, example_inputs: Any = None, tolerance: float | None = None) -> float:
+        """Write an adapter into the weights of the base, so that it costs nothing in a forward; `unmerge` undoes it.
+
+        What is overwritten is kept in the memory of the CPU. The output on one batch is compared with that of the
+        active adapter; no adapter is active afterwards.
+
+        Arguments: `example_inputs` is the batch; without it, one is made up where that can be done. `tolerance` is the
+        largest difference, relative to the output; by default what rounding to the model's type can explain.
+
+        Returns the difference. Raises `SetupError` for an adapter that is no change of weights, for weights that
+        cannot be overwritten, and for outputs that differ by more; the model is then as it was.
+        """
+        with _LOCK:
+            self._require(name)
+            if name in self._merged.names:
+                raise SetupError(f"An adapter is merged once; got `{name}`, which is in the weights. Call `unmerge()`.")
+            check_mergeable(name, self._configs[name], self.sites)
+            made = synthesise(self.model) if example_inputs is None else None
+            if example_inputs is None and not made:
+                raise SetupError(
+                    f"A merged model is compared with the active adapter on one batch; got none for "
+                    f"{type(self.model).__name__}. Pass `example_inputs`."
+                )
+            inputs = Inputs((), made) if made else given_inputs(example_inputs)
+            dtype = next(p.dtype for p in self[name].values())
+            allowed = _ROUNDING.get(dtype, 0.1) if tolerance is None else tolerance
+            active = self._setup
+
+            @contextmanager
+            def folded() -> Iterator[None]:
+                self._arm(None)
+                fold(self.model, self.sites, name, self._configs[name], self._merged)
+                yield
+
+            try:
+                with undone_on_error(self._merged):
+                    found = difference(self.model, run_of(self.model, inputs), lambda: self.using(name), folded)
+                    check_agreement(name, found, allowed)
+            except BaseException:
+                self._arm(active)
+                raise
+            self._merged.names.append(name)
+            return found
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out of the weights, bit for bit."""
+        with _LOCK:
+            self._merged.restore()
+            self._merged.names.clear()
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged.names:
+            raise SetupError(
+                f"{what}; got `{self._merged.names[0]}` in the weights of {type(self.model).__name__}. "
+                "Call `unmerge()` first."
+            )
+
+    def detach(self, *, keep_merged: bool = False) -> nn.Module:
         """Remove everything inarch added and return the model; a trained task head keeps its weights.
+
+        Arguments: `keep_merged=True` leaves merged adapters in the weights, for a model to be saved with them.
 
         The handle is of no further use. Detaching twice does nothing.
         """
@@ -381,6 +506,8 @@ class Adapters:
             if model.__dict__.get(_ATTRIBUTE) is not self:
                 return model
             self._arm(None)
+            if not keep_merged:
+                self.unmerge()
             self._pretrained.close()
             self._trainer.close()
             ungraft(self.model)
@@ -508,6 +635,7 @@ class Adapters:
         `to_dict`). Raises `StateError` if the folder holds something else or cannot be written.
         """
         self._require(name)
+        self._refuse_merged("An adapter is saved beside the base it was trained on")
         tensors: dict[str, Tensor] = dict(self[name])
         if head:
             tensors |= self._heads.of(name)
@@ -558,6 +686,7 @@ class Adapters:
         Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
         """
         self._require_attached()
+        self._refuse_merged("An adapter is loaded into the base it was trained on")
         if name is not None:
             self._check_new(name, overwrite)
         # Outside the lock, because a download may take minutes.
@@ -615,6 +744,13 @@ class Adapters:
                 f"The adapters of a model have different names; got `{name}` again. Choose another name, `remove` the "
                 "old one, or pass `overwrite=True`."
             )
+        self._check_unmerged(name)
+
+    def _check_unmerged(self, name: str) -> None:
+        if name in self._merged.names:
+            raise SetupError(
+                f"A merged adapter stays as it is; got `{name}`, which is in the weights. Call `unmerge()` first."
+            )
 
     def _check_setup(self, setup: Setup) -> None:
         if not isinstance(setup, str | Block):
@@ -629,6 +765,7 @@ class Adapters:
                 )
         for name in names(setup):
             self._require(name)
+            self._check_unmerged(name)
         self._check_composition(setup, self._configs, self._unsound)
 
     def _check_composition(self, setup: Setup, configs: Mapping[str, AdapterConfig], unsound: set[str]) -> None:

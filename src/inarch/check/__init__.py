@@ -1,6 +1,7 @@
 """What can be known of a configuration before training."""
 
 from .examine import examine as examine
+from .examine import run_of as run_of
 from .facts import Data as Data
 from .facts import Evidence as Evidence
 from .facts import Memory as Memory
@@ -9,6 +10,7 @@ from .facts import SiteReport as SiteReport
 from .facts import Training as Training
 from .findings import Finding as Finding
 from .findings import rules as rules
+from .measure import difference as difference
 from .proof import Proof as Proof
 from .proof import prove as prove
 from .repair import Repair as Repair

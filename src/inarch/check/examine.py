@@ -60,7 +60,7 @@ def examine(
     # Of a setup that cuts the batch, outputs and memory are those of each case, and of its share.
     if inputs is not None and not cuts_rows(setup):
         with subject.using(setup):
-            run = _run_of(model, inputs)
+            run = run_of(model, inputs)
             if not _has_no_memory(model):
                 evidence = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
             held = _memory(model, run, [*parameters.values(), *head], _samples(inputs))
@@ -81,7 +81,7 @@ def _has_no_memory(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _run_of(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+def run_of(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
     """A call of the model on these inputs."""
     call = inputs.to(*_place(model))
     known = Known()

@@ -187,6 +187,17 @@ def floating(value: Any) -> Iterator[Tensor]:
             yield from floating(item)
 
 
+def difference(model: nn.Module, run: Run, first: Callable[[], Any], second: Callable[[], Any]) -> float:
+    """How far the output of a model is from one to the other of two contexts, in eval mode: ||y' - y|| / ||y||."""
+    with _in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+        found = []
+        for context in (first, second):
+            torch.manual_seed(0)  # for a model that draws numbers in its forward
+            with context():
+                found.append(run())
+    return _relative(found[1], found[0])
+
+
 def _relative(after: Any, before: Any) -> float:
     change = sum(float((a - b).double().square().sum()) for a, b in zip(floating(after), floating(before), strict=True))
     size = sum(float(b.double().square().sum()) for b in floating(before))

@@ -104,6 +104,34 @@ class IA3(LinearMethod):
         """(..., in), (..., rows) -> (..., rows)."""
         return output if self.scale is None else self._scaled(output, self.scale, inputs)
 
+    @classmethod
+    def obstacle_to_merge(cls, config: IA3Config) -> str:
+        return "`use_gating=True`, which reads the input," if config.use_gating else ""
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.input_scale is not None:
+            weight = weight * (self.input_scale * self.alpha)
+        if self.scale is None:
+            return weight, bias
+        scale = self.scale * self.alpha
+        return weight * scale[:, None], None if bias is None else bias * scale
+
+    @classmethod
+    def combinations(cls, config: IA3Config) -> tuple[str, ...]:
+        return () if config.use_gating else ("ties", "dare")
+
+    def update(self) -> Tensor | None:
+        """Of the scales, what they are beside one."""
+        if self.gate is not None:
+            return None
+        return torch.cat([scale - 1 for scale in (self.input_scale, self.scale) if scale is not None])
+
+    def put_update(self, update: Tensor) -> None:
+        for scale in (self.input_scale, self.scale):
+            if scale is not None:
+                scale.copy_(1 + update[: len(scale)])
+                update = update[len(scale) :]
+
     def _scaled(self, values: Tensor, scale: Tensor, inputs: Tensor) -> Tensor:
         if self.gate is not None:
             scale = scale * sequence_gate(self.gate, inputs.to(self.gate.weight.dtype), self.batch_dim)

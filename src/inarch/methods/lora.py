@@ -7,6 +7,7 @@ Hu et al. 2021 (arXiv 2106.09685), section 4.1:
 Tensors: (..., in) and (..., out), with B batch and L tokens in front; R rank.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -84,6 +85,17 @@ class LoRA(LinearMethod):
             return f"`dropout={config.dropout:g}`, which acts on the input of the projection,"
         return "`use_gating=True`, which reads the input of the projection," if config.use_gating else ""
 
+    @classmethod
+    def obstacle_to_merge(cls, config: LoRAConfig) -> str:
+        return "`use_gating=True`, which reads the input," if config.use_gating else ""
+
+    @classmethod
+    def combinations(cls, config: LoRAConfig) -> tuple[str, ...]:
+        return ("negate_b",) if config.use_gating else ("negate_b", "cat", "svd", "ties", "dare")
+
+    signless: ClassVar[frozenset[str]] = frozenset({"A"})
+    """The parameters that a negation leaves as they are."""
+
     def __init__(self, config: LoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]
@@ -117,6 +129,26 @@ class LoRA(LinearMethod):
     def effective(self, weight: Tensor) -> Tensor:
         """W + (alpha / r) · B A, (rows, in) -> (rows, in)."""
         return _add_scaled(weight, in_dtype(self.B @ self.A, weight.dtype), self.scaling)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.effective(weight), bias
+
+    def update(self) -> Tensor | None:
+        return None if self.gate is not None else (self.B @ self.A) * self.scaling
+
+    def put_update(self, update: Tensor) -> None:
+        """By the singular value decomposition, cut off at the rank."""
+        u, s, vh = torch.linalg.svd(update.to(torch.promote_types(update.dtype, torch.float32)), full_matrices=False)
+        kept = min(self.A.shape[0], len(s))
+        for factor in (self.A, self.B):
+            factor.zero_()
+        self.A[:kept] = vh[:kept].to(self.A.dtype)
+        self.B[:, :kept] = (u[:, :kept] * s[:kept] / self.scaling).to(self.B.dtype)
+
+    def put_side_by_side(self, sources: Sequence["LoRA"], weights: Sequence[float]) -> None:
+        scaled = [s.B * (weight * s.scaling / self.scaling) for s, weight in zip(sources, weights, strict=True)]
+        self.A.copy_(torch.cat([source.A for source in sources]))
+        self.B.copy_(torch.cat(scaled, dim=1))
 
 
 def _add_scaled(base: Tensor, update: Tensor, factor: float) -> Tensor:

@@ -10,7 +10,7 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -122,6 +122,34 @@ class LinearMethod(AbstractMethod):
     def effective(self, weight: Tensor) -> Tensor:
         """The new weight (rows, in) of a projection that a module applies itself, from its frozen one."""
         raise TypeError(f"`{self.name}` has an obstacle on weights")
+
+    # What is asked where adapters are merged into the base, or combined
+
+    @classmethod
+    def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
+        """What of a configuration is no change of weight and bias; empty if `fold` does it all."""
+        return f"the method `{cls.name}`"
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (rows, in) and bias (rows,) of the projection with the adapter in them."""
+        raise TypeError(f"`{self.name}` has an obstacle to merging")
+
+    @classmethod
+    def combinations(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003  overriding methods read it
+        """The ways to combine several adapters, beside the weighted sum of each parameter, that mean something."""
+        return ()
+
+    def update(self) -> Tensor | None:
+        """What the adapter adds to the weight, or to a scale of one; None where it is no such thing."""
+        return None
+
+    def put_update(self, update: Tensor) -> None:
+        """Make the adapter add this, or what is nearest to it."""
+        raise TypeError(f"`{self.name}` has no update")
+
+    def put_side_by_side(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
+        """Make the adapter, whose rank is the sum of theirs, add the weighted sum of what others of its method add."""
+        raise TypeError(f"`{self.name}` has no rank")
 
 
 def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:

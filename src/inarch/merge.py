@@ -1,0 +1,130 @@
+"""Writes an adapter's projections into the weights of the base, and takes them out again bit for bit.
+
+What is overwritten is kept, in the memory of the CPU: as much as the adapted matrices and biases of the base take.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .attach import slot_of
+from .bank import module_key
+from .core.errors import SetupError
+from .core.site import Projection, Sites
+from .methods import AdapterConfig, LinearMethod, Placement, method_of, placements
+from .tensors import is_quantised, is_sharded
+
+
+@dataclass(slots=True)
+class Merged:
+    """The adapters that are in the weights of a model, and what was there before."""
+
+    names: list[str] = field(default_factory=list)
+    kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    """Parameters of the base, each with its values before anything was merged, on the CPU."""
+
+    def keep(self, parameter: nn.Parameter) -> None:
+        """Keep the values of a parameter, if they are not kept already."""
+        if all(known is not parameter for known, _ in self.kept):
+            self.kept.append((parameter, parameter.detach().to("cpu", copy=True)))
+
+    def restore(self) -> None:
+        """Put back what was kept."""
+        with torch.no_grad():
+            for parameter, values in self.kept:
+                parameter.copy_(values)
+        self.kept.clear()
+
+
+@contextmanager
+def undone_on_error(merged: Merged) -> Iterator[None]:
+    """A block in which an adapter is merged: where it raises, the weights are as they were at its beginning."""
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in merged.kept]
+    known = list(merged.kept)
+    try:
+        yield
+    except BaseException:
+        merged.restore()
+        merged.kept.extend(known)
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+
+
+def check_mergeable(name: str, config: AdapterConfig, sites: Sites) -> None:
+    """Raise `SetupError` that names what of an adapter is no change of a weight."""
+    for part in config.parts:
+        method = method_of(part)
+        obstacle = method.obstacle_to_merge(part) if issubclass(method, LinearMethod) else f"the method `{method.name}`"
+        if obstacle:
+            raise SetupError(
+                f"What is merged is a change of weights alone; got {obstacle} in `{name}` for {sites.model_class}. "
+                "Keep the adapter active instead."
+            )
+
+
+def check_agreement(name: str, found: float, allowed: float) -> None:
+    """Raise `SetupError` where outputs are further apart than is allowed, or not numbers."""
+    if not found <= allowed:
+        raise SetupError(
+            f"A merged adapter gives what it gave while it was active, within {allowed:g} of the output; got a "
+            f"difference of {found:.2g} for `{name}`. Keep it active instead, or pass a `tolerance` if that much is "
+            "wanted."
+        )
+
+
+def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merged: Merged) -> None:
+    """Write an adapter into the weights. Raises `SetupError` for weights that cannot be overwritten; then none is."""
+    found = list(_projections(model, sites, name, config))
+    for place, parameter, _, _, _ in found:
+        if is_sharded(parameter) or is_quantised(parameter) or parameter.is_meta:
+            state = "sharded" if is_sharded(parameter) else "offloaded" if parameter.is_meta else "quantised"
+            raise SetupError(
+                f"An adapter is merged into whole weights in floating point, in memory; got {state} ones at `{place}`. "
+                "Keep the adapter active instead, or load the base in full precision."
+            )
+    with torch.no_grad():
+        for _, parameter, bias, projection, module in found:
+            merged.keep(parameter)
+            weight = parameter.mT if projection.transposed else parameter
+            rows = _indices(projection, parameter.device)
+            new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows])
+            weight[rows] = new.to(weight.dtype)
+            if bias is not None and new_bias is not None and new_bias is not bias:
+                merged.keep(bias)
+                bias[rows] = new_bias.to(bias.dtype)
+
+
+def _projections(
+    model: nn.Module, sites: Sites, name: str, config: AdapterConfig
+) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None, Projection, LinearMethod]]:
+    """Every projection of an adapter: its place, weight and bias, what is known of it, and the adapter's module."""
+    for part in config.parts:
+        method = method_of(part)
+        for placement in placements(part, sites):
+            module = _module(model, name, method.name, placement)
+            projection = placement.site.projections[placement.role][placement.part]
+            path = placement.site.absolute(projection.path)
+            weight_name = projection.weight or "weight"
+            weight = model.get_parameter(f"{path}.{weight_name}")
+            # A module that applies its weight itself keeps no bias that a method could change.
+            bias = None if projection.weight else getattr(model.get_submodule(path), "bias", None)
+            yield f"{path}.{weight_name}", weight, bias, projection, module
+
+
+def _module(model: nn.Module, name: str, method: str, placement: Placement) -> LinearMethod:
+    modules = slot_of(model, placement.site).adapters.find(name)
+    found = modules.find(module_key(method, placement))  # type: ignore[union-attr, operator]
+    assert isinstance(found, LinearMethod)
+    return found
+
+
+def _indices(projection: Projection, device: torch.device) -> Tensor | slice:
+    """The rows of the weight that play the role."""
+    if projection.rows is None:
+        return slice(None)
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in projection.rows])
