@@ -94,6 +94,11 @@ def test_torchrun_with_two_processes_gives_what_one_gives(inputs, tmp_path):
     for alone, together in zip(one.epochs, two.epochs, strict=True):
         assert together.metrics == pytest.approx(alone.metrics, abs=1e-5)
         assert together.train_loss == pytest.approx(alone.train_loss, abs=1e-5)
+    # What the monitor reads is the mean of the processes.
+    assert [step for step, _ in two.monitor.losses] == [step for step, _ in one.monitor.losses]
+    seen = [[loss for _, loss in record.monitor.losses] for record in (one, two)]
+    assert seen[1] == pytest.approx(seen[0], abs=1e-5)
+    assert two.monitor.history == one.monitor.history
 
 
 def test_one_of_several_processes_leaves_before_the_interpreter_is_taken_down(tmp_path):
@@ -164,6 +169,17 @@ def test_processes_and_parts_give_what_one_process_gives(start, inputs, tmp_path
     assert codes(start(words(inputs, tmp_path / "two", accumulation="2", **extra), tmp_path / "two")) == [0, 0]
     last = latest(tmp_path / "one/checkpoints").relative_to(tmp_path / "one") / "adapters/adapter/adapter.safetensors"
     close(tmp_path / "one", tmp_path / "two", (last,))
+
+
+def test_two_processes_stop_early_together(start, inputs, tmp_path):
+    slow = [*words(inputs, tmp_path / "run", **{"learning-rate": "1e-7", "batch-size": "2"}), "--stop-early"]
+    assert codes(start(slow, tmp_path / "log")) == [1, 1]
+    record = read_record(tmp_path / "run")
+    assert (record.status, record.monitor.verdict) == ("stopped", "stalled")
+    assert record.epochs[-1].step == record.monitor.step < record.monitor.num_steps
+    first, second = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert "A training with `--stop-early` must learn; got stalled at step" in first
+    assert "stalled" not in second
 
 
 def test_two_processes_that_are_killed_resume_to_the_same_bytes(start, inputs, tmp_path):

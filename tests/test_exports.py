@@ -22,6 +22,7 @@ EXPORTS = [
     "Finding",
     "Fuse",
     "InarchError",
+    "Monitor",
     "MultiTask",
     "Parallel",
     "Plan",

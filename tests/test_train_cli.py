@@ -88,6 +88,26 @@ def test_a_run_shows_the_verdict_the_epochs_and_the_result(train, tmp_path):
     assert out.splitlines()[-1].endswith(f"adapter in {tmp_path / 'run/adapter'}")
 
 
+def test_a_training_that_comes_to_nothing_is_told_and_stopped_where_asked(train, tmp_path):
+    hopeless = {"max_steps": None, "epochs": 3, "batch_size": 2, "learning_rate": 1e-7}
+    code, out, err = train(**hopeless)
+    (line,) = [line for line in err.splitlines() if "at step" in line]
+    assert line.startswith("stalled at step ")
+    assert "raise the learning rate" in line
+    assert code == 0
+    code, out, err = train("--stop-early", "--overwrite", **hopeless)
+    assert code == 1
+    assert f"A training with `--stop-early` must learn; got {line}, in `{tmp_path / 'run'}`." in " ".join(err.split())
+    assert "--resume --no-stop-early" in err
+    assert read_record(tmp_path / "run").status == "stopped"
+    code, out, err = train("--stop-early", "--resume", "--json", **hopeless)
+    assert (code, json.loads(out)["status"]) == (1, "stopped")
+    code, out, err = train("--no-stop-early", "--resume", **hopeless)
+    assert code == 0
+    assert "ended by its monitor" in err
+    assert read_record(tmp_path / "run").status == "finished"
+
+
 def test_a_quiet_run_prints_the_result_alone(train):
     code, out, err = train("--quiet")
     assert code == 0

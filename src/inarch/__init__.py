@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .handle import check as check
     from .plan import Plan as Plan
     from .sites import probe as probe
+    from .train.monitor import Monitor as Monitor
     from .train.trainer import AdapterTrainer as AdapterTrainer
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "Finding": "check",
     "Fuse": "compose",
     "InarchError": "core.errors",
+    "Monitor": "train.monitor",
     "MultiTask": "compose",
     "Parallel": "compose",
     "Plan": "plan",

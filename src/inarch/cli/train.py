@@ -95,7 +95,7 @@ def train(
     if _is_main():
         say_json(record.to_dict()) if json else _say_result(record, output)
     runs = record.runs if isinstance(record, SeedsRecord) else (record,)
-    if any(run.status == "diverged" for run in runs):
+    if any(run.status in ("diverged", "stopped") for run in runs):
         raise typer.Exit(ERROR)
 
 
@@ -116,6 +116,8 @@ def _request(given: dict[str, Any], output: Path, *, resume: bool, quiet: bool) 
         record = RunFolder(output).resumable()
         if record.status == "finished" and not quiet and _is_main():
             note("This run is finished: nothing is left to train.")
+        if record.status == "stopped" and not quiet and _is_main():
+            note("This run was ended by its monitor. With `--no-stop-early` it goes on.")
         if isinstance(record.job.get("data"), dict) and "object" in record.job["data"]:
             raise ConfigError(
                 f"A run on data that were made in Python is resumed there; got `{output}`. Call "
@@ -215,6 +217,9 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             self.bar.update(self.task, completed=state.global_step)
 
+        def on_verdict(self, monitor: Any) -> None:
+            self.say(str(monitor))
+
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             logs = rest.get("logs") or {}
             is_last_of_epoch = any(key.startswith("eval_") for key in logs) or args.eval_strategy == "no"
@@ -254,6 +259,12 @@ def _say_result(record: RunRecord | SeedsRecord, output: Path) -> None:
         fail(
             f"The loss of a training must stay a number; got none in `{output}`. Start it again with a smaller "
             "`--learning-rate`."
+        )
+        return
+    if record.status == "stopped":
+        fail(
+            f"A training with `--stop-early` must learn; got {record.monitor}, in `{output}`. Mend that and start "
+            f"again, or go on with `inarch train --output {output} --resume --no-stop-early`."
         )
         return
     best = f" at epoch {record.best_epoch:.3g}" if record.best_epoch is not None else ""

@@ -23,8 +23,9 @@ from .errors import StateError
 RECORD = "run.json"
 RECORD_VERSION = 1
 
-Status = Literal["running", "finished", "interrupted", "diverged"]
-"""`running` is also what a killed run says; `diverged` is one whose loss stopped being a number."""
+Status = Literal["running", "finished", "interrupted", "diverged", "stopped"]
+"""`running` is also what a killed run says; `diverged` is one whose loss stopped being a number; `stopped` one that its
+monitor ended early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,48 @@ class VerdictRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorRecord:
+    """What the steps of a training showed while it went on."""
+
+    verdict: str
+    """`undecided`, `learning`, `stalled`, `diverging` or `dead adapter`."""
+    step: int | None = None
+    """The optimiser step in which it was decided; None while undecided."""
+    num_steps: int | None = None
+    reason: str = ""
+    stopped: bool = False
+    """Whether the training was ended for it."""
+    reference: float | None = None
+    """What the loss is compared with."""
+    reference_kind: str | None = None
+    """`label entropy`, what the labels' frequencies alone give; or `initial loss`, where that is not known."""
+    evidence: Mapping[str, float | None] = field(default_factory=dict)
+    """`start`, `recent`, `error` (standard error of `recent`) of the loss, `gain` (share of the reference by which it
+    is below); `update` and `drift`, relative to weights and stream, and `drift_at_start`."""
+    losses: tuple[tuple[int, float | None], ...] = ()
+    """The last step of some steps in a row, and their mean training loss."""
+    gradients: Mapping[str, float | None] = field(default_factory=dict)
+    """The norm of the gradient by site, and of the head, where they were last measured."""
+    silent: tuple[str, ...] = ()
+    """The sites that no gradient has reached."""
+    history: tuple[tuple[int, str], ...] = ()
+    """The steps in which the verdict changed, and to what."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The record this data describes."""
+        known = _known(cls, data)
+        for key in ("losses", "history"):
+            known[key] = tuple(tuple(row) for row in known.get(key, ()))
+        return cls(**{**known, "silent": tuple(known.get("silent", ()))})
+
+    def __str__(self) -> str:
+        step = f" at step {self.step}" if self.step is not None else ""
+        steps = f" of {self.num_steps}" if step and self.num_steps else ""
+        return f"{self.verdict}{step}{steps}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """One training run."""
 
@@ -82,6 +125,8 @@ class RunRecord:
     data: Mapping[str, Any] = field(default_factory=dict)
     """`name`, `task`, `labels`, `train` and `validation` (numbers of images)."""
     verdict: VerdictRecord | None = None
+    monitor: MonitorRecord | None = None
+    """None in records from before there was a monitor, and before the first step."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """`device`, `processes`, `threads`, `precision`, `platform`, `python`, `versions`."""
     metric: str | None = None
@@ -114,6 +159,8 @@ class RunRecord:
             known["verdict"] = VerdictRecord(
                 sound=verdict["sound"], groups=groups, findings=tuple(verdict.get("findings", ()))
             )
+        if known.get("monitor") is not None:
+            known["monitor"] = MonitorRecord.from_dict(known["monitor"])
         known["command"] = tuple(known.get("command", ()))
         return cls(**known)
 

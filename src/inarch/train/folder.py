@@ -22,7 +22,7 @@ from ..core.records import RECORD, RunRecord, SeedsRecord, read_record
 
 _OWN = re.compile(r"run\.json|adapter|model|checkpoints|logs|seed-\d+|\.(run\.json|adapter|model)\..+")
 
-NEUTRAL = ("recipe.workers", "recipe.report_to", "recipe.keep_checkpoints", "recipe.save_steps")
+NEUTRAL = ("recipe.workers", "recipe.report_to", "recipe.keep_checkpoints", "recipe.save_steps", "recipe.stop_early")
 """Options that change no weight: a run may be resumed with others."""
 
 

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ..check import Report
-from ..core.records import EpochRecord, GroupRecord, RunRecord, Status, VerdictRecord
+from ..core.records import EpochRecord, GroupRecord, MonitorRecord, RunRecord, Status, VerdictRecord
 from ..data.examples import ImageData
 from ..handle import Adapters
 from .callbacks import epochs_of
@@ -32,6 +32,8 @@ class Ledger:
     def __init__(self, folder: RunFolder, record: RunRecord) -> None:
         self.folder = folder
         self.record = record
+        self.watched: Callable[[], MonitorRecord | None] = lambda: record.monitor
+        """What a monitor has seen so far."""
         self._before = record.seconds
         self._start = time.perf_counter()
         self._first_step: int | None = None
@@ -57,6 +59,7 @@ class Ledger:
             epochs=epochs,
             best_epoch=best.epoch if best else None,
             results=_results(best, epochs),
+            monitor=self.watched(),
             finished=None if status == "running" else now(),
             seconds=self._before + seconds,
             images_per_second=steps * batch / seconds if steps else self.record.images_per_second,

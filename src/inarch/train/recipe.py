@@ -57,6 +57,9 @@ class Recipe(Config):
     patience: int | None = option(
         None, "Stop after this many epochs without a better result on the validation images.", at_least=1
     )
+    stop_early: bool = option(
+        False, "End a training whose first steps show that it comes to nothing: stalled, diverging, a dead adapter."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "Numbers to compute in; auto takes bf16 or else fp16 on a GPU that can, and fp32 elsewhere."
     )

@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from .image_trainer import ImageTrainer, make_trainer, reports, resolve_precisio
 from .ledger import Ledger, describe_data, describe_environment, describe_model, describe_verdict, now
 from .metrics import BEST
 from .models import load_model, load_processor
+from .monitor import Monitor
 from .processes import Processes
 from .quiet import quiet
 from .recipe import DataConfig, Recipe, Trains
@@ -116,11 +118,14 @@ def train_run(
     - `name`: the name of the adapter.
     - `unsound`: `allow` takes a configuration that provably does not keep the pre-trained function.
     - `resume`: go on with the run in the folder; `overwrite`: replace it.
-    - `callbacks`: of the transformers trainer, for example to show progress.
+    - `callbacks`: of the transformers trainer, for example to show progress. One with a method `on_verdict` is given
+      the monitor when its verdict changes.
     - `command`: the command line, for the record.
 
-    Returns the record. Its status is `finished`, or `diverged` where the loss stopped being a number. Ctrl-C leaves the
-    newest checkpoint, the status `interrupted`, and raises `KeyboardInterrupt`.
+    Returns the record. Its status is `finished`, or `diverged` where the loss stopped being a number, or `stopped`
+    where the recipe's `stop_early` ended it, for which `monitor` has the reason; such a run goes on where it is resumed
+    with `stop_early=False`. Ctrl-C leaves the newest checkpoint, the status `interrupted`, and raises
+    `KeyboardInterrupt`.
 
     Raises `InarchError` of every kind for whatever cannot be used; nothing is written then.
     """
@@ -210,8 +215,10 @@ class _Run:
 
     def train(self, earlier: RunRecord | None, begin: Callable[[], None] | None = None) -> RunRecord:
         """Train, or go on with an earlier part. Everything is checked before `begin` or this writes anything."""
-        if earlier is not None and earlier.status == "finished":
-            logger.info("The run in `%s` is finished already.", self.folder.path)
+        if earlier is not None and (
+            earlier.status == "finished" or (earlier.status == "stopped" and self.job.recipe.stop_early)
+        ):
+            logger.info("The run in `%s` is %s already.", self.folder.path, earlier.status)
             return earlier
         if earlier is not None:
             _check_same(earlier, self.images, self.processes)
@@ -238,6 +245,15 @@ class _Run:
 
     def _finish(self, network: nn.Module, processor: Any, handle: Adapters | None, ledger: Ledger) -> RunRecord:
         checkpoint = checkpoints.latest(self.folder.checkpoints)
+        monitor = Monitor(
+            label_prior=_label_prior(self.images),
+            multi_label=self.images.task == "multi_label",
+            label_smoothing=self.job.recipe.label_smoothing,
+            stop=self.job.recipe.stop_early,
+        )
+        listeners = [one.on_verdict for one in self.callbacks if hasattr(one, "on_verdict")]
+        monitor.listeners = listeners or monitor.listeners
+        ledger.watched = monitor.record
         trainer = make_trainer(
             network,
             processor,
@@ -246,7 +262,7 @@ class _Run:
             trains=self.job.trains,
             folder=self.folder,
             processes=self.processes,
-            callbacks=[*([Report(ledger.update)] if self.processes.is_main else []), *self.callbacks],
+            callbacks=[monitor, *([Report(ledger.update)] if self.processes.is_main else []), *self.callbacks],
             is_resumed=checkpoint is not None,
         )
         try:
@@ -256,14 +272,14 @@ class _Run:
             if self.processes.is_main:
                 ledger.update(trainer.state, status="interrupted")
             raise
-        status: Status = "finished"
+        status: Status = "stopped" if monitor.record().stopped else "finished"
         if any(isinstance(one, Divergence) and one.has_diverged for one in trainer.callback_handler.callbacks):
             status = "diverged"
             logger.warning(
                 "The loss of a training must stay a number; got none in `%s`, epoch %g. Lower `learning_rate` from %g.",
                 self.folder.path, trainer.state.epoch or 0, self.job.recipe.rate(self.job.trains),
             )  # fmt: skip
-        if status == "finished" or trainer.state.best_model_checkpoint:
+        if status != "diverged" or trainer.state.best_model_checkpoint:
             self.processes.agree(lambda: _write_result(self.job.name, self.folder, network, handle, processor))
         return self.processes.agree(lambda: ledger.update(trainer.state, status))
 
@@ -328,6 +344,14 @@ def _check_same(earlier: RunRecord, images: ImageData, processes: Processes) -> 
             "The result is the same to the last bit only on as many processes; this run, begun on %s, goes on with %d.",
             number, processes.number,
         )  # fmt: skip
+
+
+def _label_prior(images: ImageData) -> list[float]:
+    """How often each label occurs in training."""
+    counts: Counter[int] = Counter()
+    for target in images.train.targets:
+        counts.update((target,) if isinstance(target, int) else target)
+    return [counts[label] / len(images.train) for label in range(len(images.labels))]
 
 
 def _brief(value: object) -> str:

@@ -28,6 +28,7 @@ from ..fingerprint import compare_bases
 from ..handle import Adapters, attached
 from ..heads import task_head
 from . import resume
+from .monitor import Monitor
 from .recipe import Trains
 
 try:
@@ -120,6 +121,14 @@ class AdapterTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the parent's estimate counts all parameters anew in each step, and knows nothing of frozen ones."""
         return 0
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """The parent's step, whose loss monitors are told."""
+        loss = super().training_step(*args, **options)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Monitor):
+                callback.see(loss)
+        return loss
 
     # Checkpoints
 
