@@ -285,6 +285,10 @@ def test_layers_that_run_again_in_the_backward_pass_know_their_tasks():
         gradients.append([p.grad.clone() for key in "ad" for p in adapters[key].values()])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-9)
+    both = [model(**inputs_of("bert"), task_ids=torch.tensor(ids)) for ids in ([0, 1, 1, 0], [1, 1, 1, 0])]
+    with pytest.raises(inarch.SetupError, match="take the tasks of the last forward; got two forwards of other tasks"):
+        both[0].last_hidden_state.sum().backward()
+    model(**inputs_of("bert"), task_ids=torch.tensor([0, 1, 1, 0])).last_hidden_state.sum().backward()
 
 
 def _again(forward):

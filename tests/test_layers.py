@@ -34,6 +34,7 @@ SERVICES = GRAFT | {
     "loading",
     "combine",
     "merge",
+    "scores",
 }
 USERS = SERVICES | {"handle", "data", "train", "sweep", "testing"}
 
@@ -59,6 +60,7 @@ LAYERS: dict[str, set[str]] = {
     "pretrained": GRAFT | {"state"},
     "trainer_door": GRAFT,
     "combine": MECHANISM,
+    "scores": GRAFT,
     "merge": GRAFT,
     "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "report": CORE,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,16 +37,17 @@ from .bank import Modules, SiteSlot
 from .check import Data, Report, Training, difference, examine, report, run_of
 from .combine import Combination, combined_config, recipe
 from .combine import combine as combine_modules
-from .compose import Block, Setup, Watched, fusions, names
-from .core.errors import ConfigError, SetupError, SiteError, nearest
+from .compose import Block, Fuse, Setup, Watched, from_data, fusions, last, leaves, names, to_data
+from .core.errors import ConfigError, SetupError, SiteError, StateError, nearest
 from .core.site import Sites
 from .core.table import render
 from .fingerprint import describe_sites, fingerprint
 from .heads import TrainedHeads, id2label, task_head
 from .loading import OtherBase
 from .merge import Merged, check_agreement, check_mergeable, fold, undone_on_error
-from .methods import AdapterConfig, ConfigLike, read_config, sees_whole_sequences
-from .plan import Plan, plan
+from .methods import AbstractMethod, AdapterConfig, ConfigLike, method_of, read_config, sees_whole_sequences
+from .plan import Plan, check_setup, plan
+from .scores import Scores, watched
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
 from .tensors import copy_into, is_quantised
 from .trainer_door import TrainerDoor
@@ -328,6 +330,29 @@ class Adapters:
                 raise ConfigError(_refusal(verdict))
             self._store(name, parsed, build(self.model, self.sites, parsed), sound=verdict.sound)
 
+    def add_fusion(self, block: Fuse, config: ConfigLike = "dynamic_fusion", *, overwrite: bool = False) -> str:
+        """Give a `Fuse` its fusion layers, at the sites of its adapters. Returns their name, `block.name`.
+
+        They are an adapter of their own: saved, loaded and removed by that name, and active as part of the `Fuse`.
+        """
+        with _LOCK:
+            for name in leaves(block):
+                self._require(name)
+            parts = read_config(config).parts
+            places = [part for part in self._configs[last(block)].parts if hasattr(part, "mh_adapter")]
+            if len(parts) != 1 or not hasattr(parts[0], "regularization") or not places:
+                raise SetupError(
+                    "Fusion layers have a configuration such as `dynamic_fusion`, and combine bottlenecks; got "
+                    f"{read_config(config)} for `{last(block)}` ({self._configs[last(block)]}). Give them one."
+                )
+            given = places[0].to_dict()
+            copied = ("mh_adapter", "output_adapter", "cross_adapter", "leave_out", "leave_out_roles")
+            whole = AdapterConfig((parts[0].replace(**{field: given[field] for field in copied}),))
+            planned = plan(self.sites, {**{name: self._configs[name] for name in leaves(block)}, block.name: whole})
+            check_setup(block, planned.modules)
+            self.add(block.name, whole, overwrite=overwrite)
+            return block.name
+
     def _judge(self, name: str, config: AdapterConfig) -> Report:
         """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
         verdict = report(self.sites, name, {name: config})
@@ -564,27 +589,58 @@ class Adapters:
         with batch.prepared(batch.by_hand(task_ids)):
             yield
 
-    def train(self, setup: Setup, *, head: bool | Sequence[str] = True) -> None:
+    def train(self, setup: Setup, *, head: bool | Sequence[str] = True, fused: bool = False) -> None:
         """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
 
-        Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up.
+        Of a setup with a `Fuse` the fusion layers alone are trained, and its adapters stay as they are.
+
+        Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up;
+        `fused=True` trains the adapters of a setup with a `Fuse` along.
         """
         with _LOCK:
             self._check_setup(setup)
             heads = self._heads.find(head)
-            self._check_trainable(setup, heads)
+            layers = tuple(block.name for block in fusions(setup))
+            trained = layers if layers and not fused else names(setup)
+            self._check_trainable(trained, heads)
             self._switch(setup)
-            self._heads.keep(names(setup), heads)
+            self._heads.keep(trained, heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
-            for name in names(setup):
+            for name in trained:
                 for parameter in self[name].values():
                     parameter.requires_grad_(True)
                 self._heads.assign(name, heads)
             for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
 
-    def _check_trainable(self, setup: Setup, heads: tuple[str, ...]) -> None:
+    def penalty(self) -> Tensor:
+        """What the trained fusion layers of the active setup add to the loss; zero where there are none.
+
+        `AdapterTrainer` adds it by itself.
+        """
+        found = torch.zeros(())
+        for name in () if self._setup is None else names(self._setup):
+            for modules in stored(self.model, self.sites, name).values():
+                for _, module in methods_in(modules):
+                    part = module.penalty() if isinstance(module, AbstractMethod) else None
+                    if part is not None and part.requires_grad:
+                        found = found.to(part.device) + part
+        return found
+
+    @contextmanager
+    def scores(self) -> Iterator[Scores]:
+        """A block in which forwards leave what gates and fusion layers of the active setup decide.
+
+        `with adapters.scores() as scores: model(**batch)`; then `scores.gates["a"]` has one number for each sample by
+        module, and `scores.fusion["a+b"]` the weights (B, L, N) of the fused adapters. What runs on a part of the batch
+        has scores of its part.
+        """
+        chosen = () if self._setup is None else names(self._setup)
+        with watched({name: stored(self.model, self.sites, name) for name in chosen}) as found:
+            yield found
+
+    def _check_trainable(self, trained: Iterable[str], heads: tuple[str, ...]) -> None:
         """Raise for weights that cannot be trained where they are, before anything is frozen."""
         for key, parameter in self._heads.parameters(heads).items():
             if is_quantised(parameter):
@@ -593,7 +649,7 @@ class Adapters:
                     f"{type(self.model).__name__}. Leave it out of the quantisation (`llm_int8_skip_modules`, "
                     "`modules_to_not_convert`), or pass `head=False`."
                 )
-        own = [(key, parameter) for name in names(setup) for key, parameter in self[name].items()]
+        own = [(key, parameter) for name in trained for key, parameter in self[name].items()]
         for key, parameter in (*own, *self._heads.parameters(heads).items()):
             if parameter.is_meta and not all(other.is_meta for other in self.model.parameters()):
                 raise SetupError(
@@ -716,6 +772,34 @@ class Adapters:
             self._heads.assign(chosen, found.head)
             return chosen
 
+    def save_setup(self, folder: str | os.PathLike[str], setup: Setup | None = None) -> None:
+        """Write the active setup, or another one, with all its adapters and fusion layers, into a folder.
+
+        It holds `setup.json` and, below `adapters/`, what `save` writes for each of them.
+        """
+        chosen = self._setup if setup is None else setup
+        if chosen is None:
+            raise SetupError("A setup is saved; got none, and none is active. Pass the setup to `save_setup`.")
+        self._check_setup(chosen)
+        place = Path(folder)
+        for name in names(chosen):
+            self.save(name, place / pretrained.FOLDER / name)
+        state.write_setup(place, to_data(chosen))
+
+    def load_setup(self, folder: str | os.PathLike[str], *, overwrite: bool = False, head: bool = True) -> Setup:
+        """Read what `save_setup` wrote: its adapters, and the setup, which is returned and not activated."""
+        place = Path(folder)
+        setup = from_data(state.read_setup(place))
+        if setup is None:
+            raise StateError(f"A stored setup has adapters; got none in `{place}`. Save it again.")
+        with _LOCK:
+            for name in names(setup):
+                self._check_new(name, overwrite)
+            for name in names(setup):
+                self.load(place / pretrained.FOLDER / name, name=name, overwrite=overwrite, head=head)
+            self._check_setup(setup)
+        return setup
+
     # Checks
 
     def _require(self, name: str) -> None:
@@ -766,6 +850,12 @@ class Adapters:
         for name in names(setup):
             self._require(name)
             self._check_unmerged(name)
+        for name in leaves(setup):
+            if any(method_of(part).name == "fusion" for part in self._configs[name].parts):
+                raise SetupError(
+                    f"Fusion layers act where a `Fuse` combines adapters; got `{name}` by itself in {setup!s}. "
+                    f"Activate `Fuse(..., name={name!r})`."
+                )
         self._check_composition(setup, self._configs, self._unsound)
 
     def _check_composition(self, setup: Setup, configs: Mapping[str, AdapterConfig], unsound: set[str]) -> None:

@@ -138,12 +138,6 @@ def check_setup(setup: Setup, modules: Sequence[PlannedModule]) -> None:
     """Raise `SetupError` for blocks that have no meaning where the adapters in them are."""
     check_nesting(setup)
     fused = {block.name for block in fusions(setup)}
-    for name in leaves(setup):
-        if any(module.adapter == name and module.placement.port == "fusion" for module in modules):
-            raise SetupError(
-                f"Fusion layers act where a `Fuse` combines adapters; got `{name}` by itself in {setup!s}. Activate "
-                f"`Fuse(..., name={name!r})`."
-            )
     for block in walk(setup):
         inside = [module for module in modules if module.adapter in block.names() and module.adapter not in fused]
         if isinstance(block, Fuse):

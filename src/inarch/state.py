@@ -22,7 +22,7 @@ from torch import Tensor
 from .core.errors import StateError
 from .tensors import is_sharded, whole
 
-TENSORS, RECORD = "adapter.safetensors", "inarch.json"
+TENSORS, RECORD, SETUP = "adapter.safetensors", "inarch.json", "setup.json"
 FORMAT_VERSION = 2
 """2: the fingerprint of the base summarises all of it; that of 1 holds some values of some matrices."""
 _HEADER_LIMIT = 16 * 2**20
@@ -158,6 +158,37 @@ def _contents(target: Path) -> str:
         return "a file"
     entries = sorted(entry.name for entry in target.iterdir())
     return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+
+
+def write_setup(folder: Path, setup: Any) -> None:
+    """Write a setup, as data, into a folder: whole or not at all."""
+    draft = folder / f".{SETUP}.{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({"format_version": 1, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+        sync(draft)
+        draft.replace(folder / SETUP)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise StateError(
+            f"The folder of a setup must be writable; got `{folder}`: {error.strerror or error}. Choose another folder."
+        ) from None
+
+
+def read_setup(folder: Path) -> Any:
+    """The data of the setup in a folder. Raises `StateError` where there is none that can be read."""
+    file = folder / SETUP
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version, setup = record["format_version"], record["setup"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise StateError(
+            f"A folder of a setup holds `{SETUP}`, as `save_setup` writes it; got `{file}`: {type(error).__name__}: "
+            f"{error}. Give the folder of a setup; `load` reads that of one adapter."
+        ) from None
+    if version != 1:
+        raise StateError(f"This version reads setups of format 1; got {version!r} in `{file}`. Update inarch.")
+    return setup
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:

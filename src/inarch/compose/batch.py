@@ -53,7 +53,7 @@ class Batch:
         self._tasks = [b for b in blocks if isinstance(b, MultiTask)]
         self._now: dict[int, Seen] = {}
         self._outer: dict[int, Seen] = {}
-        self._latest = Seen()
+        self._latest, self._is_read, self._differs = Seen(), True, False
         self._model: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,8 +90,25 @@ class Batch:
         thread = _thread()
         seen = self._now.get(thread) or self._outer.get(thread)
         if seen is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # noqa: SLF001
-            return self._latest  # a backward pass that runs layers again, maybe in a thread of its own
+            # A backward pass that runs layers again, maybe in a thread of its own.
+            self._is_read = True
+            if self._differs:
+                raise SetupError(
+                    "Layers that run again in the backward pass take the tasks of the last forward; got two forwards "
+                    f"of other tasks before it, at {type(self._model).__name__}. Call `backward` after each forward, "
+                    "and run what has none under `torch.no_grad()`; or turn checkpointing off."
+                )
+            return self._latest
         return seen
+
+    def _remember(self, seen: Seen) -> None:
+        """Keep what a backward pass may ask for."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        last, tasks = self._latest.tasks, seen.tasks
+        is_other = last is not None and tasks is not None and not torch.equal(last.cpu(), tasks.cpu())
+        self._differs = not self._is_read and (self._differs or is_other)
+        self._latest, self._is_read = seen, False
 
     # The hooks on the model
 
@@ -121,7 +138,7 @@ class Batch:
                 "model under `adapters.prepared(...)`, with inputs that hold a copy for each child."
             )
         args, kwargs, self._now[thread] = self._prepare(module, args, kwargs)
-        self._latest = self._now[thread]
+        self._remember(self._now[thread])
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -144,7 +161,8 @@ class Batch:
         """A block in which the model, or a part of it, is called with inputs that are as the setup wants them."""
         thread = _thread()
         before = self._outer.get(thread)
-        self._outer[thread] = self._latest = seen
+        self._outer[thread] = seen
+        self._remember(seen)
         try:
             yield
         finally:

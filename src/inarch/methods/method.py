@@ -65,6 +65,10 @@ class AbstractMethod(nn.Module, ABC):
     def placements(cls, config: Any, sites: Sites) -> list[Placement]:
         """Every module this configuration asks for. Raises `ConfigError` if a wish matches nothing."""
 
+    def penalty(self) -> Tensor | None:
+        """What is to be added to the loss while the module is trained; None for nothing."""
+        return None
+
 
 class SublayerMethod(AbstractMethod):
     """A method that plugs into `SublayerPort`."""

@@ -27,6 +27,7 @@ from ..data.extras import missing
 from ..fingerprint import compare_bases
 from ..handle import Adapters, attached
 from ..heads import task_head
+from ..methods import AbstractMethod
 from . import resume
 from .monitor import Monitor
 from .recipe import Trains
@@ -114,9 +115,28 @@ class AdapterTrainer(Trainer):
             if "norm" in type(module).__name__.lower()
             for parameter in module.parameters(recurse=False)
         }
+        # The penalty of fusion layers draws to the identity what decay would draw to zero.
+        norms |= {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, AbstractMethod) and module.penalty() is not None
+            for parameter in module.parameters()
+        }
         return [
             name for name, parameter in model.named_parameters() if parameter.dim() > 1 and id(parameter) not in norms
         ]
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        """The parent's loss and, in training, the penalty of fusion layers."""
+        found = super().compute_loss(model, inputs, *args, **options)
+        handle = attached(self._network)
+        penalty = handle.penalty() if handle is not None and model.training else None
+        if penalty is None or not penalty.requires_grad:
+            return found
+        # The parent divides a loss by the steps of accumulation unless it counts items through all of them.
+        counts = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
+        penalty = penalty / (self.current_gradient_accumulation_steps if counts else 1)
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the parent's estimate counts all parameters anew in each step, and knows nothing of frozen ones."""
