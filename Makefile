@@ -3,7 +3,7 @@
 #   scripts/test tests/test_x.py    runs a part of the tests, once the environment is there
 
 PYTHON ?= python3
-EXTRAS := train,dev
+EXTRAS := train,sweep,postgresql,dev
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -82,7 +82,7 @@ TRAINING = {"data", "train", "sweep", "testing", "cli"}
 LIBRARIES: dict[str, set[str]] = {
     "torch": TORCH_LAYERS,
     "safetensors": TORCH_LAYERS,
-    "transformers": {"sites", "methods", "heads", "train", "testing", "cli", "compat", "pretrained"},
+    "transformers": {"sites", "methods", "heads", "train", "sweep", "testing", "cli", "compat", "pretrained"},
     "huggingface_hub": {"loading", "convert", "train", "testing", "cli", "compat"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -93,7 +93,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": TRAINING,
     "sklearn": TRAINING,
     "tensorboard": TRAINING,
-    "optuna": {"sweep", "cli"},
+    "optuna": {"sweep"},
     "plotly": {"report"},
 }
 """Each library outside the standard one, and the layers, or single modules by their full name, that may import it."""

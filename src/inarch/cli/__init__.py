@@ -20,6 +20,7 @@ COMMANDS = {
     "probe": ("probe", "Find where adapters can go in a model."),
     "check": ("check", "Prove that an adapter keeps the pre-trained function."),
     "train": ("train", "Train an adapter on labelled images."),
+    "sweep": ("sweep", "Try configurations of an adapter, and say which is best."),
     "predict": ("predict", "Predict what images show."),
     "eval": ("evaluate", "Compare predictions with the labels of images."),
     "demo": ("demo", "See it all at work in a minute."),

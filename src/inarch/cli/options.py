@@ -22,10 +22,18 @@ from ..core.errors import ConfigError
 
 
 def configured(**configs: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the parameters of these names by the fields of the classes, each an option."""
+    """Replace the parameters of these names by the fields of the classes, each an option.
+
+    A field with the name of a parameter of the command is left to the command.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = {name: [field.name for field in _fields(cls)] for name, cls in configs.items()}
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [parameter for parameter in own if parameter.name not in configs]
+        taken = {parameter.name for parameter in kept}
+        fields = {
+            name: [field.name for field in _fields(cls) if field.name not in taken] for name, cls in configs.items()
+        }
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
@@ -35,13 +43,12 @@ def configured(**configs: type[Config]) -> Callable[[Callable[..., None]], Calla
             }
             command(**values, **given)
 
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [parameter for parameter in own if parameter.name not in configs]
         made = [
             option_of(field, annotations[field.name])
             for cls in configs.values()
             for annotations in [typing.get_type_hints(cls)]
             for field in _fields(cls)
+            if field.name not in taken
         ]
         signature = inspect.Signature([*kept, *made])
         run.__signature__ = signature  # type: ignore[attr-defined]

@@ -124,6 +124,11 @@ def field_help(cls: type[Config], name: str) -> str:
     return str(next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name))  # type: ignore[arg-type]
 
 
+def field_problems(cls: type[Config], name: str, value: Any) -> list[str]:
+    """What is wrong with a value of one field, whatever the other fields are; each broken rule as a sentence."""
+    return _field_problems(cls, next(f for f in dataclasses.fields(cls) if f.name == name), value)  # type: ignore[arg-type]
+
+
 def shown(value: Any, length: int = 120) -> str:
     """A value as an error message shows it: not longer than that, whatever it is."""
     try:

@@ -25,7 +25,7 @@ def parse(text: str) -> list[Phrase]:
     Values are Python literals, words need no quotes; `true`, `false`, `none` and `null` are understood in any case.
     Raises `ConfigError` that shows where the string breaks the grammar.
     """
-    return [_phrase(part.strip(), text) for part in _split(text, "|", text)]
+    return [_phrase(part.strip(), text) for part in split(text, "|", text)]
 
 
 def write(name: str, values: dict[str, Any]) -> str:
@@ -40,7 +40,7 @@ def _literal(value: Any) -> str:
         return f"[{','.join(map(_literal, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key!r}:{item!r}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and value.replace("_", "").isalnum() and _value(value) == value:
+    if isinstance(value, str) and value.replace("_", "").isalnum() and read_value(value) == value:
         return value
     return repr(value)
 
@@ -55,7 +55,7 @@ def _phrase(part: str, whole: str) -> Phrase:
     if not rest.endswith("]"):
         raise _broken(f"`[` must be closed by `]` at the end of {part!r}", whole)
     values: dict[str, Any] = {}
-    for item in _split(rest[:-1], ",", whole):
+    for item in split(rest[:-1], ",", whole):
         if not item.strip():
             continue
         key, equals, value = item.partition("=")
@@ -64,11 +64,12 @@ def _phrase(part: str, whole: str) -> Phrase:
             raise _broken(f"each field is written `field=value`; got {item.strip()!r}", whole)
         if key in values:
             raise _broken(f"each field is given once; got `{key}` twice", whole)
-        values[key] = _value(value.strip())
+        values[key] = read_value(value.strip())
     return Phrase(name, values)
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """The value that a word stands for: a Python literal, `true`, `none`, a list with bare words in it, or text."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
@@ -76,12 +77,12 @@ def _value(text: str) -> Any:
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         pass
     if text.startswith("[") and text.endswith("]"):  # a list with bare words in it
-        return [_value(item.strip()) for item in _split(text[1:-1], ",", text) if item.strip()]
+        return [read_value(item.strip()) for item in split(text[1:-1], ",", text) if item.strip()]
     return text
 
 
-def _split(text: str, separator: str, whole: str) -> list[str]:
-    """Split at separators that lie outside brackets and quotes."""
+def split(text: str, separator: str, whole: str) -> list[str]:
+    """Split at separators that lie outside brackets and quotes. An error shows the `whole` that `text` is a part of."""
     parts: list[str] = []
     depth: list[str] = []
     quote, start, escaped = "", 0, False

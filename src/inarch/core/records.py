@@ -1,7 +1,9 @@
-"""What a training run leaves behind for programs to read: `run.json`, as plain data.
+"""What a training run leaves behind for programs to read: `run.json`, and `study.json` of a sweep, as plain data.
 
     RunRecord     one training: what was asked for, on what, with what outcome
     SeedsRecord   the same training repeated with several seeds: mean and standard deviation
+    TrialRecord   one configuration of a study: what became of it, and who decided that
+    StudyRecord   a study over configurations
 
 Only the standard library is needed to read them. A file is written whole or not at all.
 """
@@ -21,11 +23,12 @@ from typing import Any, Literal, Self
 from .errors import StateError
 
 RECORD = "run.json"
+STUDY = "study.json"
 RECORD_VERSION = 1
 
 Status = Literal["running", "finished", "interrupted", "diverged", "stopped"]
-"""`running` is also what a killed run says; `diverged` is one whose loss stopped being a number; `stopped` one that its
-monitor ended early."""
+"""`running` is also what a killed run says; `diverged` is one whose loss stopped being a number; `stopped` is one that
+was ended before: by its monitor or, as a trial of a study, for being behind others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,12 +156,7 @@ class RunRecord:
         """The record this data describes. Unknown keys, of a later version, are left out."""
         known = _known(cls, data)
         known["epochs"] = tuple(EpochRecord(**_known(EpochRecord, row)) for row in known.get("epochs", ()))
-        verdict = known.get("verdict")
-        if verdict is not None:
-            groups = tuple(GroupRecord(**_known(GroupRecord, row)) for row in verdict.get("groups", ()))
-            known["verdict"] = VerdictRecord(
-                sound=verdict["sound"], groups=groups, findings=tuple(verdict.get("findings", ()))
-            )
+        known["verdict"] = _verdict(known.get("verdict"))
         if known.get("monitor") is not None:
             known["monitor"] = MonitorRecord.from_dict(known["monitor"])
         known["command"] = tuple(known.get("command", ()))
@@ -218,6 +216,140 @@ class SeedsRecord:
         return _write(Path(folder) / RECORD, self.to_dict())
 
 
+TrialStatus = Literal[
+    "waiting", "running", "finished", "diverged", "refused", "repeated", "pruned", "stopped", "failed"
+]
+"""`refused` before training, by a proof; `repeated`: proved to compute what another trial computes, with its
+result; `pruned` and `stopped` during training; `failed`: its worker died more often than it is retried."""
+
+Judge = Literal["", "training", "check", "proof", "hyperband", "monitor", "worker"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One configuration of a study."""
+
+    number: int
+    """Counted from 0, in the order of the study."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The varied fields, by their names in the study."""
+    adapter: str | None = None
+    """The whole configuration of the adapter as one line; None until it is known."""
+    status: TrialStatus = "waiting"
+    decided_by: Judge = ""
+    """Who ended it: `training` by coming to its end, `check` or `proof` before it, `hyperband` or `monitor` in it."""
+    reason: str = ""
+    """Why, as a sentence; empty where training came to its end."""
+    same_as: int | None = None
+    """The trial that computes the same function, where the result is taken from one."""
+    verdict: VerdictRecord | None = None
+    """What was proved of it before training."""
+    value: float | None = None
+    """What is maximised: the mean over the seeds of the best epoch's metric; so far, where the trial was ended."""
+    std: float | None = None
+    """The sample standard deviation over the seeds."""
+    seeds: Mapping[str, float] = field(default_factory=dict)
+    """By seed: the metric of its best epoch."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Of the first seed: epoch, and metric after it."""
+    parameters: int | None = None
+    """Trained parameters of the adapter."""
+    steps: int = 0
+    """Optimiser steps spent on it, by all seeds and all attempts."""
+    seconds: float = 0.0
+    runs: tuple[str, ...] = ()
+    """Folders of its runs, seen from the folder of the study."""
+    attempts: int = 0
+    """How often a worker began it."""
+    worker: str = ""
+    """`host:process` of the last one."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The record this data describes. Unknown keys, of a later version, are left out."""
+        known = _known(cls, data)
+        known["verdict"] = _verdict(known.get("verdict"))
+        known["curve"] = tuple((epoch, value) for epoch, value in known.get("curve", ()))
+        known["runs"] = tuple(known.get("runs", ()))
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """A study over configurations."""
+
+    kind: Literal["study"] = "study"
+    status: Literal["running", "finished", "interrupted"] = "running"
+    name: str
+    """The name of the study in its storage."""
+    job: Mapping[str, Any]
+    """All that was asked for: `study` (what is varied, and how), `model`, `data`, `recipe`."""
+    command: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """By varied field: `kind` (`choices` or `range`), and its `choices`, or `low`, `high` and `log`."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """`id`, `class`, `type`, `parameters`."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """As in a run's record."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "accuracy"
+    """What is maximised."""
+    trials: tuple[TrialRecord, ...] = ()
+    best: int | None = None
+    """The number of the trial with the highest value among those whose training came to its end."""
+    steps: int = 0
+    """Optimiser steps spent, by all trials."""
+    steps_in_full: int | None = None
+    """Those that it would take to train every configuration, with every seed, to the end."""
+    started: str = ""
+    finished: str | None = None
+    seconds: float = 0.0
+    """Time spent on all trials, by all workers together."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        trials = [trial.to_dict() for trial in self.trials]
+        return {"format_version": RECORD_VERSION, **_plain({**data, "trials": trials})}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The record this data describes. Unknown keys, of a later version, are left out."""
+        known = _known(cls, data)
+        known["trials"] = tuple(TrialRecord.from_dict(row) for row in known.get("trials", ()))
+        known["command"] = tuple(known.get("command", ()))
+        return cls(**known)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `study.json` into a folder. Raises `StateError` if that fails; the old file is then still there."""
+        return _write(Path(folder) / STUDY, self.to_dict())
+
+
+def read_study(place: str | os.PathLike[str]) -> StudyRecord:
+    """The record of a study: its folder, or the file in it. Raises `StateError` if there is none that can be read."""
+    path = Path(place)
+    path = path / STUDY if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["format_version"]
+        if version <= RECORD_VERSION and data["kind"] == "study":
+            return StudyRecord.from_dict(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError(
+            f"A study is a folder with a readable `{STUDY}`; got `{path}`: {type(error).__name__}: {error}. "
+            "Give the folder that `inarch sweep` wrote."
+        ) from None
+    raise StateError(
+        f"This version reads studies of format 1 to {RECORD_VERSION}; got a {data['kind']} of format {version!r} in "
+        f"`{path}`. Give the folder that `inarch sweep` wrote, or update inarch."
+    )
+
+
 def read_record(place: str | os.PathLike[str]) -> RunRecord | SeedsRecord:
     """The record of a run: its folder, or the file in it. Raises `StateError` if there is none that can be read."""
     path = Path(place)
@@ -235,6 +367,13 @@ def read_record(place: str | os.PathLike[str]) -> RunRecord | SeedsRecord:
     raise StateError(
         f"This version reads runs of format 1 to {RECORD_VERSION}; got {version!r} in `{path}`. Update inarch."
     )
+
+
+def _verdict(data: Mapping[str, Any] | None) -> VerdictRecord | None:
+    if data is None:
+        return None
+    groups = tuple(GroupRecord(**_known(GroupRecord, row)) for row in data.get("groups", ()))
+    return VerdictRecord(sound=data["sound"], groups=groups, findings=tuple(data.get("findings", ())))
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:

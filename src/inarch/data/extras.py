@@ -5,9 +5,12 @@ from typing import Any
 
 from ..core.errors import InarchError
 
+_NEEDED_BY = {"optuna": ("A sweep", "sweep"), "psycopg": ("A study in PostgreSQL", "postgresql")}
+"""By package: who needs it, where that is not training, and the extra of inarch that installs it."""
+
 
 def extra(module: str) -> Any:
-    """The module `module` of a package that `inarch[train]` installs."""
+    """The module `module` of a package that an extra of inarch installs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -16,7 +19,9 @@ def extra(module: str) -> Any:
 
 def missing(module: str, error: ImportError) -> str:
     """What to tell the user when `module` does not import."""
+    package = module.partition(".")[0]
+    who, name = _NEEDED_BY.get(package, ("Training", "train"))
     return (
-        f"Training needs the optional package `{module.partition('.')[0]}`; got `{error}` on importing it. "
-        'Install it with `pip install "inarch[train]"`.'
+        f"{who} needs the optional package `{package}`; got `{error}` on importing it. "
+        f'Install it with `pip install "inarch[{name}]"`.'
     )

@@ -107,6 +107,7 @@ def train_run(
     overwrite: bool = False,
     callbacks: Events = (),
     command: Sequence[str] = (),
+    images: ImageData | None = None,
 ) -> RunRecord:
     """Train a classifier of images and write it, with a record of the training, to a folder.
 
@@ -121,6 +122,7 @@ def train_run(
     - `callbacks`: of the transformers trainer, for example to show progress. One with a method `on_verdict` is given
       the monitor when its verdict changes.
     - `command`: the command line, for the record.
+    - `images`: what `data` describes, where that is loaded already.
 
     Returns the record. Its status is `finished`, or `diverged` where the loss stopped being a number, or `stopped`
     where the recipe's `stop_early` ended it, for which `monitor` has the reason; such a run goes on where it is resumed
@@ -138,7 +140,7 @@ def train_run(
             f"A run of several seeds is resumed with as many; got one for `{folder.path}`, which has "
             f"{earlier.num_seeds}. Call `train_seeds`."
         )
-    return _Run(job, _load(job), folder, processes, tuple(callbacks), tuple(command)).train(earlier)
+    return _Run(job, _load(job, images), folder, processes, tuple(callbacks), tuple(command)).train(earlier)
 
 
 def train_seeds(
@@ -188,9 +190,10 @@ def train_seeds(
     return SeedsRecord.of(runs, num_seeds, whole, command)
 
 
-def _load(job: Job) -> ImageData:
+def _load(job: Job, images: ImageData | None = None) -> ImageData:
     """The images; refused where they do not go with the recipe."""
-    images = job.data if isinstance(job.data, ImageData) else load_data(**job.data.arguments())
+    if images is None:
+        images = job.data if isinstance(job.data, ImageData) else load_data(**job.data.arguments())
     if job.recipe.patience is not None and not len(images.validation):
         raise ConfigError(
             f"`Recipe.patience` needs images to validate on; got none in `{images.name}`. Give a `validation` above 0."

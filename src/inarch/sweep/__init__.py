@@ -1,0 +1,1 @@
+"""Studies over configurations, on Optuna. Needs the extra `sweep`."""

@@ -1,0 +1,82 @@
+"""What is known of a configuration before it is trained: the verdict of the checker, and which others are the same."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..check import Data, Report, Training
+from ..core.config import Config
+from ..core.errors import ConfigError
+from ..core.records import VerdictRecord
+from ..data.examples import ImageData
+from ..data.transforms import ImageDataset, collate
+from ..handle import Adapters, attach
+from ..methods import AdapterConfig, SublayerMethod, method_of
+from ..train.folder import NEUTRAL
+from ..train.ledger import describe_model, describe_verdict
+from ..train.models import load_model, load_processor
+from ..train.recipe import Recipe
+
+WIRED = ("original_ln_before", "original_ln_after", "residual_before_ln", "adapter_residual_before_ln")
+"""Fields that decide a formula and nothing else: where two configurations have the same formulas, these may differ."""
+
+NUM_IMAGES = 2
+"""Of the batch that shows which tensors are dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is known of one configuration."""
+
+    verdict: VerdictRecord | None
+    parameters: int | None
+    refusal: str
+    """Why it is not trained; empty where it is."""
+    signature: str
+    """Equal for configurations that are proved to compute the same, and are trained alike."""
+
+
+class Bench:
+    """The model that configurations are judged on, without any of them being trained."""
+
+    def __init__(self, model: str, images: ImageData, *, allow_unsound: bool) -> None:
+        self.allow_unsound = allow_unsound
+        network = load_model(model, images.labels, task=images.task)
+        self.handle: Adapters = attach(network)
+        self.model = describe_model(model, network, None)
+        self.labels = tuple(images.labels)
+        shown = ImageDataset(images.train, load_processor(model))
+        self.batch = collate([shown[index] for index in range(min(NUM_IMAGES, len(shown)))])
+
+    def judge(self, config: AdapterConfig, recipe: Recipe) -> Judgement:
+        """Prove it, and run one small batch."""
+        training = Training(learning_rate=recipe.rate("adapter"))
+        inputs = {"pixel_values": self.batch["pixel_values"]}
+        try:
+            report = self.handle.check(config, example_inputs=inputs, training=training, data=Data(labels=self.labels))
+        except ConfigError as error:
+            return Judgement(None, None, str(error), "")
+        errors = [
+            finding
+            for finding in report.findings
+            if finding.level == "error" and not (self.allow_unsound and finding.code == "unsound-wiring")
+        ]
+        refusal = "; ".join(f"{one.code} at {one.place}: {one.message}" for one in errors)
+        return Judgement(describe_verdict(report), report.num_parameters, refusal, _signature(report, config, recipe))
+
+
+def _signature(report: Report, config: AdapterConfig, recipe: Recipe) -> str:
+    """The formula at every site, with all that is not in the formulas."""
+    formulas = {site.key: str(group.proof.formula.adapted) for group in report.sites for site in group.sites}
+    neutral = {name.removeprefix("recipe.") for name in NEUTRAL}
+    rest = {key: value for key, value in recipe.to_dict().items() if key not in neutral}
+    rest["learning_rate"] = recipe.rate("adapter")
+    data: dict[str, Any] = {"formulas": formulas, "methods": [_unwired(part) for part in config.parts], "recipe": rest}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _unwired(part: Config) -> dict[str, Any]:
+    method = method_of(part)
+    dropped = WIRED if issubclass(method, SublayerMethod) else ()
+    return {"method": method.name, **{key: value for key, value in part.to_dict().items() if key not in dropped}}
