@@ -424,7 +424,7 @@ def test_weights_of_what_cannot_be_read_are_not_fetched(saved, hub):
 def test_a_repository_without_an_adapter_is_refused_by_name(saved, hub):
     remote, asked = hub
     (remote / state.RECORD).unlink()
-    with pytest.raises(StateError, match="got no `inarch.json` and nothing of that library in `owner/name`"):
+    with pytest.raises(StateError, match="got no `inarch.json` and nothing of those in `owner/name`"):
         inarch.attach(fresh()).load("owner/name")
     assert len(asked) == 1
 

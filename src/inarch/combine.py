@@ -29,7 +29,7 @@ Combination = Literal["linear", "negate_b", "cat", "svd", "ties", "dare"]
 
 _INITIAL = ("dropout", "init_weights", "init_weights_seed", "stochastic_depth")
 """Settings that mean nothing for weights that are there."""
-_SCALES = ("r", "alpha", "use_rslora")
+_SCALES = ("r", "alpha", "rank_pattern", "alpha_pattern")
 """Settings that are in an update."""
 
 
@@ -130,9 +130,10 @@ def _combined_part(asked: Recipe, parts: Sequence[Config]) -> Config:
         )
     if not asked.sums_updates or "r" not in own:
         return first
-    ranks = [int(part.to_dict()["r"]) for part in parts]
+    values = [part.to_dict() for part in parts]
+    ranks = [max(value["r"], *value["rank_pattern"].values(), 1) for value in values]
     rank = sum(ranks) if asked.combine == "cat" else asked.rank or max(ranks)
-    return first.replace(r=rank, alpha=float(rank), dropout=0.0)
+    return first.replace(r=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, dropout=0.0)
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from . import loading, pretrained, state
+from . import convert, loading, pretrained, state
 from .attach import (
     Removable,
     arm,
@@ -61,6 +61,8 @@ _LOCK = threading.RLock()
 _NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 Unsound = Literal["refuse", "allow"]
+Format = Literal["inarch", "peft"]
+FORMATS = get_args(Format)
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
 """How far outputs may be apart because weights are rounded with an update in them, relative to their size."""
@@ -682,19 +684,42 @@ class Adapters:
 
     # Saving and loading
 
-    def save(self, name: str, folder: str | os.PathLike[str], *, processor: Any = None, head: bool = True) -> None:
+    def save(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        processor: Any = None,
+        head: bool = True,
+        format: Format = "inarch",  # noqa: A002  the word that users look for
+    ) -> None:
         """Write one adapter, with the task head trained with it, as an adapter folder.
 
         Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
 
         Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with
-        `to_dict`). Raises `StateError` if the folder holds something else or cannot be written.
+        `to_dict`); `format` is that of another library: `peft` writes LoRA so that PEFT computes the same.
+
+        Raises `StateError` if the folder holds something else or cannot be written, or for what the other library does
+        not have.
         """
         self._require(name)
         self._refuse_merged("An adapter is saved beside the base it was trained on")
+        if format not in FORMATS:
+            raise StateError(
+                f"An adapter is written in the format {' or '.join(f'`{known}`' for known in FORMATS)}; got {format!r} "
+                f"for `{name}`. Choose one of them."
+            )
         tensors: dict[str, Tensor] = dict(self[name])
         if head:
             tensors |= self._heads.of(name)
+        if format == "peft":
+            heads = self._heads[name] if head else ()
+            written, settings = convert.write_peft(
+                name, self.config(name), tensors, head=heads, model=self.model, sites=self.sites
+            )
+            state.write(folder, written, settings, state.Files(convert.peft.SAFE, convert.peft.RECORD))
+            return
         state.write(folder, tensors, self._record(name, processor, head))
 
     def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Nothing here changes the model: a folder is read, compared with the model and to
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from .methods import AdapterConfig, read_config, renumber
 logger = logging.getLogger(__name__)
 
 OtherBase = Literal["refuse", "allow"]
+_NO_NAME = re.compile(r"[./,|\[\]\s\0]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,12 @@ class Found:
     tensors: Mapping[str, Tensor]
     head: tuple[str, ...] = ()
     """The modules of the task head whose tensors are among them."""
+    difference: str = ""
+    """How its base differs from the model, as a sentence; empty if nothing is known to differ."""
+    base: str = ""
+    """The base it names, where it keeps nothing by which to know it."""
+    idle: tuple[str, ...] = ()
+    """What it says was chosen, and holds nothing of."""
 
 
 # Where it is
@@ -58,9 +66,10 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if state.is_adapter(folder):
         state.read_record(folder)
         return _fetch(text, [state.TENSORS], folder.name)
-    if not convert.is_adapterhub(folder):
+    if not convert.is_adapterhub(folder) and not convert.is_peft(folder):
         raise _unknown(text)
-    for safe, other in convert.WEIGHTS:
+    pairs = convert.adapterhub.WEIGHTS if convert.is_adapterhub(folder) else convert.peft.WEIGHTS
+    for safe, other in pairs:
         if not (_fetch(text, [safe], folder.name) / safe).is_file():
             _fetch(text, [other], folder.name)
     return folder
@@ -83,8 +92,8 @@ def _fetch(repository: str, files: list[str], revision: str | None = None) -> Pa
 
 def _unknown(place: str | Path) -> StateError:
     return StateError(
-        f"An adapter folder holds `{state.RECORD}`, as `save` writes it, or what the library `adapters` saves; got "
-        f"no `{state.RECORD}` and nothing of that library in `{place}`. Give the folder of one adapter."
+        f"An adapter folder holds `{state.RECORD}`, as `save` writes it, or what the library `adapters` or PEFT saves; "
+        f"got no `{state.RECORD}` and nothing of those in `{place}`. Give the folder of one adapter."
     )
 
 
@@ -113,6 +122,7 @@ def find(
                 config=_for_stacks(read_config(stored.record["config"]), stored.record["sites"], sites, stacks),
                 tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
                 head=_head(stored, model) if head else (),
+                difference=difference,
             )
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise StateError(
@@ -123,8 +133,26 @@ def find(
         read = convert.read(folder, sites, head=head, other_base=other_base)
         if read.head is not None:
             logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
-        return Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors)
+        return Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors, base=read.base)
+    if convert.is_peft(folder):
+        peft = convert.peft.read(folder, model, sites, own_heads=heads, head=head, other_base=other_base)
+        return Found(
+            folder=folder,
+            name=_name_of(folder),
+            config=peft.config,
+            tensors=peft.tensors,
+            head=peft.head,
+            base=peft.base,
+            idle=peft.idle,
+        )
     raise _unknown(folder)
+
+
+def _name_of(folder: Path) -> str:
+    """A name for an adapter whose folder holds none: that of the folder or, for a snapshot, of the repository."""
+    resolved = folder.resolve()
+    name = resolved.parent.parent.name.rpartition("--")[2] if resolved.parent.name == "snapshots" else resolved.name
+    return _NO_NAME.sub("_", name).strip("_") or "adapter"
 
 
 def _check_difference(difference: str, stored: state.Stored, other_base: OtherBase) -> None:

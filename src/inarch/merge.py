@@ -80,7 +80,12 @@ def check_agreement(name: str, found: float, allowed: float) -> None:
 def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merged: Merged) -> None:
     """Write an adapter into the weights. Raises `SetupError` for weights that cannot be overwritten; then none is."""
     found = list(_projections(model, sites, name, config))
-    for place, parameter, _, _, _ in found:
+    for place, parameter, bias, _, module in found:
+        if bias is None and getattr(module, "bias", None) is not None:
+            raise SetupError(
+                "An adapter's bias is merged into that of its projection; got a projection without one at "
+                f"`{place}`. Keep the adapter active instead."
+            )
         if is_sharded(parameter) or is_quantised(parameter) or parameter.is_meta:
             state = "sharded" if is_sharded(parameter) else "offloaded" if parameter.is_meta else "quantised"
             raise SetupError(

@@ -41,8 +41,20 @@ class Stored:
         return {key.partition(".")[0] for key in self.tensors if not key.startswith("head.")}
 
 
-def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The names of the two files of an adapter folder."""
+
+    tensors: str = TENSORS
+    record: str = RECORD
+
+
+def write(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files = Files()
+) -> Path:
     """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
+
+    Arguments: `files` names its files where it is one of another library.
 
     Where the system cannot let two folders change places (Linux can, on most file systems), there is an instant between
     two renames in which a reader sees none.
@@ -59,18 +71,18 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record:
         )
     values = {key: whole(tensor) for key, tensor in tensors.items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
-        return _write_once(Path(folder), values, record)
-    return _write(Path(folder), values, record)
+        return _write_once(Path(folder), values, record, files)
+    return _write(Path(folder), values, record, files)
 
 
-def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
     """Let the first process write, and all of them know when it has, or why it could not."""
     from torch import distributed
 
     outcome = [""]
     if distributed.get_rank() == 0:
         try:
-            _write(folder, tensors, record)
+            _write(folder, tensors, record, files)
         except StateError as error:
             outcome = [str(error)]
     distributed.broadcast_object_list(outcome, src=0)
@@ -79,10 +91,10 @@ def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     return folder
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
     from safetensors.torch import save as to_bytes
 
-    if target.exists() and not _replaceable(target):
+    if target.exists() and not _replaceable(target, files):
         raise StateError(
             f"An adapter is saved into a new folder, an empty one, or over an adapter; got `{target}`, which holds "
             f"{_contents(target)}. Choose another folder."
@@ -92,12 +104,12 @@ def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any
         draft.mkdir(parents=True)
         # As bytes, because safetensors' own writer makes a file that only its owner can read.
         plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-        (draft / TENSORS).write_bytes(to_bytes(plain))
-        (draft / RECORD).write_text(
-            json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2, ensure_ascii=False) + "\n",
-            encoding="utf-8",
+        (draft / files.tensors).write_bytes(to_bytes(plain))
+        version = {"format_version": FORMAT_VERSION} if files == Files() else {}
+        (draft / files.record).write_text(
+            json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        for file in (draft / TENSORS, draft / RECORD):
+        for file in (draft / files.tensors, draft / files.record):
             sync(file)
         replace_folder(draft, target)
     except OSError as error:
@@ -149,8 +161,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {TENSORS, RECORD}
+def _replaceable(target: Path, files: Files) -> bool:
+    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {files.tensors, files.record}
 
 
 def _contents(target: Path) -> str:

@@ -1,9 +1,12 @@
-"""Readers of other libraries' adapter folders: one file per format."""
+"""Readers and writers of other libraries' adapter folders: one file per format."""
 
+from . import adapterhub as adapterhub
+from . import peft as peft
 from .adapterhub import RECORD as RECORD
 from .adapterhub import RECORDS as RECORDS
-from .adapterhub import WEIGHTS as WEIGHTS
 from .adapterhub import Converted as Converted
 from .adapterhub import StoredHead as StoredHead
 from .adapterhub import is_adapterhub as is_adapterhub
 from .adapterhub import read as read
+from .peft import is_peft as is_peft
+from .peft_write import write_peft as write_peft

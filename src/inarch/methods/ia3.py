@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
+from ..core.errors import ConfigError
 from ..core.site import Sites
 from .method import LinearMethod, Placement, projection_placements, sequence_gate
 
@@ -36,12 +37,18 @@ class IA3Config(Config):
         "the up-projection, as the library `adapters` does.",
     )
     output_lora: bool = option(False, "Scale the output of the MLPs.")
+    input_matrices: tuple[Literal["q", "k", "v", "o", "up"], ...] = option(
+        (), "Which of the adapted projections are scaled at their input in the place of their output."
+    )
     alpha: float = option(1.0, "A constant factor on every scale.", more_than=0)
     use_gating: bool = option(
         False, "A learned gate, one number per sequence, the mean over all its tokens, in the place of alpha."
     )
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without scales, counted from 0.")
     leave_out_roles: tuple[str, ...] = option((), "Sites without scales in any layer, by their role, such as `mlp_2`.")
+    leave_out_projections: tuple[str, ...] = option(
+        (), "Projections without a scale, by patterns such as `text0.3.self_attention.k` or `*.cross_attention.*`."
+    )
 
     def problems(self) -> list[str]:
         found = []
@@ -54,6 +61,12 @@ class IA3Config(Config):
             found.append(
                 "At least one of `selfattn_lora`, `intermediate_lora` and `output_lora` must be true; got none at "
                 "`IA3Config`. Set `selfattn_lora=True`."
+            )
+        idle = [role for role in self.input_matrices if role not in self.roles()]
+        if idle:
+            found.append(
+                "`IA3Config.input_matrices` must name projections that are adapted; got "
+                f"{', '.join(f'`{role}`' for role in idle)}. Name them in `attn_matrices` too, or leave them out."
             )
         return found
 
@@ -74,12 +87,25 @@ class IA3(LinearMethod):
 
     @classmethod
     def placements(cls, config: IA3Config, sites: Sites) -> list[Placement]:
-        return projection_placements(config.roles(), config.leave_out, config.leave_out_roles, sites)
+        found = projection_placements(
+            config.roles(), config.leave_out, config.leave_out_roles, config.leave_out_projections, sites
+        )
+        for placement in found:
+            projection = placement.site.projections[placement.role][placement.part]
+            if placement.role in config.input_matrices and projection.rows is not None:
+                raise ConfigError(
+                    "The input of a projection is scaled where it has one role; got `input_matrices` with "
+                    f"`{placement.role}` for {sites.model_class}, where `{placement.site.absolute(projection.path)}` "
+                    "computes several roles from one input. Leave it out of `input_matrices`."
+                )
+        return found
 
     @classmethod
     def changes(cls, config: IA3Config, placement: Placement) -> frozenset[str]:
-        at_input = placement.role == "down" and config.intermediate_lora and config.after_activation
-        at_output = placement.role != "down" or config.output_lora
+        at_input = placement.role in config.input_matrices or (
+            placement.role == "down" and config.intermediate_lora and config.after_activation
+        )
+        at_output = config.output_lora if placement.role == "down" else not at_input
         return frozenset(side for side, is_changed in (("input", at_input), ("output", at_output)) if is_changed)
 
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:

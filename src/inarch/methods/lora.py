@@ -2,21 +2,29 @@
 
 Hu et al. 2021 (arXiv 2106.09685), section 4.1:
 
-    y = W x + (alpha / r) · B A drop(x)        A (r, in), B (out, r)
+    y = W x + (alpha / r) · B A drop(x) [+ c]        A (r, in), B (out, r), c (out,)
 
 Tensors: (..., in) and (..., out), with B batch and L tokens in front; R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.config import Config, config_class, option
+from ..core.config import Config, FrozenMap, config_class, option
 from ..core.site import Sites
-from .method import LinearMethod, Placement, in_dtype, projection_placements, sequence_gate
+from .method import (
+    LinearMethod,
+    Placement,
+    check_patterns,
+    first_match,
+    in_dtype,
+    projection_placements,
+    sequence_gate,
+)
 
 
 @config_class
@@ -32,6 +40,17 @@ class LoRAConfig(Config):
     output_lora: bool = option(False, "Adapt the down-projection of the MLPs.")
     r: int = option(8, "Rank of the update.", at_least=1, at_most=2**20)
     alpha: float = option(8.0, "The update is multiplied by alpha / r.", more_than=0)
+    rank_pattern: Mapping[str, int] = option(
+        FrozenMap({}),
+        "Other ranks than `r`, by patterns of projections such as `image0.3.self_attention.q` or `*.mlp.up`; the first "
+        "that matches counts.",
+        at_least=1,
+        at_most=2**20,
+    )
+    alpha_pattern: Mapping[str, float] = option(
+        FrozenMap({}), "Other values than `alpha`, by patterns of projections.", more_than=0
+    )
+    bias: bool = option(False, "A learned bias beside the update, added to the output of the projection.")
     dropout: float = option(0.0, "Dropout probability on the input of the update.", at_least=0, less_than=1)
     use_gating: bool = option(
         False, "A learned gate, one number per sequence, the mean over all its tokens, in the place of alpha / r."
@@ -45,6 +64,9 @@ class LoRAConfig(Config):
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an update, counted from 0.")
     leave_out_roles: tuple[str, ...] = option(
         (), "Sites without an update in any layer, by their role, such as `mlp_2`."
+    )
+    leave_out_projections: tuple[str, ...] = option(
+        (), "Projections without an update, by patterns such as `text0.3.self_attention.q` or `*.cross_attention.*`."
     )
 
     def problems(self) -> list[str]:
@@ -67,6 +89,14 @@ class LoRAConfig(Config):
         flags = {"intermediate_lora": "up", "gate_lora": "gate", "output_lora": "down"}
         return wishes | {role: flag for flag, role in flags.items() if getattr(self, flag)}
 
+    def rank(self, placement: Placement) -> int:
+        """The rank of the update of one projection."""
+        return first_match(self.rank_pattern, placement.projection_key) or self.r
+
+    def scale(self, placement: Placement) -> float:
+        """What the update of one projection is multiplied by."""
+        return (first_match(self.alpha_pattern, placement.projection_key) or self.alpha) / self.rank(placement)
+
 
 class LoRA(LinearMethod):
     """The update of one projection, or of the rows of a fused one that play one role."""
@@ -77,12 +107,19 @@ class LoRA(LinearMethod):
 
     @classmethod
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
-        return projection_placements(config.roles(), config.leave_out, config.leave_out_roles, sites)
+        found = projection_placements(
+            config.roles(), config.leave_out, config.leave_out_roles, config.leave_out_projections, sites
+        )
+        check_patterns("rank_pattern", config.rank_pattern, found, sites)
+        check_patterns("alpha_pattern", config.alpha_pattern, found, sites)
+        return found
 
     @classmethod
     def obstacle_on_weight(cls, config: LoRAConfig) -> str:
         if config.dropout:
             return f"`dropout={config.dropout:g}`, which acts on the input of the projection,"
+        if config.bias:
+            return "`bias=True`, which acts on the output of the projection,"
         return "`use_gating=True`, which reads the input of the projection," if config.use_gating else ""
 
     @classmethod
@@ -91,7 +128,7 @@ class LoRA(LinearMethod):
 
     @classmethod
     def combinations(cls, config: LoRAConfig) -> tuple[str, ...]:
-        return ("negate_b",) if config.use_gating else ("negate_b", "cat", "svd", "ties", "dare")
+        return ("negate_b",) if config.use_gating or config.bias else ("negate_b", "cat", "svd", "ties", "dare")
 
     signless: ClassVar[frozenset[str]] = frozenset({"A"})
     """The parameters that a negation leaves as they are."""
@@ -99,11 +136,13 @@ class LoRA(LinearMethod):
     def __init__(self, config: LoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]
-        self.A = nn.Parameter(torch.zeros(config.r, projection.in_features))
-        self.B = nn.Parameter(torch.zeros(projection.num_rows, config.r))
+        rank = config.rank(placement)
+        self.A = nn.Parameter(torch.zeros(rank, projection.in_features))
+        self.B = nn.Parameter(torch.zeros(projection.num_rows, rank))
+        self.bias = nn.Parameter(torch.zeros(projection.num_rows)) if config.bias else None
         self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
         self.batch_dim = placement.site.batch_dim
-        self.scaling = config.alpha / config.r
+        self.scaling = config.scale(placement)
         self.dropout = config.dropout
         if config.init_weights == "lora":
             nn.init.kaiming_uniform_(self.A, a=5**0.5, generator=generator)
@@ -121,6 +160,8 @@ class LoRA(LinearMethod):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         delta = F.linear(F.linear(x, A), self.B)
+        if self.bias is not None:
+            output = output + in_dtype(self.bias, output.dtype)
         if self.gate is None:
             return _add_scaled(output, in_dtype(delta, output.dtype), self.scaling)
         gate = sequence_gate(self.gate, in_dtype(inputs, A.dtype), self.batch_dim)
@@ -131,7 +172,7 @@ class LoRA(LinearMethod):
         return _add_scaled(weight, in_dtype(self.B @ self.A, weight.dtype), self.scaling)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.effective(weight), bias
+        return self.effective(weight), bias if bias is None or self.bias is None else bias + self.bias
 
     def update(self) -> Tensor | None:
         return None if self.gate is not None else (self.B @ self.A) * self.scaling
@@ -147,8 +188,11 @@ class LoRA(LinearMethod):
 
     def put_side_by_side(self, sources: Sequence["LoRA"], weights: Sequence[float]) -> None:
         scaled = [s.B * (weight * s.scaling / self.scaling) for s, weight in zip(sources, weights, strict=True)]
-        self.A.copy_(torch.cat([source.A for source in sources]))
-        self.B.copy_(torch.cat(scaled, dim=1))
+        found = torch.cat([source.A for source in sources]), torch.cat(scaled, dim=1)
+        for factor in (self.A, self.B):
+            factor.zero_()
+        self.A[: len(found[0])] = found[0]
+        self.B[:, : len(found[0])] = found[1]
 
 
 def _add_scaled(base: Tensor, update: Tensor, factor: float) -> Tensor:

@@ -12,6 +12,7 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -38,6 +39,11 @@ class Placement:
     role: str = ""
     part: int = 0
     """Which of the projections that share the role (an attention may compute k in two steps)."""
+
+    @property
+    def projection_key(self) -> str:
+        """The place of a projection in the architecture, such as `image0.3.self_attention.q`, which patterns match."""
+        return f"{self.site.key}.{self.role}{self.part or ''}"
 
 
 class Branch(Protocol[V]):
@@ -152,7 +158,7 @@ class LinearMethod(AbstractMethod):
         raise TypeError(f"`{self.name}` has no update")
 
     def put_side_by_side(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
-        """Make the adapter, whose rank is the sum of theirs, add the weighted sum of what others of its method add."""
+        """Make the adapter, whose rank is at least the sum of theirs, add the weighted sum of what others of its method add."""
         raise TypeError(f"`{self.name}` has no rank")
 
 
@@ -188,14 +194,35 @@ def layer_number(site: Site, sites: Sites) -> int:
     raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
 
 
+def first_match(patterns: Mapping[str, V], key: str) -> V | None:
+    """The value of the first pattern that a key matches, `*` standing for anything; None where none does."""
+    return next((value for pattern, value in patterns.items() if fnmatchcase(key, pattern)), None)
+
+
+def check_patterns(name: str, patterns: Iterable[str], found: Iterable[Placement], sites: Sites) -> None:
+    """Raise `ConfigError` for patterns that match the key of no projection."""
+    keys = [placement.projection_key for placement in found]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in keys)]
+    if idle:
+        raise ConfigError(
+            f"Every pattern of `{name}` must match a projection that is adapted; got "
+            f"{', '.join(f'`{pattern}`' for pattern in idle)} for {sites.model_class}. "
+            f"Write a key such as `{keys[0]}`, with `*` for anything."
+        )
+
+
 def projection_placements(
-    wishes: Mapping[str, str], leave_out: tuple[int, ...], leave_out_roles: tuple[str, ...], sites: Sites
+    wishes: Mapping[str, str],
+    leave_out: tuple[int, ...],
+    leave_out_roles: tuple[str, ...],
+    leave_out_projections: tuple[str, ...],
+    sites: Sites,
 ) -> list[Placement]:
     """A placement for each projection of every layer that plays one of some roles.
 
-    Arguments: `wishes` gives the roles, each with the configuration field that asks for it; `leave_out` numbers layers
-    and `leave_out_roles` names sites to pass over. Raises `ConfigError` for anything that the model does not have, or
-    where nothing is left.
+    Arguments: `wishes` gives the roles, each with the configuration field that asks for it; `leave_out` numbers layers,
+    `leave_out_roles` names sites and `leave_out_projections` has patterns of projections to pass over. Raises
+    `ConfigError` for anything that the model does not have, or where nothing is left.
     """
     check_layers("leave_out", leave_out, sites)
     check_roles("leave_out_roles", leave_out_roles, sites)
@@ -215,10 +242,19 @@ def projection_placements(
         if (site.kind in _ATTENTION) == (role in _ATTENTION_ROLES)
         for part in range(len(site.projections.get(role, ())))
     ]
+    if found:
+        check_patterns("leave_out_projections", leave_out_projections, found, sites)
+        found = [one for one in found if not any(fnmatchcase(one.projection_key, p) for p in leave_out_projections)]
     if not found:
+        left_out = {
+            "leave_out": leave_out,
+            "leave_out_roles": leave_out_roles,
+            "leave_out_projections": leave_out_projections,
+        }
+        given = " and ".join(f"`{field}={list(value)}`" for field, value in left_out.items() if value)
         raise ConfigError(
-            f"A configuration must reach at least one projection; got `leave_out={list(leave_out)}` for "
-            f"{sites.model_class}. Leave fewer layers out."
+            f"A configuration must reach at least one projection; got {given or 'no site with those asked for'} "
+            f"for {sites.model_class}. Leave fewer layers out."
         )
     return found
 

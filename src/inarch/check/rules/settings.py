@@ -93,9 +93,9 @@ def _widths(facts: Facts, part: Config) -> Iterator[tuple[Any, int, int]]:
         site = placement.site
         if hasattr(part, "bottleneck_width"):
             yield placement, site.width, part.bottleneck_width(site.width, layer_number(site, facts.sites))
-        elif hasattr(part, "r") and placement.port == "linear":
+        elif hasattr(part, "rank") and placement.port == "linear":
             projection = site.projections[placement.role][placement.part]
-            yield placement, min(projection.in_features, projection.num_rows), part.r
+            yield placement, min(projection.in_features, projection.num_rows), part.rank(placement)
 
 
 # ------------------------------------------------------------------------ steps

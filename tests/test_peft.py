@@ -1,0 +1,316 @@
+"""Folders of PEFT: read as PEFT computes them, written so that PEFT reads them, or refused by name.
+
+The expected outputs come from PEFT itself: `scripts/peft_table.py --fixtures` and `scripts/make_peft_4_fixtures.py`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, ViTForImageClassification
+
+import inarch
+from inarch.convert import is_peft
+from inarch.convert.peft_names import Names
+from inarch.testing import tiny, tiny_inputs
+
+FIXTURES = Path(__file__).parent / "fixtures" / "peft"
+OLD = Path(__file__).parent / "fixtures" / "peft_4"
+CASES = sorted(path.name for path in FIXTURES.iterdir())
+OLD_CASES = sorted(str(path.parent.relative_to(OLD)) for path in OLD.glob("*/*/adapter_config.json"))
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return [value for value in model(**inputs).values() if isinstance(value, torch.Tensor)]
+
+
+def distance(found, expected):
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def prepared(case, **options):
+    """The model of a fixture with its adapter loaded, its inputs and what PEFT computed."""
+    folder = FIXTURES / case
+    name = (folder / "model.txt").read_text().strip()
+    model, inputs = tiny(name), tiny_inputs(name)
+    adapters = inarch.attach(model, example_inputs=inputs)
+    expected = [tensor for _, tensor in sorted(load_file(folder / "outputs.safetensors").items())]
+    return model, inputs, adapters, adapters.load(folder, **options), expected
+
+
+def edited(case, target, tensors=None, **settings):
+    """A copy of a fixture with other settings or tensors."""
+    shutil.copytree(FIXTURES / case, target)
+    record = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(record | settings))
+    if tensors is not None:
+        save_file(tensors(load_file(target / "adapter_model.safetensors")), target / "adapter_model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_computes_what_it_does_in_peft(case):
+    model, inputs, adapters, name, expected = prepared(case)
+    assert name == case
+    adapters.activate(name)
+    assert distance(outputs(model, inputs), expected) < 2e-6
+    adapters.deactivate()
+    assert distance(outputs(model, inputs), expected) > 1e-4
+
+
+@pytest.mark.parametrize("case", OLD_CASES)
+def test_adapters_under_the_module_names_of_transformers_4_are_read(case):
+    folder = OLD / case
+    kind = ViTForImageClassification if case.startswith("vit") else AutoModel
+    model = kind.from_pretrained(folder.parent / "base").eval()
+    stored = load_file(folder / "outputs.safetensors")
+    adapters = inarch.attach(model)
+    with adapters.using(adapters.load(folder)), torch.no_grad():
+        found = model(pixel_values=stored["pixel_values"])[0]
+    assert torch.allclose(found, stored["output"], atol=2e-6)
+    with torch.no_grad():
+        assert not torch.allclose(model(pixel_values=stored["pixel_values"])[0], stored["output"], atol=1e-2)
+
+
+def test_an_adapter_of_a_model_with_a_task_is_read_into_the_bare_model_and_back(tmp_path):
+    """`bert.encoder...` in the folder is `encoder...` here, and the other way round."""
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    name = adapters.load(FIXTURES / "bert_task", head=False)
+    stored = load_file(FIXTURES / "bert_task" / "adapter_model.safetensors")
+    key = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
+    assert torch.equal(adapters[name]["text0.1.self_attention.lora.q.A"], stored[key])
+    adapters.save(name, tmp_path / "bare", format="peft")
+    task = inarch.attach(tiny("bert-classifier"))
+    again = task.load(tmp_path / "bare")
+    assert all(torch.equal(value, adapters[name][k]) for k, value in task[again].items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit", "vit-classifier", "deit", "beit", "dinov2", "clip", "swin", "bert", "roberta", "distilbert", "llama-lm",
+        "gemma2", "gptj", "t5-lm", "bart-lm", "whisper-lm",
+    ],
+)  # fmt: skip
+def test_names_of_transformers_mean_the_roles_that_the_probe_found(name):
+    """An independent check: the probe knows roles from what the forward computes, the table from what names say."""
+    sites = inarch.probe(tiny(name), example_inputs=tiny_inputs(name))
+    names = Names(sites)
+    checked = 0
+    for path, meant in names.paths.items():
+        if len(meant) > 1 or meant[0].part or meant[0].site.role != meant[0].site.kind:
+            continue
+        found = names._by_meaning(f"elsewhere.{path}")
+        if found is not None:  # a name that says nothing is refused, never mistaken
+            assert found.projection_key == meant[0].projection_key
+            checked += 1
+    assert checked >= len(names.paths) * 0.8
+
+
+def test_patterns_ranks_and_scales_are_those_of_the_folder():
+    _, _, adapters, name, _ = prepared("llama_patterns")
+    part = adapters.config(name).parts[0]
+    ranks = {key: len(tensor) for key, tensor in adapters[name].items() if key.endswith(".A")}
+    assert ranks["text0.0.self_attention.lora.q.A"] == 3 and ranks["text0.1.self_attention.lora.q.A"] == 2
+    assert ranks["text0.0.mlp.lora.down.A"] == ranks["text0.1.mlp.lora.down.A"] == 4
+    scales = {module.placement.projection_key: part.scale(module.placement) for module in adapters.plan(name).modules}
+    assert scales["text0.0.self_attention.q"] == pytest.approx(5 / 3**0.5)  # rank-stabilised: alpha over a root
+    assert scales["text0.1.self_attention.v"] == pytest.approx(3 / 2**0.5)
+
+
+def test_what_an_expression_chose_is_read_off_the_tensors():
+    _, _, adapters, name, _ = prepared("llama_expression")
+    assert {key.rpartition(".")[0] for key in adapters[name]} == {
+        "text0.1.self_attention.lora.q", "text0.1.self_attention.lora.k", "text0.0.mlp.lora.up",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("ia3")])
+def test_lora_written_for_peft_is_the_same_again(case, tmp_path):
+    """PEFT's own reading of what is written is in `scripts/peft_table.py`."""
+    model, inputs, adapters, name, expected = prepared(case)
+    adapters.save(name, tmp_path / "back", format="peft")
+    before, after = (load_file(p / "adapter_model.safetensors") for p in (FIXTURES / case, tmp_path / "back"))
+    if case != "bert_biases":  # there the whole biases are stored, here what was added
+        assert before.keys() == after.keys()
+    adapters.load(tmp_path / "back", name="again")
+    adapters.activate("again")
+    assert distance(outputs(model, inputs), expected) < 2e-6
+    assert is_peft(tmp_path / "back")
+
+
+def test_updates_of_a_fused_projection_become_one(tmp_path):
+    """By hand: W + [s_q B_q A_q; 0; s_v B_v A_v] is what the one update of rank 4 + 2 gives."""
+    model = tiny("gpt2")
+    adapters = inarch.attach(model)
+    adapters.add("a", "lora[r=4,alpha=2,rank_pattern={'*.v':2},alpha_pattern={'*.v':5}]")
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.normal_()
+    adapters.save("a", tmp_path / "a", format="peft")
+    record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    own = {key.removeprefix("text0.0.self_attention.lora."): value for key, value in adapters["a"].items()}
+    a, b = (stored[f"base_model.model.h.0.attn.c_attn.lora_{side}.weight"] for side in "AB")
+    assert record["r"] == len(a) == 6 and record["target_modules"] == ["c_attn"]
+    update = b @ a * (record["lora_alpha"] / record["r"])
+    expected = torch.cat([own["q.B"] @ own["q.A"] * 0.5, torch.zeros(32, 32), own["v.B"] @ own["v.A"] * 2.5])
+    assert torch.allclose(update, expected, atol=1e-5)
+    adapters.activate("a")
+    before = outputs(model, tiny_inputs("gpt2"))
+    adapters.load(tmp_path / "a", name="b")
+    adapters.activate("b")
+    assert distance(outputs(model, tiny_inputs("gpt2")), before) < 2e-5
+
+
+def test_modules_that_were_trained_whole_are_the_task_head():
+    model, _, adapters, name, _ = prepared("bert_biases")
+    stored = load_file(FIXTURES / "bert_biases" / "adapter_model.safetensors")
+    assert torch.equal(model.classifier.weight, stored["base_model.model.classifier.weight"])
+    assert list(adapters.head(name)) == ["head.classifier.weight", "head.classifier.bias"]
+
+
+def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
+    """`all-linear` adapts BERT's pooler too: its weight with the update is W + (alpha / r) B A."""
+
+    def with_pooler(tensors):
+        key = "base_model.model.bert.pooler.dense.lora_"
+        return tensors | {f"{key}A.weight": torch.full((2, 32), 0.5), f"{key}B.weight": torch.full((32, 2), 0.25)}
+
+    folder = edited("bert_task", tmp_path / "a", with_pooler)
+    model = tiny("bert-classifier")
+    before = model.bert.pooler.dense.weight.detach().clone()
+    name = inarch.attach(model).load(folder)
+    assert torch.allclose(model.bert.pooler.dense.weight, before + 5 / 2 * (2 * 0.5 * 0.25))
+    assert "stay replaced when the adapter is not active: bert.pooler.dense" in caplog.text
+    assert name == "a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LN_TUNING"}, "got LayerNorm tuning at"),
+        ({"peft_type": "PREFIX_TUNING"}, "got prefix tuning at"),
+        ({"peft_type": "PROMPT_TUNING"}, "got prompt tuning at"),
+        ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
+        ({"use_dora": True}, "got DoRA at"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "LoRA on parameters that no linear module applies"),
+        ({"turbo": 3}, "got the setting `turbo`, which it does not know, at"),
+        ({"init_lora_weights": "pissa"}, "which changes the base, at .*path_initial_model_for_weight_conversion"),
+        ({"auto_mapping": {"base_model_class": "ViTModel"}}, "must be of the same type; got `ViTModel` at"),
+    ],
+)
+def test_what_cannot_be_computed_exactly_is_refused_by_name(settings, message, tmp_path):
+    adapters = inarch.attach(tiny("bert-classifier"))
+    with pytest.raises(inarch.StateError, match=message):
+        adapters.load(edited("bert_task", tmp_path / "a", **settings))
+    assert adapters.names == ()
+
+
+def with_tensor(key, tensor):
+    return lambda tensors: tensors | {f"base_model.model.{key}": tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            with_tensor("bert.embeddings.word_embeddings.lora_embedding_A", torch.zeros(2, 99)),
+            r"must belong to a projection of a branch.*got `bert.embeddings.word_embeddings.lora_embedding_A`",
+        ),
+        (
+            lambda tensors: {
+                key: value for key, value in tensors.items() if "layer.0" not in key or "lora_B" not in key
+            },
+            "has two matrices; got no `lora_B` for `bert.encoder.layer.0.attention.self.query`",
+        ),
+        (
+            with_tensor("bert.encoder.layer.7.attention.self.query.lora_A.weight", torch.zeros(2, 32)),
+            "got modules that are none in BertForSequenceClassification: `bert.encoder.layer.7.attention.self.query`",
+        ),
+        (
+            lambda tensors: {
+                key: value[:, :16].contiguous() if "lora_A" in key else value for key, value in tensors.items()
+            },
+            r"has shape \(2, 16\), the model wants \(2, 32\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, message, tmp_path):
+    adapters = inarch.attach(tiny("bert-classifier"))
+    with pytest.raises(inarch.StateError, match=message):
+        adapters.load(edited("bert_task", tmp_path / "a", change))
+    assert adapters.names == ()
+
+
+def test_biases_outside_of_the_adapted_projections_are_refused_unless_they_are_the_bases(tmp_path):
+    model = tiny("bert-classifier")
+    adapters = inarch.attach(model)
+    bias = model.bert.encoder.layer[0].output.dense.bias.detach().clone()
+    name = "bert.encoder.layer.0.output.dense.bias"
+    adapters.load(edited("bert_task", tmp_path / "same", with_tensor(name, bias), bias="all"))
+    with pytest.raises(inarch.StateError, match="trained biases outside of the adapted projections"):
+        adapters.load(edited("bert_task", tmp_path / "other", with_tensor(name, bias + 1), bias="all"))
+
+
+def test_an_adapter_of_another_model_type_is_refused_where_its_names_say_so(tmp_path):
+    """BERT's and ViT's projections have the same shapes here, and names that mean the same roles."""
+    adapters = inarch.attach(tiny("vit"))
+    with pytest.raises(inarch.StateError, match="of the same type; got modules such as `bert.encoder"):
+        adapters.load(edited("bert_task", tmp_path / "a", auto_mapping=None), head=False)
+    assert adapters.load(edited("bert_task", tmp_path / "b", auto_mapping=None), head=False, other_base="allow") == "b"
+
+
+def test_a_head_that_the_model_does_not_have_is_refused():
+    with pytest.raises(inarch.StateError, match="must exist in the model; got `classifier` of"):
+        inarch.attach(tiny("bert")).load(FIXTURES / "bert_task")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_no_pickle_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = edited("bert_task", tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x": Bomb()}, folder / "adapter_model.bin")
+    with pytest.raises(inarch.StateError, match="torch file of nothing but tensors"):
+        inarch.attach(tiny("bert-classifier")).load(folder)
+    assert not Path("exploded").exists()
+    torch.save(load_file(FIXTURES / "bert_task" / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    assert inarch.attach(tiny("bert-classifier")).load(folder) == "a"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("seq_bn", "where PEFT has its method, plain LoRA; got the method `bottleneck` of `a`"),
+        ("lora|seq_bn", "got the method `bottleneck` of `a`"),
+        ("lora[use_gating=True]", "got `use_gating=True` of `a`"),
+    ],
+)
+def test_what_peft_does_not_have_is_not_written(config, message, tmp_path):
+    adapters = inarch.attach(tiny("vit"))
+    adapters.add("a", config)
+    with pytest.raises(inarch.StateError, match=message):
+        adapters.save("a", tmp_path / "a", format="peft")
+    with pytest.raises(inarch.StateError, match="is written in the format `inarch` or `peft`; got 'onnx' for `a`"):
+        adapters.save("a", tmp_path / "a", format="onnx")
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_a_module_applies_itself_are_not_written(tmp_path):
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    adapters = inarch.attach(model, example_inputs=torch.randn(2, 5, 32))
+    adapters.add("a", "lora")
+    with pytest.raises(inarch.StateError, match="where its projections are modules; got `.*self_attention.q`"):
+        adapters.save("a", tmp_path / "a", format="peft")
