@@ -262,3 +262,29 @@ def test_what_cannot_be_averaged_is_refused_and_adds_nothing(arguments, message)
     with pytest.raises(inarch.SetupError, match=message):
         adapters.average("m", **arguments)
     assert "m" not in adapters
+
+
+def test_updates_of_ranks_and_scales_by_pattern_are_summed():
+    patterns = "rank_pattern={'*.0.*.q':2},alpha_pattern={'*.v':3.0},init_weights=bert"
+    _, adapters = grafted("vit", a=f"lora[r=4,alpha=4,{patterns}]", b="lora[r=3,alpha=6,init_weights=bert]")
+    assert adapters.average("cat", ["a", "b"], combine="cat") < 1e-6
+    assert adapters.average("svd", ["a", "b"], combine="svd", rank=16) < 1e-5
+    scales = {"0.self_attention.lora.q": 4 / 2, "1.self_attention.lora.q": 1.0, "0.self_attention.lora.v": 3 / 4}
+    for place, scale in scales.items():
+        own = {name: [adapters[name][f"image0.{place}.{side}"] for side in "BA"] for name in ("a", "b", "cat", "svd")}
+        meant = 0.5 * scale * own["a"][0] @ own["a"][1] + 0.5 * 2 * own["b"][0] @ own["b"][1]
+        for name in ("cat", "svd"):  # the rank of a sum is its alpha
+            assert torch.allclose(own[name][0] @ own[name][1], meant, atol=1e-5)
+
+
+def test_a_learned_bias_is_merged_where_the_projection_has_one():
+    model, adapters = grafted("vit", a="lora[bias=True,init_weights=bert]")
+    assert adapters.merge("a") < 1e-5
+    adapters.unmerge()
+    with pytest.raises(inarch.SetupError, match="knows `linear`, `negate_b`"):
+        adapters.average("b", ["a"], combine="svd")
+    model, adapters = grafted("llama", a="lora[bias=True,init_weights=bert]")
+    before = weights(model)
+    with pytest.raises(inarch.SetupError, match="got a projection without one at `layers.0.self_attn.q_proj.weight`"):
+        adapters.merge("a")
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())

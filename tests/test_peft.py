@@ -314,3 +314,59 @@ def test_weights_that_a_module_applies_itself_are_not_written(tmp_path):
     adapters.add("a", "lora")
     with pytest.raises(inarch.StateError, match="where its projections are modules; got `.*self_attention.q`"):
         adapters.save("a", tmp_path / "a", format="peft")
+
+
+def test_patterns_of_projections_choose_ranks_scales_and_what_is_left_out():
+    """By hand on one projection: y = W x + b + (alpha / r) B A x + c, with the rank and alpha of the first pattern."""
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    adapters.add(
+        "a",
+        "lora[r=4,rank_pattern={'*.0.*.q':2,'*.q':3},alpha_pattern={'*.q':6.0},bias=True,"
+        "leave_out_projections=['text0.1.self_attention.v']]",
+    )
+    shapes = {key: tuple(value.shape) for key, value in adapters["a"].items()}
+    assert {key: shape for key, shape in shapes.items() if key.endswith(".A")} == {
+        "text0.0.self_attention.lora.q.A": (2, 32),
+        "text0.0.self_attention.lora.v.A": (4, 32),
+        "text0.1.self_attention.lora.q.A": (3, 32),
+    }
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.normal_()
+    query, x = model.encoder.layer[0].attention.self.query, torch.randn(2, 3, 32)
+    own = {key.rpartition(".")[2]: value for key, value in adapters["a"].items() if ".0.self_attention.lora.q" in key}
+    adapters.activate("a")
+    expected = x @ query.weight.T + query.bias + 6 / 2 * (x @ own["A"].T @ own["B"].T) + own["bias"]
+    assert torch.allclose(query(x), expected, atol=1e-4)
+    with adapters.using(None):
+        assert torch.allclose(query(x), x @ query.weight.T + query.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            "lora[rank_pattern={'*.gate':2}]",
+            r"pattern of `rank_pattern` must match a projection.*got `\*.gate` for Bert",
+        ),
+        ("lora[alpha_pattern={'text0.7.*':2}]", "pattern of `alpha_pattern` must match"),
+        ("lora[leave_out_projections=['*.cross_attention.*']]", "pattern of `leave_out_projections` must match"),
+        (
+            "lora[leave_out_projections=['*']]",
+            r"must reach at least one projection; got `leave_out_projections=\['\*'\]`",
+        ),
+        ("ia3[leave_out_projections=['*.u']]", "pattern of `leave_out_projections` must match"),
+        ("ia3[input_matrices=[q]]", "`IA3Config.input_matrices` must name projections that are adapted; got `q`"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(config, message):
+    with pytest.raises(inarch.ConfigError, match=message):
+        inarch.attach(tiny("bert")).add("a", config)
+
+
+def test_the_input_of_one_role_of_a_fused_projection_is_not_scaled_alone():
+    with pytest.raises(
+        inarch.ConfigError, match=r"scaled where it has one role; got `input_matrices` with `k` for GPT2"
+    ):
+        inarch.attach(tiny("gpt2")).add("a", "ia3[input_matrices=[k]]")

@@ -158,7 +158,7 @@ class LinearMethod(AbstractMethod):
         raise TypeError(f"`{self.name}` has no update")
 
     def put_side_by_side(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
-        """Make the adapter, whose rank is at least the sum of theirs, add the weighted sum of what others of its method add."""
+        """Make the adapter, of at least the sum of their ranks, add the weighted sum of what others of its kind add."""
         raise TypeError(f"`{self.name}` has no rank")
 
 
