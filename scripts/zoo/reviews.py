@@ -14,6 +14,15 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "FunAsrNanoEncoderLayer": (1, 2)
     },  # the first layer changes the width: its attention adds nothing
     "fun_asr_nano": {"FunAsrNanoEncoderLayer": (1, 2)},
+    # Half an MLP, attention, convolution, half an MLP: one of the five sums is on another way through the source.
+    "fastspeech2_conformer": {"FastSpeech2ConformerEncoderLayer": (4,)},
+    "fastspeech2_conformer_with_hifigan": {"FastSpeech2ConformerEncoderLayer": (4,)},
+    # LAuReL, attention, MLP: what AltUp adds to its streams is no branch of one of them.
+    "gemma3n": {"Gemma3nTextDecoderLayer": (3,)},
+    "gemma3n_text": {"Gemma3nTextDecoderLayer": (3,)},
+    # Attention, MLP: the streams of blocks that they look at are mixed, not added to.
+    "inkling2": {"Inkling2SlidingDecoderLayer": (2,), "Inkling2FullDecoderLayer": (2,)},
+    "inkling2_text": {"Inkling2SlidingDecoderLayer": (2,), "Inkling2FullDecoderLayer": (2,)},
     "gemma4": {"Gemma4TextDecoderLayer": (3,)},  # attention, MLP, embeddings per layer
     "gemma4_text": {"Gemma4TextDecoderLayer": (3,)},
     "grounding-dino": {
@@ -24,6 +33,9 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "InklingDecoderLayer": (2,)
     },  # each with a short convolution behind it, whose own skip is inside
     "inkling_text": {"InklingDecoderLayer": (2,)},
+    "lxmert": {
+        "LxmertXLayer": (6,)
+    },  # for text and for regions: attention to the other, by one module for both, then to itself, then an MLP
     "patchtst": {"PatchTSTEncoderLayer": (2,)},  # attention and MLP, each written for two orders of its norm
 }
 

@@ -76,7 +76,8 @@ class _Witness:
         self.streams += [held.detach().clone() for held in self._slot.take_held()]
 
     def _on_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.normed.append(args[0].detach().clone())
+        if len(self.normed) < len(self.outputs):  # else it is called for another sum of the layer, which shares it
+            self.normed.append(args[0].detach().clone())
 
     def problem(self) -> str:
         """The first claim that is wrong, as a sentence; empty if all hold."""

@@ -34,7 +34,7 @@ class Tap:
     `path` is relative to the layer ("" is the layer itself). `key` is the way into the call's arguments (a position or
     a keyword) or into its result: () for a result that is the tensor itself, (0,) for the first item of a tuple.
     Where the module is called several times in one call of the layer, `call` is the number of the call that is meant,
-    from 1, and `since` another module of the layer: one that is called once, before the first of them.
+    from 1, and `since` another module of the layer, or the layer: one that is called once, before the first of them.
     """
 
     path: str

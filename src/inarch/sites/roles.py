@@ -188,14 +188,14 @@ def _nearest_products(
 
 
 def find_projections(
-    graph: Graph, branch: Branch, reach: Reach, kind: Kind, attentions: Sequence[Attention]
+    graph: Graph, branch: Branch, reach: Reach, kind: Kind, attentions: Sequence[Attention], *, width: int
 ) -> tuple[Roles, tuple[str, ...]]:
-    """The linear maps of a branch by role, and notes on what could not be told."""
+    """The linear maps of a branch whose output has that width, by role, and notes on what could not be told."""
     maps = _Maps(graph, branch, reach)
     if attentions:
         roles = maps.of_attentions(attentions)
     elif kind == "mlp":
-        roles = maps.of_mlp()
+        roles = maps.of_mlp(width)
     else:
         roles = {}
     clear, notes = _without_ambiguous(roles)
@@ -221,8 +221,7 @@ class _Maps:
             "o": self._after(attention.out for attention in attentions),
         }
 
-    def of_mlp(self) -> dict[str, list[Source]]:
-        width = self._graph.values[self._branch.total].shape[-1]
+    def of_mlp(self, width: int) -> dict[str, list[Source]]:
         down = [s for s in self._behind([self._branch.term]) if s.map.out_features == width]
         roles: dict[str, list[Source]] = {"up": [], "gate": [], "down": down}
         for source in down:
@@ -252,7 +251,7 @@ class _Maps:
                 continue
             built = tree(container.get_submodule(part))
             for other, item in container.named_children():
-                if id(item) not in self._graph.ran and tree(item) == built:
+                if tree(item) == built and not any(id(part) in self._graph.ran for part in item.modules()):
                     yield replace(projection, path=".".join([*parts[:depth], other, *parts[depth + 1 :]]))
 
     def other_weights(self) -> tuple[str, ...]:

@@ -27,10 +27,25 @@ def carried_on(graph: Graph, layers: dict[Branch, Layer]) -> list[Branch]:
     ends: dict[int, int] = {}
     for branch in layers:
         ends[branch.term] = max(ends.get(branch.term, -1), branch.total)
-    kept = [branch for branch, layer in layers.items() if continues(graph, branch, layer, goes_on, ends)]
+    last = _last_sums(layers)
+    kept = [
+        branch
+        for branch, layer in layers.items()
+        if branch.total in last or continues(graph, branch, layer, goes_on, ends)
+    ]
     kept += _ends_of_chains(graph, kept, layers)
     kept = [branch for branch in layers if branch in kept and not _is_long_skip(graph, branch, kept, layers)]
     return [branch for branch in kept if not _is_nested(graph, branch, kept, layers)]
+
+
+def _last_sums(layers: dict[Branch, Layer]) -> set[int]:
+    """The last sums of layers that are no module of their own: what follows in the module around is no part of them."""
+    found: dict[tuple[int, Identity], int] = {}
+    for branch, layer in layers.items():
+        if layer.number is not None:
+            place = (layer.scope.index, layer.identity)
+            found[place] = max(found.get(place, -1), branch.total)
+    return set(found.values())
 
 
 def starts(graph: Graph, branches: Iterable[Branch]) -> dict[int, int]:
@@ -118,9 +133,16 @@ def all_through(graph: Graph, branch: Branch, value: int) -> bool:
 
 
 def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict[Branch, Layer]) -> bool:
-    """Whether the branch spans branches of other layers, or a chain of branches in its own."""
+    """Whether the branch spans branches of other layers, or a chain of branches in its own.
+
+    An attention spans nothing by its keys where they come from its own stream through layers that ran before its own,
+    as those of a decoder that looks at pooled tokens do.
+    """
     beside = _beside(graph, branch, kept)
     inner = [other for other in kept if other not in beside and _is_inside(graph, other, branch)]
+    start = layers[branch].scope.start
+    if branch.term in graph.descendants(branch.stream, within={index for index in branch.path if index >= start}):
+        inner = [other for other in inner if other.total >= start]
     if any(layers[other].identity != layers[branch].identity for other in inner):
         return True
     sums = {other.total for other in inner}

@@ -1,9 +1,10 @@
 """From the graph of one forward to the records of its sites, with all that went wrong."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..core.site import Kind, Site
+from ..core.site import Kind, Projection, Site
 from .axes import acts_across_tokens, feature_dims
 from .gaps import find_gaps
 from .graph import Graph
@@ -95,8 +96,9 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         kind = find_kind(graph, _without_other_streams(graph, branch, local, kept), attentions)
         if kind == "mlp" and acts_across_tokens(graph, branch):
             kind = "mixer"
-        projections, notes = find_projections(graph, local, reach, kind, attentions)
-        reading = _Reading(branch, layer, find_taps(graph, branch, reach), kind, projections, notes)
+        taps = find_taps(graph, branch, reach)
+        projections, notes = find_projections(graph, local, reach, kind, attentions, width=taps.width)
+        reading = _Reading(branch, layer, taps, kind, projections, notes)
         found[layer.identity][layer.scope.index].append(reading)
     return found
 
@@ -141,7 +143,7 @@ def _sites_of_call(
                 kind=reading.kind,
                 layer_path=reading.layer.path,
                 layer_class=type(reading.layer.scope.module).__name__,
-                width=graph.values[reading.branch.total].shape[-1],
+                width=taps.width,
                 arrangement=taps.arrangement,
                 output=taps.output,
                 stream=taps.stream,
@@ -158,7 +160,21 @@ def _sites_of_call(
                 notes=taps.notes + reading.notes,
             )
         )
-    return sites
+    return list(_with_maps_of_their_own(sites))
+
+
+def _with_maps_of_their_own(sites: list[Site]) -> Iterator[Site]:
+    """The sites of one layer, each map at the first of those that use it: what changes a map changes it for all."""
+    homes: dict[Projection, str] = {}
+    for site in sites:
+        own = {
+            role: kept
+            for role, parts in site.projections.items()
+            if (kept := tuple(part for part in parts if homes.setdefault(part, site.role) == site.role))
+        }
+        shared = dict.fromkeys(homes[part] for parts in site.projections.values() for part in parts)
+        notes = tuple(f"shares linear maps with {role}, where they are adapted" for role in shared if role != site.role)
+        yield replace(site, projections=own, notes=site.notes + notes)
 
 
 def _takes_up(graph: Graph, reading: _Reading, following: _Reading) -> bool:

@@ -1,5 +1,6 @@
 """Where hooks can reach a branch: its output `h`, the stream `x`, and the norms around them."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import nn
 from ..core.site import Arrangement, Tap
 from .dropouts import is_dropped
 from .graph import Call, Graph, Key
-from .layers import Layer
+from .layers import Layer, is_checkpointed
 from .norms import is_norm
 from .residual import Branch, Seen, see_through
 
@@ -19,6 +20,7 @@ class Taps:
     """What `Site` says about hook places; `output` is None where no module returns the branch's output."""
 
     output: Tap | None
+    width: int
     stream: Tap | None
     arrangement: Arrangement
     pre_norm: str | None
@@ -64,9 +66,12 @@ class Reach:
         )
 
     def _since(self, call: Call) -> str | None:
+        """A module that is called once, before the first call of another; else the layer, unless it is checkpointed:
+        then its own hooks do not run again with what is inside."""
         first = self._calls[call.path][0]
         before = (calls[0] for calls in self._calls.values() if calls[0].index < first.index)
-        return next((self.path(other) for other in before if self.hookable(other)), None)
+        found = next((self.path(other) for other in before if self.hookable(other)), None)
+        return "" if found is None and not is_checkpointed(self.scope.module) else found
 
     def tap(self, call: Call, side: str, key: Key) -> Tap:
         number, since = 0, None
@@ -89,8 +94,11 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
     notes: tuple[str, ...] = ("the model scales the stream before the sum",) if scales else ()
     if branch.stream not in {seen.value for seen in see_through(graph, branch.skip)}:
         notes += ("the layer projects the stream before the sum",)
+    width = graph.values[branch.total].shape[-1]
     if output is not None:
         tap, seen, call = output
+        if graph.values[seen.value].shape[-1] != width:  # one of the streams in a sum: norms of all of them are not its
+            width, pre, post, inner = graph.values[seen.value].shape[-1], None, None, None
         same_layout = not seen.moved and graph.values[seen.value].shape == graph.values[branch.total].shape
         exact = not seen.scaled and not scales and not branch.shifted
         dropped_later = is_dropped(graph, seen.value, call, branch.total)
@@ -98,6 +106,7 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
             notes += ("the model's dropout follows the output",)
     return Taps(
         output=tap,
+        width=width,
         stream=stream,
         arrangement=_arrangement(pre, post, inner),
         pre_norm=pre,
@@ -112,12 +121,13 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
 
 def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call] | None:
     """The place closest to the sum: of the modules that return the same value, the last to return."""
-    width = graph.values[branch.total].shape[-1]
-    for seen in see_through(graph, branch.term):
+    chain = see_through(graph, branch.term)
+    widths = {graph.values[branch.total].shape[-1], *_widths_of_streams(graph, chain)}
+    for seen in chain:
         if seen.value <= branch.stream:
             break
         shape = graph.values[seen.value].shape
-        if len(shape) < 2 or shape[-1] != width:
+        if len(shape) < 2 or shape[-1] not in widths:
             continue
         found = [
             (call.returned, -len(key), call, key)
@@ -131,6 +141,16 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
             _, _, call, key = max(chosen, key=lambda entry: entry[:2])
             return reach.tap(call, "out", key), seen, call
     return None
+
+
+def _widths_of_streams(graph: Graph, chain: list[Seen]) -> Iterator[int]:
+    """The width of one stream where a sum holds several side by side, each of which gets the branch by its own gate."""
+    shapes = [graph.values[seen.value].shape for seen in chain]
+    for place, (flat, whole) in enumerate(itertools.pairwise(shapes)):
+        if len(whole) > 2 and flat == (*whole[:-2], whole[-2] * whole[-1]):
+            one = (*whole[:-2], 1, whole[-1])
+            if whole != one and one in shapes[place + 1 :]:
+                yield whole[-1]
 
 
 def is_idle(module: nn.Module) -> bool:
