@@ -1,4 +1,4 @@
-"""Features are adapted where they are the last dimension of a sum, and nowhere else."""
+"""Features are adapted where they are: in the last dimension of a sum, or in the second of feature maps."""
 
 import pytest
 import torch
@@ -91,12 +91,152 @@ class SpatialGate(nn.Module):
         return x + self.drop(h)
 
 
-@pytest.mark.parametrize("block", [PoolMixer, DualPath, ConvNeXt])
-@pytest.mark.parametrize("size", [8, 4 * WIDTH], ids=["wide", "square"])
-def test_feature_maps_are_refused_by_name_however_they_are_made(block, size):
-    """Also where the width of the picture is the number of channels, and the last dimension would fit."""
+class ConvNeXtWithoutDrop(ConvNeXt):
+    """The module whose result is nearest to the sum has its features last."""
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(self.conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class MapNorm(nn.LayerNorm):
+    """A layer norm of the channels of a map."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class WrappedNorm(nn.Module):
+    """The same by a module that is given the channels last."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PostNorm(nn.Module):
+    def __init__(self, norm=MapNorm):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Conv2d(WIDTH, 24, 1), nn.GELU(), nn.Conv2d(24, WIDTH, 1))
+        self.norm = norm(WIDTH)
+
+    def forward(self, x):
+        return self.norm(x + self.mlp(x))
+
+
+class ConvolvedBetween(nn.Module):
+    """Two sums with a convolution of the stream between them, which no later sum starts from."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH) for _ in range(2))
+        self.one, self.two = (nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), nn.GELU()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = x + self.one(x)
+        x = self.conv2(x)
+        return x + self.two(x)
+
+
+class LinearAttention(nn.Module):
+    """MobileViTV2's: places meet in a weighted sum of them all."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps, self.out = nn.Conv2d(WIDTH, 1 + WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        score, value = self.maps(x).split([1, WIDTH], dim=1)
+        context = (score.flatten(2).softmax(-1).view_as(score) * value).sum((2, 3), keepdim=True)
+        return x + self.out(value * context)
+
+
+SIZES = pytest.mark.parametrize("size", [8, 4 * WIDTH], ids=["wide", "square"])
+"""Of the picture; also where the width of a map is the number of its channels, and the last dimension would fit."""
+
+
+@SIZES
+@pytest.mark.parametrize(
+    ("block", "roles", "dim"),
+    [
+        (PoolMixer, ["mixer", "mlp"], 1),
+        (ConvNeXt, ["mixer"], 1),
+        (ConvNeXtWithoutDrop, ["mixer"], -1),
+        (PostNorm, ["mlp"], 1),
+        (LinearAttention, ["mixer"], 1),
+    ],
+)
+def test_feature_maps_have_sites_where_their_channels_are_certain(block, roles, dim, size):
+    sites = inarch.probe(Body(block), example_inputs=torch.randn(1, 3, size, size))
+    assert [(site.role, site.width, site.feature_dim) for site in sites] == [(r, WIDTH, dim) for r in roles] * 3
+    assert inarch.probe(Body(block), layout=sites.to_dict()).sites == sites.sites
+
+
+@SIZES
+@pytest.mark.parametrize("block", [DualPath, ConvolvedBetween])
+def test_maps_that_convolutions_make_are_refused_by_name(block, size):
     with pytest.raises(ProbeError, match=rf"`blocks.0` \({block.__name__}\): a sum of feature maps"):
         inarch.probe(Body(block), example_inputs=torch.randn(1, 3, size, size))
+
+
+def adapter_of(adapters, key):
+    """A(z) of a site, on (B, C, H, W), from the adapter's weights."""
+    found = {name.removeprefix(f"{key}.bottleneck."): p for name, p in adapters["a"].items() if name.startswith(key)}
+
+    def branch(z):
+        z = torch.einsum("bchw,dc->bdhw", z, found["down.weight"]) + found["down.bias"][:, None, None]
+        return torch.einsum("bdhw,cd->bchw", z.relu(), found["up.weight"]) + found["up.bias"][:, None, None]
+
+    return branch
+
+
+@SIZES
+@pytest.mark.parametrize("preset", ["seq_bn", "par_bn[scaling=1.0]", "bottleneck"])
+def test_an_adapter_on_maps_acts_on_every_place_by_itself(size, preset):
+    """The pre-norm formula: A reads the sum, the stream or the branch."""
+    model, image = Body(PoolMixer).double(), torch.randn(2, 3, size, size).double()
+    adapters = inarch.attach(model, example_inputs=image)
+    adapters.add("a", preset)
+    adapters.activate("a")
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.normal_()
+    x = model.stem(image)
+    for number, block in enumerate(model.blocks):
+        a = adapter_of(adapters, f"image0.{number}.mlp")
+        x = x + block.pool(x)
+        h = torch.nn.Sequential.forward(block.mlp, x)
+        x = x + h + a({"seq_bn": x + h, "bottleneck": h}.get(preset, x))
+    torch.testing.assert_close(model(image), x, rtol=1e-10, atol=1e-10)
+
+
+@SIZES
+@pytest.mark.parametrize("norm", [MapNorm, WrappedNorm])
+def test_an_adapter_before_the_norm_of_maps_is_given_that_norm(norm, size):
+    """The post-norm formula, y = LN(x + h + A(LN(x + h))); without the inner norm where that takes another layout."""
+    model, image = Body(lambda: PostNorm(norm)).double(), torch.randn(2, 3, size, size).double()
+    adapters = inarch.attach(model, example_inputs=image)
+    adapters.add("a", "seq_bn")
+    adapters.activate("a")
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.normal_()
+    x = model.stem(image)
+    for number, block in enumerate(model.blocks):
+        h = torch.nn.Sequential.forward(block.mlp, x)
+        z = block.norm(x + h) if norm is MapNorm else x + h
+        x = block.norm(x + h + adapter_of(adapters, f"image0.{number}.mlp")(z))
+    torch.testing.assert_close(model(image), x, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layout_says_where_the_features_are_in_two_ways_only():
+    layout = inarch.probe(Body(PostNorm), example_inputs=torch.randn(1, 3, 8, 8)).to_dict()
+    layout["sites"][0]["feature_dim"] = 2
+    with pytest.raises(inarch.SiteError, match="`feature_dim` must be -1 or 1; got 2"):
+        inarch.probe(Body(PostNorm), layout=layout)
 
 
 def test_a_map_whose_features_cannot_be_told_is_refused():

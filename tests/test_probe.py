@@ -1336,11 +1336,12 @@ def test_layers_that_did_not_run_are_listed():
     assert refused.startswith("`others` (2 of HandwrittenBlock): did not run in the probe")
 
 
-def test_feature_maps_are_refused_by_name():
-    """A sum whose features are not the last dimension is listed as not adaptable."""
+def test_feature_maps_have_sites_on_their_channels():
     config = tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, image_size=64)
-    with pytest.raises(ProbeError, match=r"got none in ConvNextModel \(`encoder.stages.0.layers.0` \(ConvNextLayer\)"):
-        probe(tf.ConvNextModel(config))
+    sites = probe(tf.ConvNextModel(config))
+    assert [(site.key, site.width, site.feature_dim) for site in sites] == [
+        ("image0.0.mixer", 8, 1), ("image0.1.mixer", 16, 1), ("image0.2.mixer", 16, 1)
+    ]  # fmt: skip
 
 
 def _llava():

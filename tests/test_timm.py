@@ -35,9 +35,9 @@ FAMILIES = {
     "SwinV2-CR": ("swinv2_cr_tiny_224", WINDOWS, 4, 0, 4, ""),
     "GCViT": (
         "gcvit:GlobalContextVit",
-        {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 2)}
+        {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (2, 2, 2, 2)}
         | {"window_ratio": (16, 16, 16, 32)},
-        5, 0, 5, "MbConvBlock",
+        8, 5, 8, "",  # blocks in turns with local and global queries; the mixers make the global ones
     ),
     "MViTv2": ("mvitv2:MultiScaleVit", {"img_size": (64, 64)}, 2, 0, 4, "MultiScaleBlock"),
     "Hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 2, 2, 1)}, 6, 0, 6, ""),
@@ -166,18 +166,29 @@ def test_a_family_adapts(timm, family):
 
 
 @pytest.mark.parametrize(
-    ("name", "block"),
+    ("name", "counts", "refused"),
     [
-        ("convnext_atto", "ConvNeXtBlock"),
-        ("edgenext_xx_small", "ConvBlock"),
-        ("efficientvim_m1", "EfficientViMBlock"),
-        ("nextvit_small", "NextConvBlock"),
-        ("poolformer_s12", "MetaFormerBlock"),
-        ("coatnet_pico_rw_224", "MbConvBlock"),
+        # attentions, mixers, MLPs by the sums in the blocks' source times the blocks of the configuration
+        ("convnext_atto", (0, 12, 0), ""),
+        ("edgenext_xx_small", (3, 9, 0), ""),
+        ("efficientvim_m1", (0, 18, 6), ""),
+        ("nextvit_small", (4, 0, 20), "a sum of feature maps that convolutions make"),
+        ("poolformer_s12", (0, 12, 12), ""),
+        ("coatnet_pico_rw_224", (7, 3, 7), ""),
     ],
 )
-def test_blocks_on_feature_maps_are_refused_by_name(timm, name, block):
+def test_blocks_on_feature_maps_adapt_but_for_dense_convolutions(timm, name, counts, refused):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ProbeError, match=rf"got none in .*\({block}\): a sum of feature maps, whose features are not"):
+    sites = inarch.probe(model)
+    kinds = Counter(site.kind for site in sites)
+    assert (kinds["self_attention"], kinds["mixer"], kinds["mlp"]) == counts
+    assert bool(sites.refused) == bool(refused)
+    assert all(refused in reason for reason in sites.refused)
+
+
+def test_a_network_of_convolutions_is_refused_by_name(timm):
+    with torch.device("meta"):
+        model = timm.create_model("darknet17")
+    with pytest.raises(ProbeError, match=r"got none in CspNet \(.*: a sum of feature maps that convolutions make"):
         inarch.probe(model)

@@ -36,6 +36,8 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "lxmert": {
         "LxmertXLayer": (6,)
     },  # for text and for regions: attention to the other, by one module for both, then to itself, then an MLP
+    "poolformer": {"PoolFormerLayer": (2,)},  # pooling, MLP; written twice, with and without scales
+    "swiftformer": {"SwiftFormerEncoderBlock": (3,)},  # convolutions, attention, MLP; the last two written twice
     "patchtst": {"PatchTSTEncoderLayer": (2,)},  # attention and MLP, each written for two orders of its norm
 }
 

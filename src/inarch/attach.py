@@ -232,7 +232,15 @@ def _arm_sum(
     norm = None if path is None else model.get_submodule(path)
     cutter = Place(site.key, site.batch_dim, batch).cut
     fused = {block.name: fusion for block in fusions(setup) if (fusion := _fusion(slot, block.name)) is not None}
-    program = sum_program(setup, wired, norm, joins_others=bool(others), fusions=fused, cutter=cutter)
+    program = sum_program(
+        setup,
+        wired,
+        norm,
+        joins_others=bool(others),
+        fusions=fused,
+        cutter=cutter,
+        feature_dim=site.feature_dim,
+    )
     seen = circuit_site(site, circuit)
     slot.arm(program, seen.output)
     handles = watch_output(model, seen, slot, slot.rewrite)

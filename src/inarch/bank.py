@@ -82,14 +82,16 @@ class SiteSlot(nn.Module):
         self._is_counted = bool(site.output.call)
         self._is_dropped_later = site.dropped_later
         self._stream_at = Argument()
-        self._program = Program(3, (), (1, 3))
+        self._program: Program | FeaturesLast = Program(3, (), (1, 3))
         self._reads_stream = False
         self._reads_others = False
 
     def arm(self, program: Program, output: Tap) -> None:
         """Choose what the hooks will run, a program of x, h and the other branches of the sum, and where h appears."""
         self.let_go()
-        self._program, self._output, self._is_counted = program, output, bool(output.call)
+        dim = self.site.feature_dim
+        self._program = program if dim == -1 else FeaturesLast(program, dim)
+        self._output, self._is_counted = output, bool(output.call)
         self._is_dropped_later = self.site.dropped_later and output == self.site.output
         self._reads_stream, self._reads_others = program.reads(0), program.reads(2)
 
@@ -184,7 +186,8 @@ class SiteSlot(nn.Module):
         """What the layer gets in the place of h, where it has dropped h by itself."""
         branch, final = self._program(x, h, others)
         if final is None:
-            return branch  # type: ignore[no-any-return]
+            assert branch is not None
+            return branch
         self._final[_thread()] = final
         return h
 
@@ -192,6 +195,18 @@ class SiteSlot(nn.Module):
         """Hook on the norm after the sum, for adapters that end after it."""
         final = self._final.pop(_thread(), None)
         return output if final is None else final
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesLast:
+    """A program of tensors (..., D) where they come with their features in the dimension `dim`, and go so."""
+
+    program: Program
+    dim: int
+
+    def __call__(self, *arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+        moved = (None if value is None else value.movedim(self.dim, -1) for value in arguments)
+        return tuple(None if value is None else value.movedim(-1, self.dim) for value in self.program(*moved))
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,12 +241,16 @@ def sum_program(
     joins_others: bool,
     fusions: Mapping[str, Any] | None = None,
     cutter: Cutter = uncut,
+    feature_dim: int = -1,
 ) -> Program:
-    """What `rewire` does, as a program of x, h and others that returns the branch and the output of `Settled`."""
+    """What `rewire` does, as a program of x, h and others that returns the branch and the output of `Settled`.
+
+    The program takes features in the last dimension; `feature_dim` is where the norm takes them.
+    """
     recorder = Recorder(3)
     x, h, others = recorder.arguments
     recorded = {name: replace(part, branch=_Recorded(recorder, part.branch)) for name, part in adapters.items()}
-    call = None if norm is None else _Recording(recorder, _ForwardOf(norm))
+    call = None if norm is None else _Recording(recorder, _ForwardOf(norm, feature_dim))
     fused = {name: _Recorded(recorder, module) for name, module in (fusions or {}).items()}
     joined = others if joins_others else None
     settled: Settled[Register] = rewire(setup, recorded, x, h, others=joined, norm=call, fusions=fused, cutter=cutter)
@@ -325,9 +329,13 @@ class _ForwardOf:
     """The forward that a module has when it is called; not the module, which would run hooks, ours among them."""
 
     module: nn.Module
+    feature_dim: int = -1
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self.module.forward(value)  # type: ignore[no-any-return]
+        if self.feature_dim == -1:
+            return self.module.forward(value)  # type: ignore[no-any-return]
+        moved: Tensor = self.module.forward(value.movedim(-1, self.feature_dim))
+        return moved.movedim(self.feature_dim, -1)
 
 
 @dataclass(frozen=True, slots=True)

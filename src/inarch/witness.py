@@ -87,9 +87,10 @@ class _Witness:
                 f"Every site must run; got no call of `{place}` for site `{site.key}`. "
                 "Pass `example_inputs` that reach every layer."
             )
-        if self.outputs[0].shape[-1] != site.width:
+        width = self.outputs[0].shape[site.feature_dim]
+        if width != site.width:
             return (
-                f"A branch output has the width of its site, {site.width}; got {self.outputs[0].shape[-1]} at "
+                f"A branch output has the width of its site, {site.width}; got {width} at "
                 f"`{place}`. Pass a layout with another `output`."
             )
         if site.stream is None or not site.same_layout:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..core.site import Sites
+from ..core.site import Site, Sites
 from .facts import Evidence, Memory
 
 _MOVE = 1e-2
@@ -210,17 +210,17 @@ def _with_streams(model: nn.Module, sites: Sites, run: Run) -> tuple[Any, dict[s
     found: dict[str, float] = {}
     handles: list[RemovableHandle] = []
 
-    def record(stack: str, width: int) -> Callable[[nn.Module, Any, Any], None]:
+    def record(stack: str, site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             for tensor in floating(output):
-                if tensor.shape[-1:] == (width,):
+                if tensor.dim() > 1 and tensor.shape[site.feature_dim] == site.width:
                     found[stack] = float(tensor.double().square().mean().sqrt())
                     return
 
         return hook
 
     for stack, site in last.items():
-        handles.append(model.get_submodule(site.layer_path).register_forward_hook(record(stack, site.width)))
+        handles.append(model.get_submodule(site.layer_path).register_forward_hook(record(stack, site)))
     try:
         return run(), found
     finally:

@@ -106,6 +106,8 @@ class Site:
     stream, or the layer changes the sum in between."""
     batch_dim: int = 0
     """The dimension of `x` and `h` that tells samples apart: 0 in (B, L, D), 1 in (L, B, D)."""
+    feature_dim: int = -1
+    """The dimension of `h` that holds its features: the last, or 1 in feature maps (B, D, H, W)."""
     projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)
     """By role: q, k, v, o of an attention; up, gate, down of an MLP."""
     notes: tuple[str, ...] = ()
@@ -237,6 +239,8 @@ def _sites_of_row(row: dict[str, Any]) -> list[Site]:
         raise ValueError(f"`arrangement` must be one of {', '.join(ARRANGEMENTS)}; got {row['arrangement']!r}")
     if row.get("batch_dim", 0) not in (0, 1):
         raise ValueError(f"`batch_dim` must be 0 or 1; got {row['batch_dim']!r}")
+    if row.get("feature_dim", -1) not in (-1, 1):
+        raise ValueError(f"`feature_dim` must be -1 or 1; got {row['feature_dim']!r}")
     row |= {
         "output": output,
         "stream": _tap(row.get("stream")),

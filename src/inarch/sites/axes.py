@@ -1,4 +1,4 @@
-"""Which dimension of a residual sum holds the features: adapters act on the last, and on no other."""
+"""Which dimension of a residual sum holds the features: the last, or the second in feature maps (B, D, H, W)."""
 
 from .graph import PARAMETER, Graph, Value
 from .residual import Branch, see_through
@@ -17,9 +17,7 @@ def feature_dims(graph: Graph, branches: list[Branch]) -> dict[Branch, int | Non
     by_norm = {branch: _dim_by_norm(graph, branch) for branch in branches}
     found = {b: _dim_by_weight(graph, b) if by_norm[b] is None else by_norm[b] for b in branches}
     shown = {dim for dim in found.values() if dim is not None}
-    if len(shown) == 1:
-        return dict.fromkeys(found, shown.pop())
-    return {branch: _dim_by_shape(graph, branch) if dim is None else dim for branch, dim in found.items()}
+    return dict.fromkeys(found, shown.pop()) if len(shown) == 1 else found
 
 
 def acts_across_tokens(graph: Graph, branch: Branch) -> bool:
@@ -107,16 +105,16 @@ def _carried(parent: Value, dim: int, value: Value) -> int | None:
     return dim + shift if carried else None
 
 
-def _dim_by_shape(graph: Graph, branch: Branch) -> int | None:
-    """As the sizes have it, where a dimension could not be followed: the second, or None."""
+def may_be_second(graph: Graph, branch: Branch) -> bool:
+    """Whether the features may be in the second dimension, by sizes, where a dimension could not be followed."""
     weighted = [index for index in branch.path if graph.values[index].weighted]
     shape = graph.values[branch.total].shape
+    if len(shape) > 3:
+        return True
     if not weighted or len(shape) < 3:
-        return None
+        return False
     last = graph.values[max(weighted)]
     moved = see_through(graph, branch.term)[-1].moved
     if "conv" in last.op:
-        is_second = last.shape[1] == shape[1] and (not moved or shape[1] != shape[-1])
-    else:
-        is_second = last.shape[-1] == shape[1] and (shape[1] != shape[-1] or (moved and len(shape) > 3))
-    return 1 if is_second else None
+        return last.shape[1] == shape[1] and (not moved or shape[1] != shape[-1])
+    return last.shape[-1] == shape[1] != shape[-1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.site import Site
-from .graph import Graph
+from .graph import Call, Graph
 from .layers import Layer, Tree, is_checkpointed, parent_path, tree
 from .residual import Branch
 from .roles import is_attention
@@ -63,11 +63,21 @@ def _without_sites(graph: Graph, layers: list[Layer], refused: list[Layer]) -> I
     builds = {(layer.container, tree(layer.scope.module)) for layer in layers if layer.number is None}
     containers = {container for container, _ in builds}
     for call in {call.path: call for call in graph.calls if parent_path(call.path) in containers}.values():
-        if call.path not in known and (parent_path(call.path), tree(call.module)) in builds:
+        if (
+            call.path not in known
+            and (parent_path(call.path), tree(call.module)) in builds
+            and _keeps_shape(graph, call)
+        ):
             yield (
                 f"layers that are built alike have the same sites; got none at `{call.path}` "
                 f"({type(call.module).__name__})."
             )
+
+
+def _keeps_shape(graph: Graph, call: Call) -> bool:
+    """Whether a call returns something that can be added to what it takes: else it has no skip."""
+    taken = {graph.values[value].shape for value in call.inputs.values()}
+    return not taken.isdisjoint(graph.values[value].shape for value in call.outputs.values())
 
 
 def _build(layer: nn.Module) -> Tree:

@@ -136,11 +136,11 @@ def _mixed_streams(graph: Graph, value: Value) -> int | None:
     matrix, streams = (graph.values[dep] for dep in value.deps)
     if matrix.shape[-1:] != matrix.shape[-2:-1] or streams.shape != value.shape:
         return None
-    nearest = _nearest_products(graph, matrix.index)
+    nearest = nearest_products(graph, matrix.index)
     return streams.index if nearest and not any(graph.values[index].bilinear for index in nearest) else None
 
 
-def _nearest_products(graph: Graph, start: int) -> list[int]:
+def nearest_products(graph: Graph, start: int) -> list[int]:
     """The products that a value is computed from, without going behind them."""
     found: list[int] = []
     seen: set[int] = set()

@@ -15,10 +15,11 @@ from .features import Features
 from .graph import ATTENTIONS, Graph, Value
 from .layers import tree
 from .maps import LinearMap, find_maps, linear_shape
-from .residual import Branch, see_through
+from .residual import Branch, nearest_products, see_through
 from .taps import Reach
 
 _OTHER_MIXERS = ("fft", "pool", "rnn", "lstm", "gru")
+_POOLINGS = frozenset({"aten.mean", "aten.sum"})
 _PICKS = ("pool", "mean", "cat", "slice", "select", "index", "view", "permute", "transpose", "unsqueeze", "squeeze")
 _ACTIVATIONS = ("sigmoid", "silu", "gelu", "relu", "tanh", "erf", "softplus", "swish", "mish", "elu", "aten.exp.")
 
@@ -46,8 +47,11 @@ class Source:
 # -------------------------------------------------------------------- what the branch is
 
 
-def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention]) -> Kind:
-    """Attention if queries meet keys under a softmax, else a mixer if tokens meet at all, else an MLP."""
+def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention], *, on_map: bool) -> Kind:
+    """Attention if queries meet keys under a softmax, else a mixer if tokens meet at all, else an MLP.
+
+    `on_map` says that the branch is of a sum of feature maps.
+    """
     if attentions:
         looks_at_itself = any(attention.k in branch.path for attention in attentions)
         if not looks_at_itself:
@@ -57,7 +61,7 @@ def find_kind(graph: Graph, branch: Branch, attentions: Sequence[Attention]) -> 
     recurrent = any(isinstance(graph.owner(value.index).module, nn.RNNBase) for value in values)
     if recurrent or any(value.bilinear or any(part in value.op for part in _OTHER_MIXERS) for value in values):
         return "mixer"
-    if _scans_tokens(graph, values):
+    if _scans_tokens(graph, values) or (on_map and _pools_places(graph, values)):
         return "mixer"
     convolutions = [value for value in values if _convolves_tokens(graph, value)]
     return "mixer" if convolutions and not _blurs_hidden_features(graph, values, convolutions) else "mlp"
@@ -90,6 +94,19 @@ def _scans_tokens(graph: Graph, values: list[Value]) -> bool:
         if source.active and (source.shape[0], source.shape[-1]) == value.shape and len(source.shape) == 3
     )
     return any(count > 1 for count in picked.values())
+
+
+def _pools_places(graph: Graph, values: list[Value]) -> bool:
+    """Whether a branch on feature maps sums over places: a linear attention, or a gate for whole maps."""
+    for value in values:
+        if value.op not in _POOLINGS or not value.active or not value.deps:
+            continue
+        source = graph.values[value.deps[0]]
+        products = [graph.values[index] for index in nearest_products(graph, source.index)]
+        at = slice(1, 2) if any("conv" in product.op for product in products) else slice(-1, None)
+        if products and value.shape[at] == source.shape[at]:
+            return True
+    return False
 
 
 def _convolves_tokens(graph: Graph, value: Value) -> bool:

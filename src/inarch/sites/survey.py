@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..core.site import Kind, Projection, Site
-from .axes import acts_across_tokens, feature_dims
+from .axes import acts_across_tokens
+from .channels import split_by_layout
 from .gaps import find_gaps
 from .graph import Graph
 from .layers import Identity, Layer, place
@@ -48,9 +49,9 @@ def survey(graph: Graph) -> Survey:
     kept = [*kept, *projected]
     kept = sorted([*kept, *only_homes_of_attentions(graph, layers, kept)], key=lambda b: (b.total, b.term))
     homeless = outside_layers(graph, [branch for branch in branches if branch not in layers], kept)
-    channels_first = _on_feature_maps(graph, kept, layers)
-    kept = [branch for branch in kept if branch not in channels_first]
-    readings = _read(graph, kept, layers)
+    maps, left_alone = split_by_layout(graph, kept, layers)
+    kept = [branch for branch in kept if branch not in left_alone]
+    readings = _read(graph, kept, layers, maps)
     homes = {
         identity: (stack.name, number)
         for stack in find_stacks(graph, kept, layers)
@@ -68,11 +69,9 @@ def survey(graph: Graph) -> Survey:
                 f"{next(iter(calls.values()))[0].layer.name}."
             )
         sites += variants[0]
-    refused_layers = [layers[branch] for branch in channels_first]
+    refused_layers = [layers[branch] for branch in left_alone]
     gaps = find_gaps(graph, {branch: layers[branch] for branch in kept}, refused_layers, sites)
-    refused += [
-        f"{layer.name}: a sum of feature maps, whose features are not the last dimension" for layer in refused_layers
-    ]
+    refused += [f"{layers[branch].name}: {reason}" for branch, reason in left_alone.items()]
     refused += [
         f"`{call.path}` ({type(call.module).__name__}): a sum outside of the lists of layers"
         for call in (graph.owner(branch.total) for branch in homeless)
@@ -82,7 +81,9 @@ def survey(graph: Graph) -> Survey:
     )
 
 
-def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict[Identity, dict[int, list[_Reading]]]:
+def _read(
+    graph: Graph, kept: list[Branch], layers: dict[Branch, Layer], maps: set[Branch]
+) -> dict[Identity, dict[int, list[_Reading]]]:
     """The readings of every layer, by the call in which they were taken; layers in order of execution."""
     found: dict[Identity, dict[int, list[_Reading]]] = defaultdict(lambda: defaultdict(list))
     reaches: dict[int, Reach] = {}
@@ -93,10 +94,10 @@ def _read(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> dict
         reach = reaches[layer.scope.index]
         local = branch.inside(max(layer.scope.start, _last_sum_inside(graph, branch, kept) + 1))
         attentions = find_attentions(graph, local)
-        kind = find_kind(graph, _without_other_streams(graph, branch, local, kept), attentions)
+        kind = find_kind(graph, _without_other_streams(graph, branch, local, kept), attentions, on_map=branch in maps)
         if kind == "mlp" and acts_across_tokens(graph, branch):
             kind = "mixer"
-        taps = find_taps(graph, branch, reach)
+        taps = find_taps(graph, branch, reach, on_map=branch in maps)
         projections, notes = find_projections(graph, local, reach, kind, attentions, width=taps.width)
         reading = _Reading(branch, layer, taps, kind, projections, notes)
         found[layer.identity][layer.scope.index].append(reading)
@@ -144,6 +145,7 @@ def _sites_of_call(
                 layer_path=reading.layer.path,
                 layer_class=type(reading.layer.scope.module).__name__,
                 width=taps.width,
+                feature_dim=taps.feature_dim,
                 arrangement=taps.arrangement,
                 output=taps.output,
                 stream=taps.stream,
@@ -193,16 +195,3 @@ def _unreachable(graph: Graph, reading: _Reading, role: str) -> str:
         f"some module of a layer returns what the layer adds to its stream, once per call; got none for {role} of "
         f"{reading.layer.name}, which is added in the forward of `{owner.path}` ({type(owner.module).__name__})."
     )
-
-
-def _on_feature_maps(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
-    """The branches whose sums have their features in another dimension than the last.
-
-    Of a sum of four dimensions, where nothing shows which it is, the worst is assumed.
-    """
-    by_call: dict[int, list[Branch]] = defaultdict(list)
-    for branch in kept:
-        by_call[layers[branch].scope.index].append(branch)
-    dims = {branch: dim for group in by_call.values() for branch, dim in feature_dims(graph, group).items()}
-    sizes = {branch: len(graph.values[branch.total].shape) for branch in kept}
-    return [b for b in kept if (sizes[b] > 3 if dims[b] is None else dims[b] != sizes[b] - 1)]

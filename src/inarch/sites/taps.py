@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.site import Arrangement, Tap
+from .axes import follow
 from .dropouts import is_dropped
 from .graph import Call, Graph, Key
 from .layers import Layer, is_checkpointed
@@ -21,6 +22,7 @@ class Taps:
 
     output: Tap | None
     width: int
+    feature_dim: int
     stream: Tap | None
     arrangement: Arrangement
     pre_norm: str | None
@@ -85,19 +87,27 @@ class Reach:
         return [(call, path) for call in calls if (path := self.path(call)) and is_norm(self.graph, call)]
 
 
-def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
-    """Everything about hook places of one branch."""
-    output = _output(graph, branch, reach)
-    pre, post, inner = _pre_norm(branch, reach), _post_norm(branch, reach), _branch_norm(branch, reach)
+def find_taps(graph: Graph, branch: Branch, reach: Reach, *, on_map: bool) -> Taps:
+    """Everything about hook places of one branch; `on_map` says that its sum has the features in dimension 1."""
+    output = _output_on_map(graph, branch, reach) if on_map else _output(graph, branch, reach)
+    pre, post, inner = (
+        _pre_norm(branch, reach),
+        _post_norm(branch, reach, on_map=on_map),
+        _branch_norm(branch, reach),
+    )
     stream, scales = _stream(graph, branch, reach, before=branch.term if output is None else output[1].value)
     tap, same_layout, exact, dropped_later = None, False, False, False
     notes: tuple[str, ...] = ("the model scales the stream before the sum",) if scales else ()
     if branch.stream not in {seen.value for seen in see_through(graph, branch.skip)}:
         notes += ("the layer projects the stream before the sum",)
-    width = graph.values[branch.total].shape[-1]
+    width, feature_dim = graph.values[branch.total].shape[1 if on_map else -1], -1
     if output is not None:
         tap, seen, call = output
-        if graph.values[seen.value].shape[-1] != width:  # one of the streams in a sum: norms of all of them are not its
+        if on_map:
+            feature_dim = 1 if follow(graph, seen.value, 1, branch.term) == 1 else -1
+        elif (
+            graph.values[seen.value].shape[-1] != width
+        ):  # one of the streams in a sum: norms of all of them are not its
             width, pre, post, inner = graph.values[seen.value].shape[-1], None, None, None
         same_layout = not seen.moved and graph.values[seen.value].shape == graph.values[branch.total].shape
         exact = not seen.scaled and not scales and not branch.shifted
@@ -107,6 +117,7 @@ def find_taps(graph: Graph, branch: Branch, reach: Reach) -> Taps:
     return Taps(
         output=tap,
         width=width,
+        feature_dim=feature_dim,
         stream=stream,
         arrangement=_arrangement(pre, post, inner),
         pre_norm=pre,
@@ -127,19 +138,38 @@ def _output(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call
         if seen.value <= branch.stream:
             break
         shape = graph.values[seen.value].shape
-        if len(shape) < 2 or shape[-1] not in widths:
-            continue
-        found = [
-            (call.returned, -len(key), call, key)
-            for call, key in graph.producers.get(seen.value, ())
-            if call.stop <= branch.total and reach.countable(call)
-        ]
-        # Counting the calls of a module costs a hook; one that never changes anything is not worth it, nor is a
-        # dropout, which adapters can wait for.
-        chosen = [entry for entry in found if reach.hookable(entry[2]) or not is_idle(entry[2].module)] or found
-        if chosen:
-            _, _, call, key = max(chosen, key=lambda entry: entry[:2])
-            return reach.tap(call, "out", key), seen, call
+        if len(shape) > 1 and shape[-1] in widths and (found := _last_returned(graph, branch, reach, seen)):
+            return found
+    return None
+
+
+def _last_returned(graph: Graph, branch: Branch, reach: Reach, seen: Seen) -> tuple[Tap, Seen, Call] | None:
+    found = [
+        (call.returned, -len(key), call, key)
+        for call, key in graph.producers.get(seen.value, ())
+        if call.stop <= branch.total and reach.countable(call)
+    ]
+    # Counting the calls of a module costs a hook; one that never changes anything is not worth it, nor is a
+    # dropout, which adapters can wait for.
+    chosen = [entry for entry in found if reach.hookable(entry[2]) or not is_idle(entry[2].module)] or found
+    if not chosen:
+        return None
+    _, _, call, key = max(chosen, key=lambda entry: entry[:2])
+    return reach.tap(call, "out", key), seen, call
+
+
+def _output_on_map(graph: Graph, branch: Branch, reach: Reach) -> tuple[Tap, Seen, Call] | None:
+    """The same for a sum of feature maps: where the features of the term are in dimension 1, or in the last."""
+    width = graph.values[branch.total].shape[1]
+    for seen in see_through(graph, branch.term):
+        if seen.value <= branch.stream:
+            break
+        shape = graph.values[seen.value].shape
+        dims = [dim for dim in dict.fromkeys((1, len(shape) - 1)) if len(shape) > 2 and shape[dim] == width]
+        if any(follow(graph, seen.value, dim, branch.term) == 1 for dim in dims):
+            found = _last_returned(graph, branch, reach, seen)
+            if found:
+                return found
     return None
 
 
@@ -197,11 +227,14 @@ def _pre_norm(branch: Branch, reach: Reach) -> str | None:
     return None
 
 
-def _post_norm(branch: Branch, reach: Reach) -> str | None:
-    """The norm that takes the sum, if nothing else does, and the layer does not hand out the sum itself."""
+def _post_norm(branch: Branch, reach: Reach, *, on_map: bool) -> str | None:
+    """The norm that takes the sum, if nothing else does, and the layer does not hand out the sum itself; of a feature
+    map, one that takes it as it lies."""
     graph, value = reach.graph, branch.total
     width = graph.values[value].shape[-1]
     while value not in reach.scope.outputs.values() and graph.values[value].shape[-1] == width:
+        if on_map and follow(graph, branch.total, 1, value) != 1:
+            break
         users = set(graph.values[value].users)
         for call, path in reach.norms_on(value):
             if all(call.start <= user < call.stop for user in users):
