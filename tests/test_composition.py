@@ -7,6 +7,7 @@ import torch
 
 import inarch
 from inarch import Average, BatchSplit, MultiTask, Parallel, Split, Stack
+from inarch.compose import Batch, Place
 from inarch.testing import tiny, tiny_inputs
 
 ARCHITECTURES = ["vit", "bert", "gpt2", "t5", "clip", "swin", "beit"]
@@ -204,10 +205,10 @@ def test_gradients_reach_all_adapters_of_a_block_and_nothing_else(name, block):
 
 @pytest.mark.parametrize("setup", [Parallel("a", "b"), MultiTask("a", "b"), BatchSplit("a", "b", batch_sizes=2)])
 def test_copies_pickles_and_compiled_models_compose_as_well(setup):
-    model, adapters = grafted("bert", {"a": CONFIGS["a"], "b": "seq_bn[reduction_factor=4]|lora[init_weights=bert]"})
+    model, adapters = grafted("vit", {"a": "seq_bn", "b": "adapter_plus|lora[init_weights=bert]"})
     more = {"task_ids": torch.tensor([0, 1, 1, 0])} if isinstance(setup, MultiTask) else {}
     adapters.activate(setup)
-    inputs = inputs_of("bert")
+    inputs = inputs_of("vit")
     expected = outputs(model, inputs, **more)
     twin = copy.deepcopy(model)
     adapters.deactivate()
@@ -322,6 +323,69 @@ def test_a_batch_that_does_not_fit_a_setup_is_refused(setup, more, message):
     adapters.activate(setup)
     with pytest.raises(inarch.SetupError, match=message):
         model(**inputs_of("bert"), **more)
+
+
+class Turned(torch.nn.Module):
+    """An attention that turns (B, L, D) into (L, B, D) before its projections, as Longformer's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        turned = x.transpose(0, 1)
+        q, k, v = (linear(turned).transpose(0, 1) for linear in (self.q, self.k, self.v))
+        return self.o(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class TurnedBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = torch.nn.LayerNorm(8), Turned()
+
+    def forward(self, x):
+        return x + self.attention(self.norm(x))
+
+
+@pytest.mark.parametrize("config", ["lora", "ia3[attn_matrices=[q,k],intermediate_lora=False]"])
+def test_a_projection_that_may_hold_samples_elsewhere_is_refused(config):
+    model = torch.nn.Sequential(TurnedBlock(), TurnedBlock())
+    x = torch.randn(4, 6, 8)
+    adapters = inarch.attach(model, example_inputs=x)
+    for key, value in {"a": config, "b": config, "c": "lora[attn_matrices=[o]]"}.items():
+        adapters.add(key, value)
+    adapters.activate(BatchSplit("a", "b", batch_sizes=2))
+    with pytest.raises(inarch.SetupError, match=r"got a transposed tensor of shape \(6, 4, 8\) at `\w+.0.self_"):
+        model(x)
+    adapters.activate(BatchSplit("c", "c", batch_sizes=2))
+    model(x)
+
+
+def test_rows_that_are_not_those_of_samples_are_refused():
+    """Images and patches of a model that packs them: whose they are is not known."""
+    model, adapters = grafted("clip", dict.fromkeys("ab", "seq_bn"))
+    inputs = inputs_of("clip")
+    adapters.activate(BatchSplit("a", "b", batch_sizes=2))
+    with pytest.raises(inarch.SetupError, match=r"k-th sample; got `pixel_values` of shape \(8, .* for 4 samples"):
+        model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
+    batch = Batch(BatchSplit("a", "b", batch_sizes=1), 2)
+    cut = Place("image0.0.mlp", 0, batch).cut(BatchSplit("a", "b", batch_sizes=1))
+    _, kwargs = batch.enter(model, (), {"input_ids": torch.zeros(2, 3), "image_sizes": torch.tensor([[4, 4], [8, 2]])})
+    assert list(kwargs) == ["input_ids", "image_sizes"]
+    assert cut.part(torch.zeros(2, 3, 4), 0).shape == (1, 3, 4)
+    with pytest.raises(inarch.SetupError, match=r"shape \(32, 4\).*, where samples may have different numbers of rows"):
+        cut.part(torch.zeros(32, 4), 0)
+    batch.leave(model, (), None)
+
+
+def test_a_cut_counts_samples_of_several_rows():
+    batch = Batch(BatchSplit("a", "b", batch_sizes=[1, 2]), 3)
+    cut = Place("text0.0.self_attention", 0, batch).cut(BatchSplit("a", "b", batch_sizes=[1, 2]))
+    assert cut.part(torch.zeros(3, 6, 4), 1).shape == (2, 6, 4)
+    assert cut.part(torch.zeros(12, 5, 4), 1).shape == (8, 5, 4)  # four windows for each sample
+    assert cut.part(torch.zeros(15, 4), 0).shape == (5, 4)  # tokens in one dimension
+    with pytest.raises(inarch.SetupError, match=r"make up the batch; got a tensor of shape \(4, 7, 4\)"):
+        cut.part(torch.zeros(4, 7, 4), 0)
 
 
 def test_parts_of_a_model_run_on_inputs_that_are_prepared():

@@ -478,3 +478,27 @@ def test_saving_the_model_writes_adapter_folders(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in sorted(Path(tmp_path / "saved").rglob("*.safetensors"))] == [
         "saved/adapters/a/adapter.safetensors"
     ]
+
+
+def test_fusion_layers_are_trained_with_their_penalty_and_kept_in_checkpoints(tmp_path):
+    model = tiny("vit-classifier")
+    adapters = inarch.attach(model)
+    for name in "ab":
+        adapters.add(name, "seq_bn")
+    block = inarch.Fuse("a", "b")
+    adapters.add_fusion(block)
+    adapters.train(block)
+    adapters["a+b"]["image0.0.mlp.fusion.value.weight"].data += 1.0
+    before = {name: [p.detach().clone() for p in adapters[name].values()] for name in ("a", "a+b")}
+    trainer = trainer_of(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    assert not any(".fusion." in name for name in trainer.get_decay_parameter_names(model))
+    batch = {"pixel_values": RandomImages()[0]["pixel_values"][None], "labels": torch.tensor([0])}
+    model.eval()
+    plain = trainer.compute_loss(model, dict(batch)).item()
+    model.train()
+    assert adapters.penalty().item() > 1
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(plain + adapters.penalty().item(), rel=1e-4)
+    trainer.train()
+    assert all(torch.equal(p, old) for p, old in zip(adapters["a"].values(), before["a"], strict=True))
+    assert not any(torch.equal(p, old) for p, old in zip(adapters["a+b"].values(), before["a+b"], strict=True))
+    assert [place.name for place in (tmp_path / "checkpoint-2" / resume.ADAPTERS).iterdir()] == ["a+b"]

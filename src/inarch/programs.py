@@ -280,7 +280,7 @@ class _LinearFlow:
 
     def part(self, cut: Cut, child: int) -> "_LinearFlow":
         take = Take(cut, child)
-        return _LinearFlow(apply(take, self.inputs), apply(take, self.value))
+        return _LinearFlow(apply(take, self.inputs, self.inputs), apply(take, self.value, self.inputs))
 
     def joined(self, cut: Cut, parts: Sequence["_LinearFlow"]) -> "_LinearFlow":
         return replace(self, value=apply_all(cut.whole, [part.value for part in parts]))

@@ -10,7 +10,7 @@ While such a setup is active the hook's object also stands in `generate`, which 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import SetupError
-from .blocks import MultiTask, Parallel, Setup, walk
+from .blocks import BatchSplit, MultiTask, Parallel, Setup, walk
 
 TASKS = "task_ids"
 
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")
 _SHARED = frozenset({"cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask", "logits_to_keep"})
 """Arguments of transformers models whose tensors have no batch dimension."""
+_PACKING = ("image_sizes", "pixel_attention_mask", "grid_thw")
+"""Ends of the names of arguments that say how many rows of a tower each sample has."""
 _EARLIER = ("past_key_values", "encoder_outputs")
 """Arguments that an earlier forward gave, which may hold the copies or not."""
 
@@ -34,7 +36,11 @@ class Seen:
     """What is known of the batch that the model runs on."""
 
     size: int | None = None
-    """Its samples, copies included; None where every sample may have grown into several rows."""
+    """Its samples, copies included; None where that is not known."""
+    has_grown: bool = False
+    """Whether every sample may have grown into several rows, as beams."""
+    is_packed: bool = False
+    """Whether samples may have different numbers of rows in a part of the model."""
     has_copies: bool = False
     tasks: Tensor | None = None
     """(B,), the number of each sample's child."""
@@ -51,6 +57,7 @@ class Batch:
         self._dim = dim
         self._copies = max((len(b.children) for b in blocks if isinstance(b, Parallel)), default=1)
         self._tasks = [b for b in blocks if isinstance(b, MultiTask)]
+        self._tells_apart = any(isinstance(b, MultiTask | BatchSplit) for b in blocks)
         self._now: dict[int, Seen] = {}
         self._outer: dict[int, Seen] = {}
         self._latest, self._is_read, self._differs = Seen(), True, False
@@ -66,6 +73,16 @@ class Batch:
         """The samples of the running forward; None where that is not known."""
         seen = self._seen()
         return None if seen is None else seen.size
+
+    def has_grown(self) -> bool:
+        """Whether every sample may be several rows."""
+        seen = self._seen()
+        return seen is not None and seen.has_grown
+
+    def is_packed(self) -> bool:
+        """Whether samples may have different numbers of rows in a part of the model."""
+        seen = self._seen()
+        return seen is not None and seen.is_packed
 
     def require_copies(self, key: str) -> None:
         """Raise `SetupError` if the running forward has no copy of the batch for each child of a `Parallel`."""
@@ -153,7 +170,7 @@ class Batch:
         if thread in self._outer:
             return own.generate(self._model, *args, **kwargs)
         args, kwargs, seen = self._prepare(self._model, args, kwargs)
-        with self.prepared(Seen(None, seen.has_copies, seen.tasks)):
+        with self.prepared(replace(seen, has_grown=True)):
             return own.generate(self._model, *args, **kwargs)
 
     @contextmanager
@@ -173,7 +190,8 @@ class Batch:
 
     def by_hand(self, task_ids: Any) -> Seen:
         """What `prepared` is told of inputs that a user has prepared."""
-        return Seen(None, self._copies > 1, self._read_tasks(task_ids, None) if self._tasks else None)
+        tasks = self._read_tasks(task_ids, None) if self._tasks else None
+        return Seen(None, has_grown=True, has_copies=self._copies > 1, tasks=tasks)
 
     def _prepare(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -184,12 +202,17 @@ class Batch:
                 f"The sizes of a `BatchSplit` make up the batch, {self._rows} samples; got a batch of {size} at "
                 f"{type(model).__name__} for {self._setup}. Give a batch of that size, or activate a setup with others."
             )
-        tasks = None
+        tasks, kwargs = None, dict(kwargs)
         if self._tasks:
-            kwargs = dict(kwargs)
             tasks = self._read_tasks(kwargs.pop(TASKS, None), size)
+        is_known = hasattr(model, "main_input_name")  # a model of transformers: what its arguments are is known
+        is_packed = self._tells_apart and any(
+            name.endswith(_PACKING) for name, value in kwargs.items() if value is not None
+        )
+        if self._tells_apart and is_known:
+            self._check_rows(model, kwargs, size)
         if self._copies == 1:
-            return args, dict(kwargs), Seen(size, tasks=tasks)
+            return args, kwargs, Seen(size, is_packed=is_packed, tasks=tasks)
         if self._dim:
             raise SetupError(
                 f"A `Parallel` copies inputs along their first dimension; got {type(model).__name__}, which has "
@@ -200,12 +223,28 @@ class Batch:
                 "A loss that compares samples with each other is none of one adapter where a `Parallel` copies the "
                 f"batch; got `return_loss=True` at {type(model).__name__}. Activate one adapter to train it."
             )
-        is_known = hasattr(model, "main_input_name")  # a model of transformers: what its arguments are is known
         copier = _Copier(self._copies, size, is_known=is_known)
         args = tuple(copier("", value) for value in args)
         tasks = None if tasks is None else tasks.repeat(self._copies)
         size = None if size is None else size * self._copies
-        return args, {name: copier(name, value) for name, value in kwargs.items()}, Seen(size, True, tasks)
+        return (
+            args,
+            {name: copier(name, value) for name, value in kwargs.items()},
+            Seen(size, is_packed=is_packed, has_copies=True, tasks=tasks),
+        )
+
+    def _check_rows(self, model: nn.Module, kwargs: Mapping[str, Any], size: int | None) -> None:
+        """Raise `SetupError` for an input whose rows are not those of the samples."""
+        for name, value in kwargs.items():
+            if not isinstance(value, Tensor) or value.dim() < 2 or name in _SHARED:
+                continue
+            is_by_axis = name == "position_ids" and value.dim() == 3
+            if not is_by_axis and value.shape[0] not in (1, size):
+                raise SetupError(
+                    "A `BatchSplit` or a `MultiTask` takes the k-th row of every input for the k-th sample; got "
+                    f"`{name}` of shape {tuple(value.shape)} for {size} samples at {type(model).__name__}. Run the "
+                    "samples of each adapter by themselves."
+                )
 
     def _read_tasks(self, given: Any, size: int | None) -> Tensor:
         block = self._tasks[0]

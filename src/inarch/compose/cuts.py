@@ -21,6 +21,8 @@ from .blocks import BatchSplit, Block, MultiTask, Parallel, Split
 class Cut(Protocol):
     """Cuts tensors into the shares of a block's children."""
 
+    @property
+    def place(self) -> "Place": ...
     def part(self, tensor: Tensor, child: int) -> Tensor: ...
     def whole(self, parts: tuple[Tensor, ...]) -> Tensor: ...
 
@@ -32,7 +34,9 @@ class Take:
     cut: Cut
     child: int
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, tensor: Tensor, inputs: Tensor | None = None) -> Tensor:
+        if inputs is not None:
+            self.cut.place.check_inputs(inputs)
         return self.cut.part(tensor, self.child)
 
 
@@ -55,14 +59,29 @@ class Place:
         assert isinstance(block, MultiTask)
         return TaskCut(self, len(block.children))
 
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Raise `SetupError` where a layer has turned (B, L, D) into (L, B, D), or back, for a projection.
+
+        Nothing but its strides tells such a view: a batch of windows may have the same shape.
+        """
+        if inputs.dim() == 3 and min(inputs.shape[:2]) > 1 and 0 < inputs.stride(0) < inputs.stride(1):
+            raise SetupError(
+                f"A projection gets its samples in the dimension in which its layer has them, {self.batch_dim}; got a "
+                f"transposed tensor of shape {tuple(inputs.shape)} at `{self.key}`, which may have them in the other "
+                "one. Leave this projection out of adapters that share a batch, or pass the model contiguous inputs."
+            )
+
     def samples(self, tensor: Tensor, count: int, what: str) -> int:
         """How many rows of a tensor belong to one of `count` samples. Raises `SetupError` where they cannot be told."""
         dim = self.batch_dim
         rows = tensor.shape[dim] if dim < tensor.dim() - 1 else 0
-        if not rows or rows % count:
+        # A sample may be several rows where all samples are equally many.
+        is_odd = rows != self.batch.size() and self.batch.is_packed() and not self.batch.has_grown()
+        if not rows or rows % count or is_odd:
             raise SetupError(
-                f"{what}; got a tensor of shape {tuple(tensor.shape)} with the batch in dimension {dim} at "
-                f"`{self.key}`. Give a batch of that size, or leave the layer out of the adapters."
+                f"{what}; got a tensor of shape {tuple(tensor.shape)} with the batch in dimension {dim} at `{self.key}`"
+                f"{', where samples may have different numbers of rows' if is_odd else ''}. Give a batch of that size, "
+                "or leave the layer out of the adapters."
             )
         return rows // count
 
@@ -110,7 +129,7 @@ class TokenCut:
     def part(self, tensor: Tensor, child: int) -> Tensor:
         dim, total = 1 - self.place.batch_dim, sum(self.sizes)
         samples = self.place.batch.size()
-        is_folded = samples is not None and tensor.shape[1 - dim] != samples
+        is_folded = samples is not None and tensor.shape[1 - dim] != samples and not self.place.batch.has_grown()
         if tensor.dim() != 3 or tensor.shape[dim] != total or is_folded:
             raise SetupError(
                 f"The splits of a `Split` make up the sequence of every sample, {total} tokens; got a tensor of shape "
