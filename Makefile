@@ -3,14 +3,14 @@
 #   scripts/test tests/test_x.py    runs a part of the tests, once the environment is there
 
 PYTHON ?= python3
-EXTRAS := train,sweep,postgresql,dev
+EXTRAS := train,sweep,postgresql,report,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: help demo test lint bench docs coverage venv clean
+.PHONY: help demo test lint bench docs coverage browser venv clean
 
 help:
 	@echo "make demo    train an adapter on the demonstration data and write its report to runs/demo"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench   run every benchmark of bench/"
 	@echo "make coverage  judge every model type of transformers and write docs/coverage.md: half an hour on 2 cores"
 	@echo "make docs    write the generated pages of docs/ anew"
+	@echo "make browser  install Chromium, in which the tests open reports; without it they are skipped"
 	@echo "make clean   delete caches and build outputs; .venv and runs/ stay"
 
 demo: $(INSTALLED)
@@ -40,6 +41,9 @@ coverage: $(INSTALLED)
 	$(BIN)/python scripts/zoo tiny
 	$(BIN)/python scripts/zoo meta
 	$(BIN)/python scripts/zoo table
+
+browser:
+	scripts/install_browser
 
 venv: $(INSTALLED)
 	@:

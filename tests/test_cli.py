@@ -131,6 +131,7 @@ def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(monke
         ["predict", "adapter", "image.png", "--json", "--csv"],
         ["eval", "adapter"],
         ["demo", "--output"],
+        ["report"],
     ],
 )
 def test_a_wrong_use_is_told_with_exit_code_2(arguments):

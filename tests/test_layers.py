@@ -94,7 +94,9 @@ LIBRARIES: dict[str, set[str]] = {
     "sklearn": TRAINING,
     "tensorboard": TRAINING,
     "optuna": {"sweep"},
-    "plotly": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
+    "vl_convert": {"report"},
 }
 """Each library outside the standard one, and the layers, or single modules by their full name, that may import it."""
 

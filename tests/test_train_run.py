@@ -73,6 +73,14 @@ def test_the_record_says_what_was_done(tmp_path, model, pictures):
     assert record.data["train"] + record.data["validation"] == 27
     assert record.verdict.sound
     assert record.verdict.groups[0].adapted == "y = x + h + A(x + h)"
+    assert [(one.role, one.layers, one.adapted) for one in record.sites] == [
+        ("self_attention", (0, 1), ""),
+        ("mlp", (0, 1), "y = x + h + A(x + h)"),
+    ]
+    assert (
+        sum(len(one.layers) * part.parameters for one in record.sites for part in one.modules)
+        == (record.model["adapter_parameters"])
+    )
     assert [epoch.epoch for epoch in record.epochs] == [0, 1, 2]
     assert record.epochs[0].train_loss is None
     assert all(epoch.train_loss > 0 and epoch.gradient_norm > 0 for epoch in record.epochs[1:])
@@ -214,6 +222,9 @@ def test_an_unsound_configuration_is_trained_only_when_allowed(tmp_path, model, 
     record = train_run(QUICK, model, pictures, unsound, tmp_path / "run", unsound="allow")
     assert not record.verdict.sound
     assert "skip connection lost" in record.verdict.findings[0]
+    assert record.verdict.details[0].code == "unsound-wiring"
+    assert "residual_before_ln=False" in record.verdict.details[0].fixes
+    assert record.sites[-1].verdict == "skip connection lost"
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_comes_after_its_evaluation(tmp_path, model, pictures):

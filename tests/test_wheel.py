@@ -55,7 +55,17 @@ from inarch.cli import main
 main()
 """
 
-EXTRA_MODULES = ["accelerate", "datasets", "PIL", "sklearn", "matplotlib", "tensorboard", "optuna", "plotly", "pytest"]
+EXTRA_MODULES = [
+    "accelerate",
+    "datasets",
+    "PIL",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "optuna",
+    "vl_convert",
+    "pytest",
+]
 
 
 @pytest.fixture(scope="module")

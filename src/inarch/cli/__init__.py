@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": ("sweep", "Try configurations of an adapter, and say which is best."),
     "predict": ("predict", "Predict what images show."),
     "eval": ("evaluate", "Compare predictions with the labels of images."),
+    "report": ("report", "Write a page about runs, to open in a browser."),
     "demo": ("demo", "See it all at work in a minute."),
 }
 """By name: the module of this folder with the function of the same name, and what it does in a line."""

@@ -1,14 +1,18 @@
 """`inarch demo`: what `make demo` runs."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.interrupt import importing
+from ..core.records import REPORT
 from .output import err, note, out, say, say_table
+from .report import make_report
 
 if TYPE_CHECKING:
     from ..check import Report
@@ -28,8 +32,18 @@ def demo(*, output: Annotated[Path, typer.Option(metavar="FOLDER", help=OUTPUT_H
 
     say("A small Vision Transformer that was pre-trained on letters learns handwritten digits.", style="bold")
     with _teller() as audience:
-        result = run_demo(output, audience=audience)
-    _say_result(result)
+        result = run_demo(output, audience=audience, command=("inarch", *sys.argv[1:]))
+    has_page = _write_page(result.folder)
+    _say_result(result, has_page=has_page)
+
+
+def _write_page(folder: Path) -> bool:
+    """Write the page of the runs; where its packages are missing, say so: the rest is there all the same."""
+    if find_spec("jinja2") is None or find_spec("vl_convert") is None:
+        note('For a page about these runs, `pip install "inarch[report]"`.')
+        return False
+    make_report([folder], folder / REPORT, title="A backbone that knows letters learns digits")
+    return True
 
 
 @contextmanager
@@ -96,7 +110,7 @@ def _say_verdict(report: "Report | None") -> None:
         say(f"  {finding}", style="red")
 
 
-def _say_result(result: "DemoResult") -> None:
+def _say_result(result: "DemoResult", *, has_page: bool) -> None:
     say()
     rows = [
         (
@@ -123,6 +137,7 @@ def _say_result(result: "DemoResult") -> None:
     say_table(
         ("written to", "what it is"),
         [
+            *([(f"{folder}/{REPORT}", "all of it as a page to open in a browser")] if has_page else []),
             (f"{folder}/results.json", "all numbers"),
             (f"{folder}/curves.png", "accuracy over the epochs"),
             (f"{folder}/digits.png", "ten predictions"),

@@ -1,6 +1,7 @@
 """What a training run leaves behind for programs to read: `run.json`, and `study.json` of a sweep, as plain data.
 
     RunRecord     one training: what was asked for, on what, with what outcome
+    SiteRecord    in it: equal sites of the model, and what an adapter makes of them
     SeedsRecord   the same training repeated with several seeds: mean and standard deviation
     TrialRecord   one configuration of a study: what became of it, and who decided that
     StudyRecord   a study over configurations
@@ -24,6 +25,8 @@ from .errors import StateError
 
 RECORD = "run.json"
 STUDY = "study.json"
+REPORT = "report.html"
+"""The page that `inarch report` makes of a run, beside its record."""
 RECORD_VERSION = 1
 
 Status = Literal["running", "finished", "interrupted", "diverged", "stopped"]
@@ -56,12 +59,64 @@ class GroupRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FindingRecord:
+    """What will go wrong, or may, and how to mend it."""
+
+    code: str
+    level: str
+    """`error`, `warning` or `note`."""
+    place: str
+    message: str
+    fixes: tuple[str, ...] = ()
+    """Changes of the configuration, each of which clears it."""
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRecord:
     """What was proved of an adapter before it was trained."""
 
     sound: bool
     groups: tuple[GroupRecord, ...] = ()
     findings: tuple[str, ...] = ()
+    """Each as one line."""
+    details: tuple[FindingRecord, ...] = ()
+    """The same findings by their parts; empty in older records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRecord:
+    """What an adapter puts at each of some equal sites."""
+
+    adapter: str
+    method: str
+    port: str
+    """`sublayer`, `linear` or `weight`."""
+    role: str
+    """Of the projection that is adapted, such as `q`; empty for a sublayer."""
+    parameters: int
+    """Of one such module."""
+    formula: str = ""
+    """What it makes of a projection; a sublayer's formula is its site's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRecord:
+    """Equal residual sites of some layers of one stack, with what is grafted there."""
+
+    stack: str
+    role: str
+    kind: str
+    layers: tuple[int, ...]
+    layer_class: str
+    arrangement: str
+    width: int
+    projections: tuple[str, ...] = ()
+    modules: tuple[ModuleRecord, ...] = ()
+    pretrained: str = ""
+    """What the sum computes without adapters; empty, as the next two, where no adapter touches the sum."""
+    adapted: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +185,8 @@ class RunRecord:
     verdict: VerdictRecord | None = None
     monitor: MonitorRecord | None = None
     """None in records from before there was a monitor, and before the first step."""
+    sites: tuple[SiteRecord, ...] = ()
+    """The model's sites in the order in which they run; empty where no adapter is trained, and in older records."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """`device`, `processes`, `threads`, `precision`, `platform`, `python`, `versions`."""
     metric: str | None = None
@@ -159,6 +216,7 @@ class RunRecord:
         known["verdict"] = _verdict(known.get("verdict"))
         if known.get("monitor") is not None:
             known["monitor"] = MonitorRecord.from_dict(known["monitor"])
+        known["sites"] = tuple(map(_site, known.get("sites", ())))
         known["command"] = tuple(known.get("command", ()))
         return cls(**known)
 
@@ -372,8 +430,21 @@ def read_record(place: str | os.PathLike[str]) -> RunRecord | SeedsRecord:
 def _verdict(data: Mapping[str, Any] | None) -> VerdictRecord | None:
     if data is None:
         return None
-    groups = tuple(GroupRecord(**_known(GroupRecord, row)) for row in data.get("groups", ()))
-    return VerdictRecord(sound=data["sound"], groups=groups, findings=tuple(data.get("findings", ())))
+    details = (_known(FindingRecord, row) for row in data.get("details", ()))
+    return VerdictRecord(
+        sound=data["sound"],
+        groups=tuple(GroupRecord(**_known(GroupRecord, row)) for row in data.get("groups", ())),
+        findings=tuple(data.get("findings", ())),
+        details=tuple(FindingRecord(**{**row, "fixes": tuple(row.get("fixes", ()))}) for row in details),
+    )
+
+
+def _site(data: Mapping[str, Any]) -> SiteRecord:
+    known = _known(SiteRecord, data)
+    known["layers"] = tuple(map(int, known["layers"]))
+    known["projections"] = tuple(known.get("projections", ()))
+    known["modules"] = tuple(ModuleRecord(**_known(ModuleRecord, row)) for row in known.get("modules", ()))
+    return SiteRecord(**known)
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""The optional packages of the training side, imported on first use and missed with the line that installs them."""
+"""The optional packages, imported on first use and missed with the line that installs them."""
 
 import importlib
 from typing import Any
 
 from ..core.errors import InarchError
 
-_NEEDED_BY = {"optuna": ("A sweep", "sweep"), "psycopg": ("A study in PostgreSQL", "postgresql")}
+_NEEDED_BY = {
+    "jinja2": ("A report", "report"),
+    "markupsafe": ("A report", "report"),
+    "optuna": ("A sweep", "sweep"),
+    "psycopg": ("A study in PostgreSQL", "postgresql"),
+    "vl_convert": ("A report", "report"),
+}
 """By package: who needs it, where that is not training, and the extra of inarch that installs it."""
 
 

@@ -108,6 +108,12 @@ class IA3(LinearMethod):
         at_output = config.output_lora if placement.role == "down" else not at_input
         return frozenset(side for side, is_changed in (("input", at_input), ("output", at_output)) if is_changed)
 
+    @classmethod
+    def formula(cls, config: IA3Config, placement: Placement) -> str:
+        changes = cls.changes(config, placement)
+        inner = "W (l · u)" if "input" in changes else "W u"
+        return f"y = l · {inner}" if "output" in changes else f"y = {inner}"
+
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]

@@ -106,6 +106,10 @@ class LoRA(LinearMethod):
     presets: ClassVar[dict[str, Config]] = {"lora": LoRAConfig()}
 
     @classmethod
+    def formula(cls, config: LoRAConfig, placement: Placement) -> str:
+        return f"y = W u + {'g(u)' if config.use_gating else f'{config.scale(placement):g}'} · B A u"
+
+    @classmethod
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
         found = projection_placements(
             config.roles(), config.leave_out, config.leave_out_roles, config.leave_out_projections, sites

@@ -125,6 +125,11 @@ class LinearMethod(AbstractMethod):
         return frozenset({"output"})
 
     @classmethod
+    def formula(cls, config: Any, placement: Placement) -> str:  # noqa: ARG003  overriding methods read them
+        """What a module makes of its projection `W u`, for people to read."""
+        return "y = W u + A(u)"
+
+    @classmethod
     def obstacle_on_weight(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
         """What of a configuration needs the input or the output of a projection; empty if `effective` does it all."""
         return f"the method `{cls.name}`"

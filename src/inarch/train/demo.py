@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..check import Report
 from ..core.errors import InarchError, StateError
-from ..core.records import RunRecord
+from ..core.records import REPORT, RunRecord
 from ..data import load_data
 from ..data.examples import ImageData
 from ..data.images import open_image
@@ -180,10 +180,12 @@ def run_demo(
     recipe: Recipe = RECIPE,
     num_seeds: int = NUM_SEEDS,
     data: ImageData | None = None,
+    command: Sequence[str] = (),
 ) -> DemoResult:
     """Run the demonstration and write it to a folder, in the place of an earlier one.
 
-    **Arguments**: `recipe`, `num_seeds` and `data` make it shorter. Until it has finished, the folder is as it was.
+    **Arguments**: `recipe`, `num_seeds` and `data` make it shorter; `command` is the command line, for the records.
+    Until it has finished, the folder is as it was.
 
     Raises `StateError` for a folder with anything else in it.
     """
@@ -195,7 +197,7 @@ def run_demo(
     try:
         torch.set_num_threads(1)  # a model this small gains little from more, and loses much where they are not free
         draft.mkdir(parents=True)
-        stage = _Stage(draft, images, recipe, num_seeds, audience)
+        stage = _Stage(draft, images, recipe, num_seeds, audience, command=command)
         outcomes = tuple(stage.try_way(way) for way in WAYS)
         audience.reload()
         shutil.copytree(draft / SOUND / "seed-0" / ADAPTER, draft / ADAPTER)
@@ -222,7 +224,7 @@ def _check_replaceable(target: Path) -> None:
     """Refuse a folder that holds anything but an earlier demonstration."""
     if not target.exists():
         return
-    own = {RESULTS, DIGITS, CURVES, IMAGES, ADAPTER, *(way.key for way in WAYS)}
+    own = {RESULTS, DIGITS, CURVES, IMAGES, ADAPTER, REPORT, *(way.key for way in WAYS)}
     found = {entry.name for entry in target.iterdir()} if target.is_dir() else {"no folder but a file"}
     foreign = sorted(found - own)
     if foreign:
@@ -235,9 +237,18 @@ def _check_replaceable(target: Path) -> None:
 class _Stage:
     """Where the ways are tried."""
 
-    def __init__(self, folder: Path, images: ImageData, recipe: Recipe, num_seeds: int, audience: Audience) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ImageData,
+        recipe: Recipe,
+        num_seeds: int,
+        audience: Audience,
+        *,
+        command: Sequence[str],
+    ) -> None:
         self.folder, self.images, self.recipe, self.audience = folder, images, recipe, audience
-        self.num_seeds = num_seeds
+        self.num_seeds, self.command = num_seeds, command
         self.network = load_model(MODEL, images.labels, task=images.task)
         self.trained: Any = None
 
@@ -248,6 +259,7 @@ class _Stage:
         self.audience.begin(way, report, num_runs)
         watch = _Watch(self.audience)
         options: dict[str, Any] = {"trains": way.trains, "unsound": "allow", "callbacks": [watch], "name": "digits"}
+        options["command"] = self.command
         given = (self.recipe, MODEL, self.images, way.adapter, self.folder / way.key)
         if way.repeats:
             runs = train_seeds(*given, num_seeds=num_runs, **options).runs

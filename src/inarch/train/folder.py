@@ -1,6 +1,7 @@
 """The folder of a run, and what may be done with one that is there already:
 
     run.json                   the record: what was asked for, the environment, every epoch, the results
+    report.html                what `inarch report` made of it
     adapter/                   the best adapter with its task head, labels and image processing
     model/                     instead, the whole model, where a head alone or all of the model is trained
     checkpoints/checkpoint-N/  what training is resumed from
@@ -20,7 +21,9 @@ from typing import Any
 from ..core.errors import StateError
 from ..core.records import RECORD, RunRecord, SeedsRecord, read_record
 
-_OWN = re.compile(r"run\.json|adapter|model|checkpoints|logs|seed-\d+|\.(run\.json|adapter|model)\..+")
+_OWN = re.compile(
+    r"run\.json|report\.html|adapter|model|checkpoints|logs|seed-\d+|\.(run\.json|report\.html|adapter|model)\..+"
+)
 
 NEUTRAL = ("recipe.workers", "recipe.report_to", "recipe.keep_checkpoints", "recipe.save_steps", "recipe.stop_early")
 """Options that change no weight: a run may be resumed with others."""

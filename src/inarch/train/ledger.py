@@ -16,9 +16,21 @@ from torch import nn
 from transformers import TrainerState
 
 from ..check import Report
-from ..core.records import EpochRecord, GroupRecord, MonitorRecord, RunRecord, Status, VerdictRecord
+from ..core.records import (
+    EpochRecord,
+    FindingRecord,
+    GroupRecord,
+    ModuleRecord,
+    MonitorRecord,
+    RunRecord,
+    SiteRecord,
+    Status,
+    VerdictRecord,
+)
+from ..core.site import Sites
 from ..data.examples import ImageData
 from ..handle import Adapters
+from ..methods import LinearMethod, method_of
 from .callbacks import epochs_of
 from .folder import RunFolder
 from .processes import Processes
@@ -133,7 +145,60 @@ def describe_verdict(report: Report) -> VerdictRecord:
         )
         for group in report.sites
     )
-    return VerdictRecord(sound=report.sound, groups=groups, findings=tuple(map(str, report.findings)))
+    details = tuple(
+        FindingRecord(
+            code=finding.code,
+            level=finding.level,
+            place=finding.place,
+            message=finding.message,
+            fixes=tuple(map(str, finding.fixes)),
+            advice=finding.advice,
+        )
+        for finding in report.findings
+    )
+    findings = tuple(map(str, report.findings))
+    return VerdictRecord(sound=report.sound, groups=groups, findings=findings, details=details)
+
+
+def describe_sites(sites: Sites, report: Report) -> tuple[SiteRecord, ...]:
+    """What a record keeps of the sites: those that differ by their layer alone, with the same grafts, as one."""
+    proofs = {site.key: group.proof for group in report.sites for site in group.sites}
+    sizes: dict[tuple[object, ...], int] = {}
+    grafts: dict[str, list[ModuleRecord]] = {}
+    for module in report.plan.modules:
+        place = module.placement
+        kind = (module.adapter, module.method, place.port, place.role, place.part, place.site.signature())
+        if kind not in sizes:  # equal modules are made and counted once
+            sizes[kind] = module.num_parameters
+        method = method_of(module.config)
+        made = ModuleRecord(
+            adapter=module.adapter,
+            method=module.method,
+            port=place.port,
+            role=place.role,
+            parameters=sizes[kind],
+            formula=method.formula(module.config, place) if issubclass(method, LinearMethod) else "",
+        )
+        grafts.setdefault(place.site.key, []).append(made)
+    found: dict[SiteRecord, list[int]] = {}
+    for site in sites:
+        formula = proofs[site.key].formula if site.key in proofs else None
+        same = SiteRecord(
+            stack=site.stack,
+            role=site.role,
+            kind=site.kind,
+            layers=(),
+            layer_class=site.layer_class,
+            arrangement=site.arrangement,
+            width=site.width,
+            projections=tuple(site.projections),
+            modules=tuple(grafts.get(site.key, ())),
+            pretrained="" if formula is None else f"y = {formula.pretrained}",
+            adapted="" if formula is None else f"y = {formula.adapted}",
+            verdict=proofs[site.key].verdict if formula is not None else "",
+        )
+        found.setdefault(same, []).append(site.layer)
+    return tuple(dataclasses.replace(same, layers=tuple(layers)) for same, layers in found.items())
 
 
 def describe_environment(processes: Processes, precision: str) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
+from ..check import Training
 from ..core.errors import ConfigError, DataError, SetupError, StateError
 from ..core.records import RunRecord, SeedsRecord, Status
 from ..data import load_data
@@ -33,7 +34,7 @@ from . import resume as checkpoints
 from .callbacks import Divergence, Patience, Report
 from .folder import RunFolder
 from .image_trainer import ImageTrainer, make_trainer, reports, resolve_precision
-from .ledger import Ledger, describe_data, describe_environment, describe_model, describe_verdict, now
+from .ledger import Ledger, describe_data, describe_environment, describe_model, describe_sites, describe_verdict, now
 from .metrics import BEST
 from .models import load_model, load_processor
 from .monitor import Monitor
@@ -289,6 +290,9 @@ class _Run:
     def _new_record(self, network: nn.Module, handle: Adapters | None) -> RunRecord:
         job = self.job
         precision = resolve_precision(job.recipe, self.processes.state.device)
+        report = None
+        if handle is not None:
+            report = handle.check(training=Training(learning_rate=job.recipe.rate(job.trains)), measure=False)
         return RunRecord(
             name=job.name,
             trains=job.trains,
@@ -298,7 +302,8 @@ class _Run:
             command=self.command,
             model=describe_model(job.model, network, handle),
             data=describe_data(self.images),
-            verdict=None if handle is None else describe_verdict(handle.check(measure=False)),
+            verdict=None if report is None else describe_verdict(report),
+            sites=() if report is None or handle is None else describe_sites(handle.sites, report),
             environment=describe_environment(self.processes, precision),
             metric=BEST[self.images.task] if len(self.images.validation) else None,
             started=now(),

@@ -1,0 +1,56 @@
+"""Finds the records of runs in folders."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..core.errors import StateError
+from ..core.records import RECORD, read_record
+from .entries import Entry
+
+
+def read_entries(places: Sequence[str | os.PathLike[str]]) -> list[Entry]:
+    """The runs in some places: folders of runs, `run.json` files, or folders with such folders at any depth.
+
+    Each run once, in the order of the places. Raises `StateError` for a place without a run, and for a record that
+    cannot be read.
+    """
+    folders = [folder for place in places for folder in _runs(Path(place).expanduser())]
+    distinct = list({folder.resolve(): folder for folder in folders}.items())
+    return [
+        Entry(number=number, name=name, place=str(folder), record=read_record(folder))
+        for number, ((_, folder), name) in enumerate(
+            zip(distinct, _names([resolved for resolved, _ in distinct]), strict=True), start=1
+        )
+    ]
+
+
+def _runs(place: Path) -> list[Path]:
+    if place.is_file() and place.name == RECORD:
+        return [place.parent]
+    found = list(_below(place))
+    if not found:
+        reason = "which holds no run" if place.is_dir() else "where there is none" if not place.exists() else "a file"
+        raise StateError(
+            f"A report is of runs; got `{place}`, {reason}. Name the output folder of `inarch train`, or a folder with "
+            "such folders."
+        )
+    return found
+
+
+def _below(place: Path) -> Iterator[Path]:
+    """The folders of runs at or below a folder; the seeds of a run are a part of it."""
+    if (place / RECORD).is_file():
+        yield place
+    elif place.is_dir():
+        for entry in sorted(place.iterdir()):
+            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+                yield from _below(entry)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart: their paths below the folder that they share."""
+    if len(folders) == 1:
+        return [folders[0].name]
+    shared = os.path.commonpath(folders)
+    return [folder.relative_to(shared).as_posix() for folder in folders]
