@@ -1,6 +1,7 @@
 """Every block on every architecture, for every port: against the single adapters that it is made of."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -133,8 +134,9 @@ def _write_lora(model, adapters, name, factor):
 
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2"])
 def test_an_average_of_bottlenecks_is_the_average_of_what_they_make_of_a_branch(name):
-    """Against the formula, by hand: h + sum of shares times (up relu down)(h)."""
-    model, adapters = grafted(name, dict.fromkeys("ab", "bottleneck[reduction_factor=4]"))
+    """Against the formula, by hand: h + sum of shares times (up relu down)(h); one adapter has nothing in a layer."""
+    configs = {"a": "bottleneck[reduction_factor=4,leave_out=[0]]", "b": "bottleneck[reduction_factor=4]"}
+    model, adapters = grafted(name, configs)
     inputs = inputs_of(name)
     found = single(model, adapters, inputs, Average("a", "b", weights=[1, 3]))
 
@@ -144,6 +146,8 @@ def test_an_average_of_bottlenecks_is_the_average_of_what_they_make_of_a_branch(
             total = h
             for key, share in (("a", 0.25), ("b", 0.75)):
                 own = {k.rpartition("bottleneck.")[2]: p for k, p in adapters[key].items() if k.startswith(site.key)}
+                if not own:
+                    continue
                 inner = torch.relu(h @ own["down.weight"].T + own["down.bias"])
                 total = total + share * (inner @ own["up.weight"].T + own["up.bias"])
             return (total, *result[1:]) if site.output.key else total
@@ -211,8 +215,10 @@ def test_copies_pickles_and_compiled_models_compose_as_well(setup):
     inputs = inputs_of("vit")
     expected = outputs(model, inputs, **more)
     twin = copy.deepcopy(model)
+    stored = pickle.dumps(model)
     adapters.deactivate()
     close(outputs(twin, inputs, **more), expected)
+    close(outputs(pickle.loads(stored), inputs, **more), expected)
     if isinstance(setup, Parallel):
         with torch.no_grad():
             close(outputs(torch.compile(twin, backend="aot_eager"), inputs), expected)
@@ -246,6 +252,9 @@ def test_generation_runs_each_adapter_on_its_rows(name, beams):
     assert torch.equal(generated(BatchSplit("b", "a", batch_sizes=1)), torch.stack([b[0], a[1]]))
     assert torch.equal(generated(MultiTask("a", "b"), task_ids=torch.tensor([1, 0])), torch.stack([b[0], a[1]]))
     assert "generate" not in vars(model)
+    vars(model)["generate"] = own = type(model).generate.__get__(model)
+    assert torch.equal(generated(Parallel("a", "b")), torch.cat([a, b]))
+    assert vars(model)["generate"] is own
 
 
 def test_a_loss_under_parallel_is_the_mean_of_the_losses():
@@ -470,6 +479,10 @@ def test_a_composition_is_proved_case_by_case():
     report = adapters.check()
     assert report.sound
     assert "case Stack('a', 'b')" in str(report)
+    rows = str(adapters.plan(Parallel("b", Stack("a", "b")))).splitlines()
+    one, both = "y = x + h + A(x + h)", "y = x + h + A1(x + h) + A2(x + h + A1(x + h))"
+    assert [row.endswith(f"  {both}") for row in rows if row.startswith("a ")] == [True, True]
+    assert [row.endswith(f"  {one}; {both}") for row in rows if row.startswith("b ")] == [True, True]
     adapters.activate(Average("a", "b", weights=[1, 2]))
     assert "y = x + h + 1/3·A1(x + h) + 2/3·A2(x + h)" in str(adapters.check())
     adapters.activate(Parallel("a", "bad"))

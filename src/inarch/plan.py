@@ -86,8 +86,8 @@ class Plan:
     """Every module of some adapters, and the formula of every site under a setup. Prints as a table."""
 
     modules: tuple[PlannedModule, ...]
-    formulas: Mapping[str, tuple[Formula, ...]]
-    """By site key, one for each case of the setup; sites whose sum no adapter touches are left out."""
+    formulas: Mapping[str, Mapping[Setup, Formula]]
+    """By site key and case of the setup; sites and cases whose sum no adapter touches are left out."""
 
     @property
     def num_parameters(self) -> int:
@@ -95,18 +95,17 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (
-                module.adapter,
-                module.key,
-                module.placement.port,
-                module.num_parameters,
-                "; ".join(f"y = {formula.adapted}" for formula in self.formulas[module.placement.site.key])
-                if module.placement.port == "sublayer" and module.placement.site.key in self.formulas
-                else "",
-            )
+            (module.adapter, module.key, module.placement.port, module.num_parameters, self._formulas_of(module))
             for module in self.modules
         ]
         return render(("adapter", "module", "port", "parameters", "formula"), rows)
+
+    def _formulas_of(self, module: PlannedModule) -> str:
+        """What its site computes, in the cases in which its adapter acts."""
+        if module.placement.port in ("linear", "weight"):
+            return ""
+        at = self.formulas.get(module.placement.site.key, {})
+        return "; ".join(f"y = {formula.adapted}" for case, formula in at.items() if module.adapter in names(case))
 
 
 def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | None = None) -> Plan:
@@ -128,9 +127,9 @@ def plan(sites: Sites, adapters: Mapping[str, AdapterConfig], setup: Setup | Non
         at = sublayer_sites(modules)
         for site in sites:
             present = {name: adapters[name] for name in names(setup) if site.key in at.get(name, ())}
-            found = [one for case in cases(setup) if (one := formula(site, case, present)) is not None]
+            found = {case: one for case in cases(setup) if (one := formula(site, case, present)) is not None}
             if found:
-                formulas[site.key] = tuple(found)
+                formulas[site.key] = found
     return Plan(tuple(modules), formulas)
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class Batch:
         self._outer: dict[int, Seen] = {}
         self._latest, self._is_read, self._differs = Seen(), True, False
         self._model: nn.Module | None = None
+        self.own_generate: Any = None
+        """A `generate` that was put on the model before, in the place of its class's."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running forward."""
@@ -132,7 +135,8 @@ class Batch:
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Register the hooks, and stand in `generate`. Returns what removes the hooks."""
         self._model = model
-        if callable(getattr(type(model), "generate", None)):
+        if callable(getattr(model, "generate", None)):
+            self.own_generate = model.__dict__.get("generate")
             model.__dict__["generate"] = self.generate
         return [
             model.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
@@ -164,14 +168,13 @@ class Batch:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, on a batch that is prepared once."""
-        assert self._model is not None
-        own: Any = type(self._model)
-        thread = _thread()
-        if thread in self._outer:
-            return own.generate(self._model, *args, **kwargs)
-        args, kwargs, seen = self._prepare(self._model, args, kwargs)
+        model: Any = self._model
+        own = self.own_generate or partial(type(model).generate, model)
+        if _thread() in self._outer:
+            return own(*args, **kwargs)
+        args, kwargs, seen = self._prepare(model, args, kwargs)
         with self.prepared(replace(seen, has_grown=True)):
-            return own.generate(self._model, *args, **kwargs)
+            return own(*args, **kwargs)
 
     @contextmanager
     def prepared(self, seen: Seen) -> Iterator[None]:
@@ -291,6 +294,8 @@ class Watched:
         for handle in self._handles:
             handle.remove()
         self._model.__dict__.pop("generate", None)
+        if self.batch.own_generate is not None:
+            self._model.__dict__["generate"] = self.batch.own_generate
 
 
 @dataclass(frozen=True, slots=True)
