@@ -226,7 +226,9 @@ def test_what_is_frozen_and_what_is_not():
     assert "base-trainable" in codes(inarch.check(model, measure=False), "error")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    model.train()
     assert codes(inarch.check(model, measure=False), "error") == {"nothing-trainable"}
+    model.eval()
     adapters.train("a")
     assert codes(inarch.check(model, measure=False)) == set()
 

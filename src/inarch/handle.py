@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +34,7 @@ from .attach import (
     ungraft,
 )
 from .bank import Modules, SiteSlot
-from .check import Data, Report, Training, difference, examine, report, run_of
+from .check import Data, Report, Stored, Training, difference, examine, report, run_of, unplaced
 from .combine import Combination, combined_config, recipe
 from .combine import combine as combine_modules
 from .compose import Block, Fuse, Setup, Watched, from_data, fusions, last, leaves, names, to_data
@@ -145,12 +145,14 @@ def check(
 ) -> Report:
     """Prove what adapters make of a model's function, measure it on one small batch, and name all that will go wrong.
 
-    The model is left untouched; nothing needs to be attached. Arguments: `config` is a configuration to judge; without
-    one, the active setup of the model is judged. `example_inputs` is the batch; without it, one is made up where that
-    can be done. `training` and `data` say what is known of the training to come. `measure=False` runs nothing but the
-    probe.
+    The model is left untouched; nothing needs to be attached. Arguments: `config` is a configuration to judge, or the
+    folder or Hub repository of an adapter of ours, of the library `adapters` or of PEFT, which is read as `load` reads
+    it; without either, the active setup of the model is judged. `example_inputs` is the batch; without it, one is made
+    up where that can be done. `training` and `data` say what is known of the training to come. `measure=False` runs
+    nothing but the probe.
 
-    Raises `SiteError`, `ConfigError` or `SetupError` for what could not even be attached, added or activated.
+    Raises `SiteError`, `ConfigError`, `SetupError` or `StateError` for what could not even be attached, read, added or
+    activated.
     """
     model = unwrap(model)
     with _LOCK:
@@ -163,15 +165,17 @@ def check(
         if handle is not None:
             return handle.check(config, example_inputs=example_inputs, training=training, data=data, measure=measure)
         assert config is not None
-        if not measure:
-            sites = probe(model, layout=layout, example_inputs=example_inputs)
-            verdict = report(sites, "adapter", {"adapter": read_config(config)}, training=training, data=data)
+        if not measure and not loading.is_source(config):
+            sites, parsed = probe(model, layout=layout, example_inputs=example_inputs), read_config(config)
+            if (nowhere := unplaced(sites, parsed)) is not None:
+                return nowhere
+            verdict = report(sites, "adapter", {"adapter": parsed}, training=training, data=data)
             for module in verdict.plan.modules:  # what cannot be made is refused here, as `add` does
                 module.sketch()
             return verdict
         handle = attach(model, layout=layout, example_inputs=example_inputs)
         try:
-            return handle.check(config, example_inputs=example_inputs, training=training, data=data)
+            return handle.check(config, example_inputs=example_inputs, training=training, data=data, measure=measure)
         finally:
             handle.detach()
 
@@ -285,8 +289,14 @@ class Adapters:
                 inputs = (
                     Inputs((), made) if made else given_inputs(example_inputs) if example_inputs is not None else None
                 )
+            if config is not None and loading.is_source(config):
+                assert isinstance(config, str | os.PathLike)
+                return self._check_stored(config, inputs, training, data)
             if config is not None:
-                with self._on_trial(read_config(config)) as name:
+                parsed = read_config(config)
+                if (nowhere := unplaced(self.sites, parsed)) is not None:
+                    return nowhere
+                with self._on_trial(parsed) as name:
                     return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data)
             if self._setup is None and len(self._configs) != 1:
                 raise SetupError(
@@ -295,6 +305,37 @@ class Adapters:
                 )
             setup = self._setup or self.names[0]
             return examine(self, setup, self._configs, inputs, on_trial=False, training=training, data=data)
+
+    def _check_stored(
+        self, source: str | os.PathLike[str], inputs: Inputs | None, training: Training | None, data: Data | None
+    ) -> Report:
+        """The report on a stored adapter, with its weights and without its task head."""
+        folder = loading.locate(source)
+
+        def find(*, head: bool, other_base: loading.Stance) -> loading.Found:
+            return loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
+
+        problem = ""
+        found = find(head=False, other_base="tell")
+        try:
+            whole = find(head=True, other_base="tell")
+            heads = {key: tensor for key, tensor in whole.tensors.items() if key.startswith("head.")}
+            state.check_tensors(heads, self._heads.tensors(whole.head), str(folder))
+        except StateError as error:
+            problem = str(error)
+        own = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+        known = Stored(difference=found.difference, base=found.base, model=own, head=problem, idle=found.idle)
+        with ExitStack() as trial:
+            try:
+                name = trial.enter_context(self._on_trial(found.config))
+                state.check_tensors(found.tensors, self[name], str(folder))
+            except (ConfigError, StateError):
+                if found.difference:
+                    find(head=False, other_base="refuse")  # says whose adapter it is
+                raise
+            for key, parameter in self[name].items():
+                copy_into(parameter, found.tensors[key])
+            return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data, stored=known)
 
     @contextmanager
     def _on_trial(self, config: AdapterConfig) -> Iterator[str]:

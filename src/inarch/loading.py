@@ -3,6 +3,7 @@
 Nothing here changes the model: a folder is read, compared with the model and told in its terms, or refused.
 """
 
+import json
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ from .methods import AdapterConfig, read_config, renumber
 logger = logging.getLogger(__name__)
 
 OtherBase = Literal["refuse", "allow"]
+Stance = Literal["refuse", "allow", "tell"]
+"""What to do about another base: `tell` says it in `Found.difference` alone."""
 _NO_NAME = re.compile(r"[./,|\[\]\s\0]+")
 
 
@@ -97,11 +100,30 @@ def _unknown(place: str | Path) -> StateError:
     )
 
 
+def named_base(folder: Path) -> str:
+    """The id or the place of the base that an adapter folder of any format names; empty for none."""
+    if state.is_adapter(folder):
+        return str(state.read_record(folder)["base"].get("id") or "")
+    try:
+        record = json.loads((folder / convert.RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(record.get("base_model_name_or_path") or record.get("model_name") or "")
+
+
+def is_source(text: object) -> bool:
+    """Whether something that may be a configuration is a place of adapters: a folder, or the name of a repository."""
+    if not isinstance(text, str | os.PathLike):
+        return False
+    words = os.fspath(text)
+    return Path(words).expanduser().is_dir() or ("/" in words and "[" not in words and not words.endswith(".json"))
+
+
 # What it holds
 
 
 def find(
-    folder: Path, model: nn.Module, sites: Sites, *, heads: Iterable[str], head: bool, other_base: OtherBase
+    folder: Path, model: nn.Module, sites: Sites, *, heads: Iterable[str], head: bool, other_base: Stance
 ) -> Found:
     """What an adapter folder of any format holds for this model.
 
@@ -133,7 +155,14 @@ def find(
         read = convert.read(folder, sites, head=head, other_base=other_base)
         if read.head is not None:
             logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
-        return Found(folder=folder, name=read.name, config=read.config, tensors=read.tensors, base=read.base)
+        return Found(
+            folder=folder,
+            name=read.name,
+            config=read.config,
+            tensors=read.tensors,
+            difference=read.difference,
+            base=read.base,
+        )
     if convert.is_peft(folder):
         peft = convert.peft.read(folder, model, sites, own_heads=heads, head=head, other_base=other_base)
         return Found(
@@ -142,6 +171,7 @@ def find(
             config=peft.config,
             tensors=peft.tensors,
             head=peft.head,
+            difference=peft.difference,
             base=peft.base,
             idle=peft.idle,
         )
@@ -155,15 +185,15 @@ def _name_of(folder: Path) -> str:
     return _NO_NAME.sub("_", name).strip("_") or "adapter"
 
 
-def _check_difference(difference: str, stored: state.Stored, other_base: OtherBase) -> None:
+def _check_difference(difference: str, stored: state.Stored, other_base: Stance) -> None:
     """Raise `StateError` for another base, unless it is allowed."""
-    if difference and other_base != "allow":
+    if difference and other_base == "refuse":
         raise StateError(
             f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base model "
             f"`{stored.record['base'].get('id') or stored.record['base'].get('model_class')}`, or pass "
             '`other_base="allow"` if the change is wanted.'
         )
-    if difference:
+    if difference and other_base == "allow":
         logger.warning("Loading %s although %s.", stored.folder, difference)
 
 

@@ -65,6 +65,12 @@ class PlannedModule:
     def method(self) -> str:
         return method_of(self.config).name
 
+    def formula(self) -> str:
+        """What the projection computes with it, where it acts on one."""
+        method = method_of(self.config)
+        assert issubclass(method, LinearMethod)
+        return method.formula(self.config, self.placement)
+
     @property
     def key(self) -> str:
         """Its place in an adapter file: site, method and role."""

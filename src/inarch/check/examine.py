@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from ..core.site import Sites
 from ..heads import id2label, task_head
 from ..methods import AdapterConfig
 from ..sites import Inputs, Known, RunsKnown
-from .facts import Data, Memory, ModelFacts, Training
+from .facts import Data, Memory, ModelFacts, Stored, Training
 from .measure import measure, memory
 from .report import Report, report
 
@@ -42,12 +43,12 @@ def examine(
     on_trial: bool,
     training: Training | None = None,
     data: Data | None = None,
-    other_base: str = "",
+    stored: Stored | None = None,
 ) -> Report:
     """The report on a setup of a grafted model, with the evidence of one batch where inputs are given.
 
     **Arguments**: `on_trial` says that the adapters are there for this examination alone, so that what is frozen says
-    nothing about the training to come.
+    nothing about the training to come; `stored` is what is known of the folder that they came from.
     """
     model: nn.Module = subject.model
     several = len(dict.fromkeys(names(setup))) > 1
@@ -62,7 +63,8 @@ def examine(
         with subject.using(setup):
             run = run_of(model, inputs)
             if not _has_no_memory(model):
-                evidence = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
+                found = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
+                evidence = replace(found, is_initial=on_trial and stored is None)
             held = _memory(model, run, [*parameters.values(), *head], _samples(inputs))
     return report(
         subject.sites,
@@ -73,7 +75,7 @@ def examine(
         data=_with_pixels(data, inputs),
         evidence=evidence,
         memory=held,
-        other_base=other_base,
+        stored=stored,
     )
 
 
@@ -156,6 +158,7 @@ def model_facts(
             for path, module in model.named_modules()
             if isinstance(module, nn.Dropout) and module.training and module.p > 0 and ".inarch." not in path
         ),
+        in_training=model.training,
         attached=attached,
     )
 

@@ -37,6 +37,8 @@ class Training:
     """How an adapter is going to be trained, as far as rules ask."""
 
     learning_rate: float
+    search: tuple[float, float] | None = None
+    """The smallest and the largest learning rate that a study tries, if one is run."""
     optimizer: str = "adamw"
     """`adamw`, `adam`, `sgd`, ...; Adam-like ones take steps of about the learning rate."""
 
@@ -73,6 +75,8 @@ class ModelFacts:
     adapter_dtypes: tuple[str, ...]
     batch_norms_in_training: tuple[str, ...]
     dropouts_in_training: int
+    in_training: bool
+    """Whether the model is in train mode."""
     attached: bool
     """Whether the adapters judged are the model's own, and not a configuration on trial."""
 
@@ -89,6 +93,8 @@ class Evidence:
     """Tensors without a gradient both at the initial weights and after a small random change of all of them."""
     growth: Mapping[str, float]
     """By stack: how much larger the last layer's output is with the adapter than without."""
+    is_initial: bool = True
+    """Whether the adapter has its initial weights, and not those of a stored one or of the model's own."""
 
     @property
     def reached(self) -> float:
@@ -113,6 +119,22 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """What is known of an adapter folder, beside its configuration and its weights."""
+
+    difference: str = ""
+    """How its base differs from the model, as a sentence; empty if nothing is known to differ."""
+    base: str = ""
+    """The base it names, where it keeps nothing by which to know it."""
+    model: str = ""
+    """The id or the place that the model itself came from."""
+    head: str = ""
+    """Why its task head does not fit the model."""
+    idle: tuple[str, ...] = ()
+    """What its settings name, and it holds nothing of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """All that is known."""
 
@@ -126,5 +148,7 @@ class Facts:
     data: Data | None = None
     evidence: Evidence | None = None
     memory: Memory | None = None
-    other_base: str = ""
-    """How the base of a stored adapter differs from the model, as a sentence."""
+    stored: Stored | None = None
+    """What is known of the folder that an adapter was read from."""
+    unplaced: str = ""
+    """Why a configuration asks for what the model does not have; the plan and the groups are empty then."""

@@ -1,5 +1,6 @@
 """The verdict on a configuration: what every group of equal sites computes, what was measured, and what to change."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,10 @@ from ..core.site import Site, Sites
 from ..core.table import render
 from ..methods import AdapterConfig
 from ..plan import Plan, check_setup, plan, sublayer_sites
-from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Training
+from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Stored, Training, place
 from .findings import LEVELS, Finding, find
 from .proof import Proof, prove
+from .rules.reach import no_such_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Report:
     """What one small batch showed; None where nothing was run."""
     memory: Memory | None = None
     """What training takes beside the weights; None where no inputs are known."""
+    placed: bool = True
+    """Whether the model has the places that the configuration asks for."""
 
     @property
     def num_parameters(self) -> int:
@@ -37,7 +41,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Whether the pre-trained function is preserved at every site."""
-        return all(group.proof.sound for group in self.sites)
+        return self.placed and all(group.proof.sound for group in self.sites)
 
     @property
     def has_errors(self) -> bool:
@@ -47,11 +51,12 @@ class Report:
     def __str__(self) -> str:
         rows = site_rows(self)
         head = f"{self.subject} on {self.model_class}: {self.num_parameters:,} parameters"
-        body = render(SITE_HEADERS, rows) if rows else ""
-        if not rows:
+        if not rows and self.placed:
             head += ", no sum of the model is changed"
+        tables = ((SITE_HEADERS, rows), (PROJECTION_HEADERS, projection_rows(self)))
+        body = [render(headers, found) for headers, found in tables if found]
         lines = [*evidence_lines(self.evidence), *memory_lines(self.memory)]
-        return "\n".join(part for part in (head, body, *lines, *map(str, self.findings)) if part)
+        return "\n".join((head, *body, *lines, *map(str, self.findings)))
 
 
 SITE_HEADERS = ("sites", "norm", "pre-trained", "with the adapter", "verdict")
@@ -71,13 +76,33 @@ def site_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
+PROJECTION_HEADERS = ("projections", "with the adapter")
+
+
+def projection_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for the projections of equal sites that get the same formula."""
+    layers: dict[tuple[str, str, str, str, str], list[Site]] = defaultdict(list)
+    for module in report.plan.modules:
+        found = module.placement
+        if found.port != "sublayer":
+            layers[module.adapter, found.site.stack, found.site.role, module.formula(), found.role].append(found.site)
+    roles: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    sites: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
+    for (adapter, _, _, formula, role), reached in layers.items():
+        key = (formula, (adapter, *(site.key for site in reached)))
+        roles[key].append(role)
+        sites[key] = reached
+    return [(f"{', '.join(played)} of {place(tuple(sites[key]))}", key[0]) for key, played in roles.items()]
+
+
 def evidence_lines(evidence: Evidence | None) -> list[str]:
     """What one batch showed, in words."""
     if evidence is None:
         return []
     growth = ", ".join(f"{stack} {value:.3g}x" for stack, value in evidence.growth.items())
+    weights = "at the initial weights" if evidence.is_initial else "by the adapter as it is"
     return [
-        f"drift of the output at the initial weights: {evidence.drift:.2g} of its size",
+        f"drift of the output {weights}: {evidence.drift:.2g} of its size",
         f"gradients reach {evidence.reached:.0%} of {len(evidence.gradients)} adapter tensors",
         *([f"the stream after the last layer, over the base's: {growth}"] if growth else []),
     ]
@@ -111,7 +136,7 @@ def report(
     data: Data | None = None,
     evidence: Evidence | None = None,
     memory: Memory | None = None,
-    other_base: str = "",
+    stored: Stored | None = None,
 ) -> Report:
     """Prove a setup of adapters at every site of a model, and apply every rule to what is known.
 
@@ -132,7 +157,7 @@ def report(
         data=data,
         evidence=evidence,
         memory=memory,
-        other_base=other_base,
+        stored=stored,
     )
     first = find(facts)
     errors = {finding.code for finding in first if finding.level == "error"}
@@ -140,6 +165,18 @@ def report(
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
     subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
     return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
+
+
+def unplaced(sites: Sites, config: AdapterConfig) -> Report | None:
+    """The report on a configuration that asks for what the model does not have; None for any other."""
+    try:
+        plan(sites, {"adapter": config})
+    except ConfigError as error:
+        configs = {"adapter": config}
+        facts = Facts(sites=sites, setup="adapter", configs=configs, plan=Plan((), {}), groups=(), unplaced=str(error))
+        findings = tuple(_checked(facts, finding, {finding.code}) for finding in no_such_place.find(facts))
+        return Report(str(config), sites.model_class, (), findings, facts.plan, placed=False)
+    return None
 
 
 def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:
@@ -174,7 +211,7 @@ def _checked(facts: Facts, finding: Finding, errors: set[str]) -> Finding:
         groups = _groups(facts.sites, facts.setup, configs, planned)
         after = {
             other.code: other.level
-            for other in find(replace(facts, configs=configs, plan=planned, groups=groups, evidence=None))
+            for other in find(replace(facts, configs=configs, plan=planned, groups=groups, evidence=None, unplaced=""))
         }
         brings = {code for code, level in after.items() if level == "error"} - errors
         if finding.code not in after and not brings:

@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": ("predict", "Predict what images show."),
     "eval": ("evaluate", "Compare predictions with the labels of images."),
     "report": ("report", "Write a page about runs, to open in a browser."),
+    "convert": ("convert", "Write an adapter in the format of another library."),
     "demo": ("demo", "See it all at work in a minute."),
 }
 """By name: the module of this folder with the function of the same name, and what it does in a line."""

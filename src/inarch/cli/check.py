@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..methods import AdapterConfig
 
 ADAPTER_HELP = (
-    "A configuration: `seq_bn` or another preset, with changes as in `seq_bn[reduction_factor=8]`; or a JSON file."
+    "A configuration: `seq_bn` or another preset, with changes as in `seq_bn[reduction_factor=8]`; or a JSON file; or "
+    "the folder of an adapter of inarch, of the library `adapters` or of PEFT."
 )
 _BATCH = 32
 
@@ -26,7 +27,7 @@ _BATCH = 32
 def check(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
-    adapter: Annotated[str, typer.Option(help=ADAPTER_HELP, metavar="CONFIG", show_default=False)],
+    adapter: Annotated[str, typer.Option(help=ADAPTER_HELP, metavar="CONFIG|FOLDER", show_default=False)],
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP, metavar="FILE", show_default=False)] = None,
     learning_rate: Annotated[
         float | None,
@@ -36,7 +37,9 @@ def check(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure", help="Load the weights and run one batch: drift, gradients, memory. Else they are estimated."
+            "--measure",
+            help="Load the weights and run one batch: drift, gradients, memory. Else memory is estimated. For a folder "
+            "the weights are loaded anyway, to be compared with those it was made on.",
         ),
     ] = False,
     fix: Annotated[
@@ -52,10 +55,18 @@ def check(
     with importing():
         from ..check import Training
         from ..handle import attach
+        from ..loading import is_source
         from ..methods import read_config
+        from .skeleton import is_type
 
-    network = _network(model, with_weights=measure)
-    config = read_config(adapter)
+    stored = is_source(adapter)
+    if stored and fix:
+        raise ConfigError(
+            f"`--fix` changes a configuration; got the folder of an adapter, `{adapter}`. Leave `--fix` out, or give "
+            "the configuration that it was trained with."
+        )
+    network = _network(model, with_weights=measure or (stored and not is_type(model)))
+    config = adapter if stored else read_config(adapter)
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
     inputs = _batch(network, batch_size)
@@ -65,11 +76,11 @@ def check(
             "told from it. Leave `--measure` out, or call `inarch.check` with `example_inputs` in Python."
         )
 
-    def judge(candidate: "AdapterConfig") -> "Report":
+    def judge(candidate: "AdapterConfig | str") -> "Report":
         return handle.check(candidate, example_inputs=inputs, training=training, measure=inputs is not None)
 
     report = judge(config)
-    if fix and report.has_errors:
+    if fix and report.has_errors and not isinstance(config, str):
         repaired = _repaired(config, report, judge)
         place = _write(adapter, repaired)
         if not json:
@@ -132,6 +143,8 @@ def _write(adapter: str, repaired: "AdapterConfig") -> str:
 
 def report_data(report: "Report") -> dict[str, Any]:
     """A report as JSON data."""
+    from ..check import projection_rows
+
     return {
         "sound": report.sound,
         "adapter": report.subject,
@@ -150,6 +163,7 @@ def report_data(report: "Report") -> dict[str, Any]:
             }
             for group in report.sites
         ],
+        "projections": [{"place": place, "adapted": formula} for place, formula in projection_rows(report)],
         "evidence": None if report.evidence is None else dataclasses.asdict(report.evidence),
         "memory": None if report.memory is None else dataclasses.asdict(report.memory),
         "findings": [
@@ -171,12 +185,21 @@ _STYLES = {"error": "red", "warning": "yellow", "note": ""}
 
 def say_report(report: "Report") -> None:
     """A report as a table."""
-    from ..check import SITE_HEADERS, evidence_lines, memory_lines, site_rows
+    from ..check import (
+        PROJECTION_HEADERS,
+        SITE_HEADERS,
+        evidence_lines,
+        memory_lines,
+        projection_rows,
+        site_rows,
+    )
 
     say(f"{report.subject} on {report.model_class}: {report.num_parameters:,} parameters", style="bold")
     styles = ["" if group.proof.sound else "red" for group in report.sites]
     if rows := site_rows(report):
         say_table(SITE_HEADERS, rows, styles=styles)
+    if projections := projection_rows(report):
+        say_table(PROJECTION_HEADERS, projections)
     for line in (*evidence_lines(report.evidence), *memory_lines(report.memory)):
         say(line)
     for finding in report.findings:

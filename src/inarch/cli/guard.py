@@ -27,6 +27,8 @@ _OPTIONS = {
 } | {
     "`labels=`": "`--labels`",
     '`unsound="allow"` to `add`': "`--allow-unsound`",
+    '`other_base="allow"`': "`--other-base`",
+    "`head=False`": "`--no-head`",
     "`inarch.attach(model, layout={...})`": "`--layout FILE`",
 }
 """What messages call an argument, and its option."""

@@ -42,12 +42,11 @@ def skeleton(model: str) -> Any:
 
 def with_own_weights(model: str) -> Any:
     """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`."""
-    from transformers import CONFIG_MAPPING
 
     from ..train.quiet import quiet
 
     config = read_model_config(model)
-    if model in CONFIG_MAPPING and not Path(model).exists():
+    if is_type(model):
         return _model_class(config)._from_config(config).eval()
     try:
         with quiet():
@@ -57,6 +56,13 @@ def with_own_weights(model: str) -> Any:
             f"A model to measure must have weights; got `{_reason(error)}` for `{model}`. Leave `--measure` out to "
             "judge its architecture alone."
         ) from error
+
+
+def is_type(model: str) -> bool:
+    """Whether a name is that of a model type, which has no weights."""
+    from transformers import CONFIG_MAPPING
+
+    return model in CONFIG_MAPPING and not Path(model).exists()
 
 
 def read_model_config(model: str) -> Any:

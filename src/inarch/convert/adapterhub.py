@@ -81,6 +81,8 @@ class Converted:
     base: str
     """The base model's id, or the path it had."""
     head: StoredHead | None
+    difference: str = ""
+    """How the base differs from the model, where that is told."""
 
 
 def is_adapterhub(folder: Path) -> bool:
@@ -95,18 +97,18 @@ def is_adapterhub(folder: Path) -> bool:
 
 
 def read(
-    folder: Path, sites: Sites, *, head: bool = True, other_base: Literal["refuse", "allow"] = "refuse"
+    folder: Path, sites: Sites, *, head: bool = True, other_base: Literal["refuse", "allow", "tell"] = "refuse"
 ) -> Converted:
     """The adapter of a folder, for a model with these sites.
 
     Arguments: `head=False` does not open the prediction head; `other_base="allow"` takes an adapter made for another
-    model type, where the modules still correspond.
+    model type, where the modules still correspond, and `tell` does so without a word but in `Converted.difference`.
 
     Raises `StateError` for anything missing, damaged, made for another model type, or that cannot be computed exactly.
     """
     record = _read_record(folder)
     name, model_type = record["name"], record["model_type"]
-    _check_base(record, sites, folder, other_base)
+    difference = _check_base(record, sites, folder, other_base)
     towers = _interface(folder) or known_towers(model_type, folder)
     stacks = match_stacks(towers, sites, folder)
     stored = {_OLD_MODULES.sub("adapters", key): value for key, value in read_weights(folder, SAFE, TORCH).items()}
@@ -119,6 +121,7 @@ def read(
         model_type=model_type,
         base=str(record.get("model_name") or ""),
         head=_read_head(folder) if head else None,
+        difference=difference,
     )
 
 
@@ -168,7 +171,7 @@ def _interface(folder: Path) -> tuple[Tower, ...]:
         ) from None
 
 
-def _check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base: str) -> None:
+def _check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base: str) -> str:
     if record["model_type"] != sites.model_type:
         difference = (
             f"the model types of an adapter's base and of the model must agree; got `{record['model_type']}` at "
@@ -182,12 +185,14 @@ def _check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_bas
         )
         remedy = "Train the adapter anew"
     else:
-        return
-    if other_base != "allow":
+        return ""
+    if other_base == "refuse":
         raise StateError(
             f'{difference[0].upper()}{difference[1:]}. {remedy}, or pass `other_base="allow"` if the change is wanted.'
         )
-    logger.warning("Loading %s although %s.", folder, difference)
+    if other_base == "allow":
+        logger.warning("Loading %s although %s.", folder, difference)
+    return difference
 
 
 def _updated(record: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Any:

@@ -106,6 +106,8 @@ class Converted:
     head: tuple[str, ...]
     base: str
     """The base model's id, or the path it had."""
+    difference: str
+    """How the base differs from the model, where that is told."""
     idle: tuple[str, ...]
     """Entries of `target_modules` and `modules_to_save` that the folder has no tensors of."""
 
@@ -126,13 +128,14 @@ def read(
     *,
     own_heads: Iterable[str] = (),
     head: bool = True,
-    other_base: Literal["refuse", "allow"] = "refuse",
+    other_base: Literal["refuse", "allow", "tell"] = "refuse",
 ) -> Converted:
     """The adapter of a folder, for a model with these sites.
 
     Arguments: `own_heads` are the modules of the model's task head; `head=False` leaves out whole modules that were
     trained; `other_base="allow"` takes an adapter made for a
-    model of another class, where the modules still correspond.
+    model of another class, where the modules still correspond, and `tell` does so without a word but in
+    `Converted.difference`.
 
     Raises `StateError` for anything missing, damaged, made for another model, or that cannot be computed exactly.
     """
@@ -157,6 +160,7 @@ def read(
         tensors=tensors | (_head_tensors(heads, source) if head else {}),
         head=tuple(heads) if head else (),
         base=str(record.get("base_model_name_or_path") or ""),
+        difference=_check_family(source, adapted),
         idle=_idle(record, adapted, heads),
     )
 
@@ -190,8 +194,6 @@ class _Source:
                 f"{type(self.model).__name__}: {', '.join(f'`{path}`' for path in strange[:6])}{more}, at "
                 f"`{self.folder}`. Load it on the base model it was trained on, or train it anew without these."
             )
-        renamed = [path for path in found if path not in self.names.paths]
-        _check_family(self.record, self.model, renamed, self.folder, self.other_base)
         twice = Counter(meant.projection_key for meanings in found.values() for meant in meanings)
         clash = next((key for key, count in twice.items() if count > 1), "")
         if clash:
@@ -230,29 +232,34 @@ def _check_method(record: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _check_family(
-    record: Mapping[str, Any], model: nn.Module, renamed: list[str], folder: Path, other_base: str
-) -> None:
-    """Raise `StateError` for an adapter that was made for another model type, as far as anything says so."""
+def _check_family(source: _Source, adapted: Iterable[str]) -> str:
+    """How an adapter was made for another model type, as far as anything says so; empty for none.
+
+    Raises `StateError` where that is to be refused.
+    """
+    record, model, folder = source.record, source.model, source.folder
     own = type(model).__name__
     made_for = str((record.get("auto_mapping") or {}).get("base_model_class") or "")
     families = [re.sub(r"(For[A-Z]\w*|Model|LMHeadModel)$", "", name) for name in (made_for, own)]
     words = {part for name, _ in model.named_modules() for part in name.split(".")} | _COMMON_WORDS
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    foreign = next((path for path in renamed if path.split(".")[0] not in {prefix, *words}), "")
+    known = {str(getattr(model, "base_model_prefix", "")), *words}
+    renamed = [path for path in adapted if path not in source.names.paths]
+    foreign = next((path for path in renamed if path.split(".")[0] not in known), "")
     if made_for and not (families[0].startswith(families[1]) or families[1].startswith(families[0])):
         difference = f"`{made_for}`"
     elif foreign:
         difference = f"modules such as `{foreign}`"
     else:
-        return
+        return ""
     text = f"the model that an adapter was made for must be of the same type; got {difference} at `{folder}` and {own}"
-    if other_base != "allow":
+    if source.other_base == "refuse":
         raise StateError(
             f"{text[0].upper()}{text[1:]}. Load the base model `{record.get('base_model_name_or_path')}`, or pass "
             '`other_base="allow"` if the change is wanted.'
         )
-    logger.warning("Loading %s although %s.", folder, text)
+    if source.other_base == "allow":
+        logger.warning("Loading %s although %s.", folder, text)
+    return text
 
 
 # LoRA

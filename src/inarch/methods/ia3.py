@@ -108,12 +108,6 @@ class IA3(LinearMethod):
         at_output = config.output_lora if placement.role == "down" else not at_input
         return frozenset(side for side, is_changed in (("input", at_input), ("output", at_output)) if is_changed)
 
-    @classmethod
-    def formula(cls, config: IA3Config, placement: Placement) -> str:
-        changes = cls.changes(config, placement)
-        inner = "W (l · u)" if "input" in changes else "W u"
-        return f"y = l · {inner}" if "output" in changes else f"y = {inner}"
-
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         projection = placement.site.projections[placement.role][placement.part]
@@ -135,6 +129,13 @@ class IA3(LinearMethod):
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """(..., in), (..., rows) -> (..., rows)."""
         return output if self.scale is None else self._scaled(output, self.scale, inputs)
+
+    @classmethod
+    def formula(cls, config: IA3Config, placement: Placement) -> str:
+        scale = "g(u) · l" if config.use_gating else "l" if config.alpha == 1 else f"{config.alpha:.4g} · l"
+        changed = cls.changes(config, placement)
+        inside = f"W ({scale} · u)" if "input" in changed else "W u"
+        return f"y = {scale} · {inside}" if "output" in changed else f"y = {inside}"
 
     @classmethod
     def obstacle_to_merge(cls, config: IA3Config) -> str:

@@ -106,10 +106,6 @@ class LoRA(LinearMethod):
     presets: ClassVar[dict[str, Config]] = {"lora": LoRAConfig()}
 
     @classmethod
-    def formula(cls, config: LoRAConfig, placement: Placement) -> str:
-        return f"y = W u + {'g(u)' if config.use_gating else f'{config.scale(placement):g}'} · B A u"
-
-    @classmethod
     def placements(cls, config: LoRAConfig, sites: Sites) -> list[Placement]:
         found = projection_placements(
             config.roles(), config.leave_out, config.leave_out_roles, config.leave_out_projections, sites
@@ -125,6 +121,11 @@ class LoRA(LinearMethod):
         if config.bias:
             return "`bias=True`, which acts on the output of the projection,"
         return "`use_gating=True`, which reads the input of the projection," if config.use_gating else ""
+
+    @classmethod
+    def formula(cls, config: LoRAConfig, placement: Placement) -> str:
+        scale = "g(u) · " if config.use_gating else "" if (s := config.scale(placement)) == 1 else f"{s:.4g} · "
+        return f"y = W u + {scale}B A u{' + c' if config.bias else ''}"
 
     @classmethod
     def obstacle_to_merge(cls, config: LoRAConfig) -> str:

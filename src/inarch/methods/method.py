@@ -126,7 +126,7 @@ class LinearMethod(AbstractMethod):
 
     @classmethod
     def formula(cls, config: Any, placement: Placement) -> str:  # noqa: ARG003  overriding methods read them
-        """What a module makes of its projection `W u`, for people to read."""
+        """What a module makes of its projection `W u`, bias included, for people to read."""
         return "y = W u + A(u)"
 
     @classmethod

@@ -156,12 +156,14 @@ def small_rate(facts: Facts) -> Iterator[Finding]:
     """
     if facts.training is None or not facts.training.optimizer.startswith("adam") or not facts.configs:
         return
-    rate = facts.training.learning_rate
-    if rate < SMALLEST_RATE:
+    low, high = facts.training.search or (facts.training.learning_rate,) * 2
+    if high < SMALLEST_RATE:
+        is_study = facts.training.search is not None
+        rates = f"a study of learning rates from {low:g} to {high:g}" if is_study else f"a learning rate of {high:g}"
         yield Finding(
             "small-rate",
             "warning",
             "the recipe",
-            f"a learning rate of {rate:g} is one for full fine-tuning; adapters want about ten times more",
-            advice="Set the learning rate to 0.001.",
+            f"{rates} is one for full fine-tuning; adapters want about ten times more",
+            advice="Search from 0.0001 to 0.01." if is_study else "Set the learning rate to 0.001.",
         )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..facts import Facts
-from ..findings import Finding, rule
+from ..findings import Finding, Level, rule
 
 _HALF = ("float16", "bfloat16")
 
@@ -29,18 +29,23 @@ def head_frozen(facts: Facts) -> Iterator[Finding]:
 
 @rule("nothing-trainable", "error")
 def nothing_trainable(facts: Facts) -> Iterator[Finding]:
-    """No parameter of the model requires a gradient, or none of the adapter's does.
+    """No parameter of the adapter requires a gradient, although training is meant.
 
-    An optimiser given `filter(lambda p: p.requires_grad, ...)` is empty then, or trains the head alone.
+    An optimiser given `filter(lambda p: p.requires_grad, ...)` is empty then, or trains the head alone. That training
+    is meant is known from a recipe, or from a model in train mode; for one in eval mode this is a note, as it is how
+    an adapter is loaded for inference.
     """
     model = facts.model
     if model and model.attached and facts.configs and not model.adapter_trainable:
+        level: Level = "error" if model.in_training or facts.training is not None else "note"
         yield Finding(
             "nothing-trainable",
-            "error",
+            level,
             ", ".join(f"`{name}`" for name in facts.configs),
             "no parameter of the adapter requires a gradient",
-            advice="Call `adapters.train(name)`; `activate` alone changes no `requires_grad`.",
+            advice="Right for inference; to train it, call `adapters.train(name)`."
+            if level == "note"
+            else "Call `adapters.train(name)`; `activate` alone changes no `requires_grad`.",
         )
 
 
@@ -123,11 +128,44 @@ def other_base(facts: Facts) -> Iterator[Finding]:
 
     Its weights mean nothing on this one. Compared are sites and samples of the weights, within the type's precision.
     """
-    if facts.other_base:
+    if facts.stored is not None and facts.stored.difference:
         yield Finding(
             "other-base",
             "error",
             ", ".join(f"`{name}`" for name in facts.configs),
-            facts.other_base,
-            advice="Check it on the base model it was trained on.",
+            facts.stored.difference,
+            advice="Load it into the base model it was trained on.",
+        )
+
+
+@rule("base-unknown", "note")
+def base_unknown(facts: Facts) -> Iterator[Finding]:
+    """A stored adapter keeps nothing by which its base could be known.
+
+    Folders of PEFT and of the library `adapters` name their base and hold nothing of its weights, so an adapter is
+    loaded into any model of the same shapes without a word. It is a warning where the model came from elsewhere.
+    """
+    if facts.stored is None or facts.stored.difference or not facts.stored.base:
+        return
+    theirs, ours = facts.stored.base, facts.stored.model
+    is_other = bool(ours) and theirs.rstrip("/").rpartition("/")[2] != ours.rstrip("/").rpartition("/")[2]
+    yield Finding(
+        "base-unknown",
+        "warning" if is_other else "note",
+        ", ".join(f"`{name}`" for name in facts.configs),
+        f"the folder names its base `{theirs}` and keeps nothing of its weights"
+        + (f"; the model is `{ours}`" if is_other else ""),
+        advice="Make sure that it is this model; saved here once, the adapter knows its base.",
+    )
+
+
+@rule("head-not-found", "error")
+def head_not_found(facts: Facts) -> Iterator[Finding]:
+    """The task head of a stored adapter has no place in the model, or other labels.
+
+    The adapter was trained with that head; under another one, or a random one, it says nothing.
+    """
+    if facts.stored is not None and facts.stored.head:
+        yield Finding(
+            "head-not-found", "error", ", ".join(f"`{name}`" for name in facts.configs), facts.stored.head.rstrip(".")
         )

@@ -1,0 +1,53 @@
+"""`inarch convert`: an adapter folder in the format of another library."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import StateError
+from ..core.interrupt import importing
+from .output import say
+from .probe import MODEL_HELP
+
+
+class Target(StrEnum):
+    """The formats that are written."""
+
+    inarch = "inarch"
+    peft = "peft"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="The folder or Hub repository of an adapter of inarch, of `adapters` or of PEFT.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="The folder to write.")],
+    *,
+    to: Annotated[Target, typer.Option(help="The format to write.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help=f"{MODEL_HELP} By default the base that the adapter names.", show_default=False)
+    ] = None,
+    head: Annotated[bool, typer.Option(help="Take the task head along, which the model must have then.")] = True,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Take an adapter that was made on a base with other weights.")
+    ] = False,
+) -> None:
+    """Write an adapter of one library in the format of another, so that it computes the same there."""
+    with importing():
+        from ..handle import attach
+        from ..loading import locate, named_base
+        from .skeleton import with_own_weights
+
+    folder = locate(source)
+    base = model or named_base(folder)
+    if not base:
+        raise StateError(
+            f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
+            "`--model`."
+        )
+    adapters = attach(with_own_weights(base))
+    name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
+    adapters.save(name, destination, head=head, format=to.value)
+    say(f"{name} for {adapters.sites.model_class}, in the format {to.value}, is in {destination}", style="bold")
