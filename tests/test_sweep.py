@@ -1,17 +1,35 @@
 """Studies: what is trained, what is not and why, and that what is cut short goes on."""
 
+import contextlib
+import importlib
+import json
+import math
+import multiprocessing
+import socket
+import sys
+import time
+from functools import partial
+
 import pytest
 from little_runs import save_model, save_pictures
+from throwaway_postgres import find_programs, serve
 
-from inarch.core.errors import StateError
-from inarch.core.records import RunRecord, read_record, read_study
-from inarch.sweep.run import run_study
+from inarch.cli import main
+from inarch.core.errors import InarchError, StateError
+from inarch.core.records import RunRecord, SeedsRecord, TrialRecord, read_record, read_study
+from inarch.methods import read_config
+from inarch.sweep.pruning import Hyperband
+from inarch.sweep.run import run_study, sampler_of
+from inarch.sweep.space import Space
+from inarch.sweep.storage import MOST_DEATHS, Board, Taken, storage_url
 from inarch.sweep.study import StudyConfig
+from inarch.sweep.trial import Audience
 from inarch.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 
 RECIPE = Recipe(epochs=2, batch_size=16, device="cpu", augment=False)
+HOST = socket.gethostname()
 ADAPTER = "seq_bn[reduction_factor=4]"
 STEPS = 2 * 2  # 22 of 24 pictures, 16 at a time, twice
 
@@ -80,3 +98,317 @@ def test_another_study_in_the_folder_is_refused_with_the_difference(flags, given
     study = StudyConfig.from_dict(record.job["study"]).replace(seeds=2)
     with pytest.raises(StateError, match="study.seeds 2 instead of 1"):
         run_study(study, RECIPE, *given, folder)
+
+
+# What is cut short
+
+
+def no_sampler(index):
+    """For trials whose values are not asked for."""
+
+
+def study_of(*rates, **others):
+    return StudyConfig(vary={"learning_rate": list(rates)}, adapter=ADAPTER, pruner="none", **others)
+
+
+LONG = RECIPE.replace(epochs=15)
+LONG_STEPS = 2 * 15
+
+
+def command(given, folder, study, recipe, *flags):
+    """The command line of a study."""
+    model, data = given
+    rates = ",".join(map(str, study.vary["learning_rate"]))
+    words = {"model": model, "data": data, "output": folder, "adapter": study.adapter, "vary": f"learning_rate={rates}"}
+    words |= {"pruner": study.pruner, "epochs": recipe.epochs, "batch-size": recipe.batch_size, "device": "cpu"}
+    return ["sweep", *(str(word) for key, value in words.items() for word in (f"--{key}", value)), "--no-augment",
+            "--no-stop-early", "--quiet", *flags]  # fmt: skip
+
+
+def worker(words):
+    """A process that runs a command. It is forked from one that has imported what takes long to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["inarch.sweep.run"])
+    process = context.Process(target=main, args=(words,))
+    process.start()
+    return process
+
+
+def await_running(board, process):
+    """Wait until a trial of a worker has been trained for two epochs; its number."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.is_alive()
+        with contextlib.suppress(KeyError):  # there is no study yet
+            for trial in board.records():
+                if trial.status == "running" and len(trial.curve) > 1 and trial.worker == f"{HOST}:{process.pid}":
+                    return trial.number
+        time.sleep(0.02)
+    raise AssertionError("no trial is trained")
+
+
+def test_a_worker_that_is_killed_leaves_a_study_that_goes_on_where_it_was(given, tmp_path):
+    folder, study = tmp_path / "study", study_of(1e-3, 1e-2)
+    killed = worker(command(given, folder, study, LONG))
+    folder.mkdir()
+    board = Board(storage_url(None, folder), "study", grace=60)
+    number = await_running(board, killed)
+    killed.kill()
+    killed.join()
+    cut = read_record(folder / f"trials/000{number}")
+    assert cut.status == "running" and 0 < cut.epochs[-1].step < LONG_STEPS
+    record = run_study(study, LONG, *given, folder)
+    assert [(one.status, one.value is not None) for one in record.trials] == [("finished", True)] * 2
+    assert [one.attempts for one in record.trials] == [2, 1] if number == 0 else [1, 2]
+    # Gone on with, and not begun again: what was trained twice, or not told before the end, is an epoch or two.
+    assert abs(record.steps - 2 * LONG_STEPS) <= 4
+    whole = read_record(folder / "trials/0000")
+    assert [epoch.step for epoch in whole.epochs] == list(range(0, LONG_STEPS + 1, 2))
+    board.close()
+
+
+@pytest.mark.skipif(find_programs() is None, reason="needs a PostgreSQL server: `apt-get install postgresql`")
+def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_work(given, tmp_path):
+    study = study_of(1e-3, 3e-3, 1e-2)
+    with serve() as url:
+        flags = ("--storage", url, "--name", "shared", "--grace", "60")
+        places = [tmp_path / "one", tmp_path / "two"]  # as on two machines: they share nothing but the database
+        workers = [worker(command(given, place, study, LONG, *flags)) for place in places]
+        board = Board(storage_url(url, tmp_path), "shared", grace=60)
+        number = await_running(board, workers[0])
+        workers[0].kill()
+        workers[0].join()
+        workers[1].join(timeout=200)
+        assert workers[1].exitcode == 0
+        tried = [trial.user_attrs["index"] for trial in board._load().get_trials(deepcopy=False)]
+        board.close()
+    assert sorted(tried) == sorted([0, 1, 2, number])  # the cut one twice, and nothing else
+    record = read_study(places[1])
+    assert [one.status for one in record.trials] == ["finished"] * 3
+    assert [one.attempts for one in record.trials] == [1 + (one.number == number) for one in record.trials]
+    assert {one.worker for one in record.trials if one.number == number} == {f"{HOST}:{workers[1].pid}"}
+    for trial in record.trials:
+        trained_by_the_other = trial.worker != f"{HOST}:{workers[1].pid}"
+        assert (places[0 if trained_by_the_other else 1] / trial.runs[0] / "adapter").is_dir()
+        # Of the attempt that was cut, what it had reported counts as spent.
+        assert trial.steps == LONG_STEPS or (trial.number == number and LONG_STEPS < trial.steps < 2 * LONG_STEPS)
+
+
+def test_a_worker_that_gives_no_sign_of_life_for_too_long_loses_its_trial(tmp_path, monkeypatch):
+    url = storage_url(None, tmp_path)
+    far = Board(url, "study", grace=2)
+    far.worker = "elsewhere/0:1:1"  # a machine whose processes cannot be looked at from here
+    far.create({}, [{}])
+    lost = far.claim(no_sampler)
+    lost.report(0.5, 1, steps=7)
+    near = Board(url, "study", grace=2)
+    assert near.claim(no_sampler) is None
+    assert not near.is_over()
+    time.sleep(3.5)  # longer than the grace in whole seconds, as SQLite counts
+    found = near.claim(no_sampler)
+    assert found.index == 0
+    with pytest.raises(Taken):
+        lost.report(0.6, 2, steps=9)
+    with pytest.raises(Taken):
+        lost.finish(TrialRecord(number=0, status="finished", value=0.9))
+    found.finish(TrialRecord(number=0, status="finished", value=0.7, steps=4))
+    (record,) = near.records()
+    assert (record.value, record.steps, record.attempts) == (0.7, 7 + 4, 2)
+    assert near.is_over()
+
+
+def test_a_configuration_that_takes_its_workers_with_it_is_given_up(tmp_path):
+    board = Board(storage_url(None, tmp_path), "study", grace=60)
+    board.create({}, [{}, {}])
+    for _ in range(MOST_DEATHS):
+        board.worker = f"{board.worker.rpartition(':')[0]}:another birth"
+        assert board.claim(no_sampler).index == 0
+    assert board.claim(no_sampler).index == 1
+    record = board.records()[0]
+    assert (record.status, record.decided_by) == ("failed", "worker")
+    assert record.reason == "3 workers died over it"
+
+
+def test_ctrl_c_leaves_a_study_that_says_so_and_goes_on(given, tmp_path):
+    class Impatient(Audience):
+        def step(self, trial, seed, done, total, value):
+            if trial.number == 1:
+                raise KeyboardInterrupt
+
+    folder, study = tmp_path / "study", study_of(1e-3, 1e-2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, RECIPE, *given, folder, audience=Impatient())
+    record = read_study(folder)
+    assert record.status == "interrupted"
+    assert [one.status for one in record.trials] == ["finished", "waiting"]
+    record = run_study(study, RECIPE, *given, folder)
+    assert [(one.status, one.attempts) for one in record.trials] == [("finished", 1), ("finished", 2)]
+
+
+# Giving up
+
+
+def test_hyperband_goes_on_with_one_in_three_of_a_bracket(tmp_path):
+    board = Board(storage_url(None, tmp_path), "study", grace=60)
+    board.create({}, [{} for _ in range(24)])
+    pruner = Hyperband(board, first_look=1, factor=3, max_epochs=3)
+    assert pruner.shares == [3, 2]  # epochs alike: three trials end after 1 epoch or have 3, two have 3
+    seen = []
+    for number in range(24):
+        claim = board.claim(no_sampler)
+        value = number * 7 % 24 / 24
+        claim.report(value, 1, steps=1)
+        first = pruner.bracket(number) == 0
+        # Successive halving by its definition: on goes who is among the best third of those who came so far.
+        seen += [value] if first else []
+        best = sorted(seen, reverse=True)[: max(1, len(seen) // 3)]
+        assert pruner.gives_up(claim) == (first and value not in best)
+        claim.finish(TrialRecord(number=number, status="finished", value=value))
+    assert 8 < len(seen) < 20
+
+
+def test_a_trial_that_is_given_up_says_so_and_so_do_the_steps(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hyperband, "gives_up", lambda _, claim: claim.index == 0)
+    study = study_of(1e-3, 1e-2, seeds=1).replace(pruner="hyperband")
+    record = run_study(study, RECIPE, *given, tmp_path / "study")
+    behind, best = record.trials
+    assert (behind.status, behind.decided_by, behind.steps) == ("pruned", "hyperband", STEPS // 2)
+    assert behind.reason == f"behind other trials at epoch 1, with accuracy {behind.value:.4f}"
+    run = read_record(tmp_path / "study" / behind.runs[0])
+    assert (run.status, len(run.epochs)) == ("stopped", 2)
+    assert (best.status, record.best) == ("finished", 1)
+    assert (record.steps, record.steps_in_full) == (STEPS // 2 + STEPS, 2 * STEPS)
+
+
+def test_the_monitor_stops_what_stalls(given, tmp_path):
+    recipe = RECIPE.replace(epochs=10, stop_early=True)
+    record = run_study(study_of(1e-7, 1e-2), recipe, *given, tmp_path / "study")
+    stalled, learning = record.trials
+    assert (stalled.status, stalled.decided_by) == ("stopped", "monitor")
+    assert stalled.steps < 20
+    assert (learning.status, learning.steps) == ("finished", 20)
+
+
+def test_several_seeds_are_one_trial_with_a_mean(given, tmp_path):
+    (trial,) = run_study(study_of(1e-2, seeds=2), RECIPE, *given, tmp_path / "study").trials
+    runs = read_record(tmp_path / "study" / trial.runs[0])
+    assert isinstance(runs, SeedsRecord) and runs.status == "finished"
+    values = [run.results["accuracy"] for run in runs.runs]
+    assert list(trial.seeds) == ["0", "1"] and list(trial.seeds.values()) == values
+    assert trial.value == pytest.approx(sum(values) / 2)
+    assert trial.std == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert trial.steps == 2 * STEPS
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sampler_draws_the_same_for_the_same_seed_and_tpe_finds_the_best(tmp_path, sampler):
+    vary = {"learning_rate": "1e-5..1e-1:log", "reduction_factor": "2,4", "adapter": "seq_bn,lora", "r": "1..4"}
+    study = StudyConfig(vary=vary, sampler=sampler, trials=22)
+    space = Space.of(vary, read_config("seq_bn"), RECIPE)
+
+    def rates(name, number):
+        board = Board(storage_url(None, tmp_path), name, grace=60)
+        board.create({}, [{} for _ in range(22)])
+        found = []
+        for _ in range(number):
+            claim = board.claim(partial(sampler_of, study))
+            values = space.assign(lambda dimension: dimension.suggest(claim.trial))  # noqa: B023  called at once
+            assert ("r" in values) == (values["adapter"] == "lora") != ("reduction_factor" in values)
+            found.append(values["learning_rate"])
+            far = abs(math.log10(found[-1]) + 3)  # best at 1e-3
+            claim.finish(TrialRecord(number=claim.index, status="finished", value=1 - far / 4))
+        return found
+
+    drawn = rates("one", 22)
+    assert all(1e-5 <= rate <= 1e-1 for rate in drawn)
+    assert rates("two", 12) == drawn[:12]
+    near = sum(1e-4 < rate < 1e-2 for rate in drawn[10:])
+    assert near > 8 if sampler == "tpe" else near < 9  # by chance half of 12
+
+
+# The command line
+
+
+@pytest.fixture
+def sweep(given, tmp_path, capsys):
+    """Run `inarch sweep` on a short study; gives exit code, output and messages."""
+
+    def run(*flags, **changes):
+        model, data = given
+        words = {"model": model, "data": data, "output": tmp_path / "study", "adapter": ADAPTER, "device": "cpu"}
+        words |= {"epochs": 1, "batch-size": 16} | changes
+        with pytest.raises(SystemExit) as left:
+            main(["sweep", *(str(w) for k, v in words.items() if v is not None for w in (f"--{k}", v)), *flags])
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+def test_the_table_says_which_did_what(sweep, tmp_path):
+    flags = ("--vary", "original_ln_after", "--vary", "residual_before_ln=true,false")
+    code, out, err = sweep(*flags)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0][:4] == ["trial", "original_ln_after", "residual_before_ln", "verdict"]
+    assert rows[3] == ["1", "yes", "no", "skip", "connection", "doubled", "refused", "by", "the", "check", "0"]
+    assert rows[5][:6] == ["3", "no", "no", "preserved", "repeats", "0"]
+    assert "1 finished, 2 refused, 1 repeated" in out
+    assert "2 training steps, 25% of the 8 that train every configuration to its end" in out
+    assert "best: trial 0, original_ln_after=yes, residual_before_ln=yes: accuracy" in out
+    assert err.splitlines()[0] == "4 trials"
+    assert "trial 2  original_ln_after=no, residual_before_ln=yes  refused by the check" in err
+    # Going on with what is over prints the same; so does the record.
+    none = {"model": None, "data": None, "adapter": None, "device": None, "epochs": None, "batch-size": None}
+    assert sweep("--resume", "--quiet", **none) == (0, out, "")
+    code, printed, err = sweep("--resume", "--json", **none)
+    assert (code, err) == (0, "")
+    assert json.loads(printed) == read_study(tmp_path / "study").to_dict()
+
+
+def test_a_study_without_an_end_is_an_error(sweep):
+    code, out, err = sweep("--vary", "original_ln_after=false")
+    assert code == 1
+    assert "1 refused" in out
+    assert err.endswith("No trial came to its end.\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ((), {}, (2, "A study needs `--vary`")),
+        (("--vary", "r=1"), {"model": None}, (2, "A study needs `--model`")),
+        (("--vary", "rank=1"), {}, (1, "got `rank` with `seq_bn[reduction_factor=4]`")),
+        (("--vary", "scaling=1", "--vary", "scaling=2"), {}, (1, "A field is varied once; got `scaling` twice")),
+        (("--vary", "scaling=1", "--sampler", "tpe"), {}, (1, "`--trials` is how many configurations")),
+        (("--vary", "scaling=1"), {"validation": 0}, (1, "Give a `--validation` above 0")),
+        (("--vary", "scaling=1"), {"study": "norm-flag"}, (1, "Did you mean `norm-flags`?")),
+        (("--vary", "scaling=1"), {"storage": "elsewhere"}, (1, "A study's storage is a URL; got `elsewhere`")),
+        (("--resume",), {}, (1, "To resume there must be a study")),
+    ],
+)
+def test_what_cannot_be_studied_gets_one_message(sweep, tmp_path, flags, changes, expected):
+    code, message = expected
+    got, out, err = sweep(*flags, **changes)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert not (tmp_path / "study/study.json").exists()
+
+
+def test_a_password_is_shown_nowhere(sweep, tmp_path):
+    code, _, err = sweep("--vary", "scaling=1", storage="postgresql://me:secret@127.0.0.1:9/x")
+    assert code == 1
+    assert "got `postgresql+psycopg://me:***@127.0.0.1:9/x`" in err and "secret" not in err
+
+
+def test_a_folder_of_something_else_is_left_alone(given, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StateError, match=r"holds `thesis.tex`"):
+        run_study(study_of(1e-3), RECIPE, *given, tmp_path)
+
+
+def test_without_optuna_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "inarch.sweep.storage")
+    with pytest.raises(InarchError, match=r'A sweep needs the optional package `optuna`.*"inarch\[sweep\]"'):
+        importlib.import_module("inarch.sweep.storage")

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,7 @@ def run_study(
     given = data if isinstance(data, DataConfig) else DataConfig(data=os.fspath(data))
     space = Space.of(study.vary, read_config(study.adapter), recipe)
     queue = _queue(study, space)
+    study = study.replace(vary={one.name: one.written() for one in space.dimensions})
     job = _job(study, recipe, os.fspath(model), given)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -81,25 +84,25 @@ def run_study(
     _admit(folder)
     images = _images(given)
     bench = Bench(os.fspath(model), images, allow_unsound=study.allow_unsound or not study.check)
-    board = _board(folder, storage, name, grace=grace, job=job, queue=queue, overwrite=overwrite)
-    pruner = None
-    if study.pruner == "hyperband":
-        epochs = max(_epochs(space.configure(values)[1], images) for values in _reached(space))
-        pruner = Hyperband(board, first_look=study.first_look, factor=study.pruning_factor, max_epochs=epochs)
-    trials = Trials(
-        study=study,
-        space=space,
-        model=os.fspath(model),
-        data=given,
-        images=images,
-        bench=bench,
-        pruner=pruner,
-        folder=folder / TRIALS,
-        worker=board.shown,
-        command=tuple(command),
-        audience=audience or Audience(),
-    )
-    return _Worker(trials, board, job, folder, tuple(command)).work()
+    board = Board(storage_url(storage, folder), name or _name(storage, folder), grace=grace)
+    try:
+        _open(board, folder, job, queue, overwrite=overwrite)
+        trials = Trials(
+            study=study,
+            space=space,
+            model=os.fspath(model),
+            data=given,
+            images=images,
+            bench=bench,
+            pruner=_pruner(study, space, images, board),
+            folder=folder / TRIALS,
+            worker=board.shown,
+            command=tuple(command),
+            audience=audience or Audience(),
+        )
+        return _Worker(trials, board, job, folder, tuple(command)).work()
+    finally:
+        board.close()
 
 
 def _job(study: StudyConfig, recipe: Recipe, model: str, data: DataConfig) -> dict[str, Any]:
@@ -144,19 +147,13 @@ def _admit(folder: Path) -> None:
         ) from None
 
 
-def _board(
-    folder: Path,
-    storage: str | None,
-    name: str | None,
-    *,
-    grace: float,
-    job: Mapping[str, Any],
-    queue: list[dict[str, Any]],
-    overwrite: bool,
-) -> Board:
-    """The study in its storage: made, or the one that is there, if it asks for the same."""
-    title = name or ("study" if storage is None else folder.absolute().name)
-    board = Board(storage_url(storage, folder), title, grace=grace)
+def _name(storage: str | None, folder: Path) -> str:
+    """In a database a study goes by the name of its folder; a file has one study, wherever the folder is moved."""
+    return "study" if storage is None else folder.absolute().name
+
+
+def _open(board: Board, folder: Path, job: Mapping[str, Any], queue: list[dict[str, Any]], *, overwrite: bool) -> None:
+    """Make the study in its storage, or take part in the one that is there, if it asks for the same."""
     if overwrite:
         board.delete()
         shutil.rmtree(folder / TRIALS, ignore_errors=True)
@@ -168,17 +165,23 @@ def _board(
             f"A study goes on with the options it was begun with; got `{folder}` with {'; '.join(changes)}. Leave them "
             "out, replace the study (`--overwrite`), or begin another one."
         )
-    return board
 
 
-def _reached(space: Space) -> list[dict[str, Any]]:
+def _pruner(study: StudyConfig, space: Space, images: ImageData, board: Board) -> Hyperband | None:
+    if study.pruner == "none":
+        return None
+    epochs = _epochs(space.configure(_longest(space))[1], images)
+    return Hyperband(board, first_look=study.first_look, factor=study.pruning_factor, max_epochs=epochs)
+
+
+def _longest(space: Space) -> dict[str, Any]:
     """Values with the most epochs that a trial may have."""
     longest: dict[str, Any] = {}
     for one in space.dimensions:
         values = one.values if isinstance(one.values, tuple) else (one.values.high,)
         if one.field in ("epochs", "max_steps") and one.kind == "recipe":
             longest[one.name] = max(values, key=lambda value: value or 0)
-    return [longest]
+    return longest
 
 
 def _epochs(recipe: Recipe, images: ImageData) -> int:
@@ -188,6 +191,17 @@ def _epochs(recipe: Recipe, images: ImageData) -> int:
 
 def _steps(recipe: Recipe, images: ImageData) -> int:
     return recipe.max_steps or num_batches(images.train, recipe.batch_size) * recipe.epochs
+
+
+def sampler_of(study: StudyConfig, index: int) -> BaseSampler:
+    """Optuna's sampler for one trial, with a seed of its own: what a trial gets depends on the results before it, not
+    on who asks."""
+    seed = (study.sampler_seed + 7919 * index) % 2**32
+    if study.sampler != "tpe":
+        return RandomSampler(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna warns of what it may still change
+        return TPESampler(seed=seed, constant_liar=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,7 +220,7 @@ class _Worker:
         records = self.board.records()
         audience.begin(len(records), sum(one.status not in ("waiting", "running") for one in records))
         while True:
-            claim = self.board.claim(self._sampler)
+            claim = self.board.claim(partial(sampler_of, self.trials.study))
             if claim is not None:
                 self._try(claim)
             elif self.board.is_over():
@@ -214,12 +228,6 @@ class _Worker:
             else:
                 audience.wait(sum(one.status == "running" for one in self.board.records()))
                 time.sleep(min(2.0, self.board.grace / 4))
-
-    def _sampler(self, index: int) -> BaseSampler:
-        """With a seed of its own for each trial: what a trial gets depends on those before it, not on who asks."""
-        study = self.trials.study
-        seed = (study.sampler_seed + 7919 * index) % 2**32
-        return TPESampler(seed=seed, constant_liar=True) if study.sampler == "tpe" else RandomSampler(seed)
 
     def _try(self, claim: Claim) -> None:
         try:

@@ -90,6 +90,12 @@ class Dimension:
         texts = {encode(value): value for value in self.values}
         return texts[trial.suggest_categorical(self.name, list(texts))]
 
+    def written(self) -> Any:
+        """The values in the one form that a study keeps, however they were given."""
+        if isinstance(self.values, Range):
+            return f"{self.values.low!r}..{self.values.high!r}{':log' if self.values.log else ''}"
+        return [thaw(value) for value in self.values]
+
     def describe(self) -> dict[str, Any]:
         """Plain JSON data."""
         if isinstance(self.values, Range):

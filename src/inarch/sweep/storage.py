@@ -89,6 +89,11 @@ class Board:
         """This worker, as `host:process`."""
         return _shown(self.worker)
 
+    def close(self) -> None:
+        """Leave the storage."""
+        self.database.remove_session()
+        self.database.engine.dispose()
+
     # The study
 
     def job(self) -> dict[str, Any]:
