@@ -5,9 +5,12 @@ from inarch.core.records import (
     FindingRecord,
     GroupRecord,
     ModuleRecord,
+    MonitorRecord,
     RunRecord,
     SeedsRecord,
     SiteRecord,
+    StudyRecord,
+    TrialRecord,
     VerdictRecord,
 )
 
@@ -94,6 +97,42 @@ def seeds(*accuracies):
     """The same training with a seed for each accuracy."""
     runs = [run(accuracy, seed=number) for number, accuracy in enumerate(accuracies)]
     return SeedsRecord.of(runs, len(runs), {**runs[0].job, "seeds": len(runs)}, ("inarch", "train", "--seeds", "2"))
+
+
+def watched(verdict="stalled", **changes):
+    """A run with what its monitor saw."""
+    seen = MonitorRecord(
+        verdict=verdict, step=15, num_steps=150, reason="the loss stays at `2.3`", silent=("image0.1.mlp",)
+    )
+    return run(**{"monitor": seen} | changes)
+
+
+def study(**changes):
+    """Five trials: two trained, one refused, one settled by proof, one pruned; of the second no run is left."""
+
+    def trial(number, status, judge, **more):
+        values = {"learning_rate": 10.0 ** -(number % 3 + 1), "reduction_factor": 2**number}
+        verdict = VerdictRecord(sound=status != "refused")
+        known = {"values": values, "adapter": f"seq_bn[reduction_factor={2**number}]", "parameters": 1000 * 2**number}
+        return TrialRecord(number=number, status=status, decided_by=judge, verdict=verdict, **known, **more)
+
+    trials = (
+        trial(0, "finished", "training", value=0.9, seeds={"0": 0.9}, steps=30, seconds=10.0, runs=("trials/0000",)),
+        trial(
+            1,
+            "finished",
+            "training",
+            value=0.95,
+            std=0.01,
+            seeds={"0": 0.94, "1": 0.96},
+            curve=((0.0, 0.1), (1.0, 0.95)),
+        ),
+        trial(2, "refused", "check", reason="the skip connection is lost"),
+        trial(3, "repeated", "proof", value=0.9, same_as=0, reason="it computes what trial 0 does"),
+        trial(4, "pruned", "hyperband", value=0.99, curve=((0.0, 0.1), (1.0, 0.99))),
+    )
+    made = {"name": "mine", "job": {"study": {}}, "command": ("inarch", "sweep"), "trials": trials, "best": 1}
+    return StudyRecord(**{**made, "data": {"name": "digits"}, "steps": 60, "steps_in_full": 150} | changes)
 
 
 def save(folder, **records):

@@ -15,6 +15,7 @@ from inarch.core.errors import StateError
 from inarch.core.records import FindingRecord, RunRecord, VerdictRecord, read_record
 from inarch.report import Entry, read_entries, write_report
 from inarch.report.charts import _apart, charts
+from inarch.report.draw import colours
 from inarch.report.drawing import grafts
 from inarch.report.entries import differing
 from inarch.report.page import render
@@ -222,6 +223,57 @@ def test_runs_are_found_in_folders(tmp_path):
     assert [entry.name for entry in found] == ["b", "a/one", "a/two"]
     assert [entry.number for entry in found] == [1, 2, 3]
     assert [entry.name for entry in read_entries([tmp_path / "b"])] == ["b"]
+
+
+def test_a_study_is_shown_as_its_trials(tmp_path):
+    little.study().save(tmp_path / "study")
+    little.save(tmp_path / "study" / "trials", **{"0000": little.run(0.9)})
+    found = read_entries([tmp_path / "study"])
+    assert [entry.state for entry in found] == [
+        "finished", "finished", "refused by check", "repeated by proof", "pruned by hyperband",
+    ]  # fmt: skip
+    assert found == read_entries([tmp_path]) == read_entries([tmp_path / "study" / "study.json"])
+    shown = Page(render(found)).words
+    # The pruned trial is not the best, however well it did before it was ended.
+    assert "The best of 5 trials is trial 1 ( seq_bn[reduction_factor=2] ) with accuracy 95.0 % ± 1.0 % over 2" in shown
+    assert "They took 60 steps, 40 % of what training all of them to the end takes." in shown
+    assert "2 finished, 1 refused by check, 1 repeated by proof, 1 pruned by hyperband" in shown
+    assert "3 trial 2 refused by check: the skip connection is lost" in shown
+    assert differing(found) == ["learning_rate", "reduction_factor"]
+    curve, _, against, parallel = charts(found)
+    assert set(re.findall(r'data-run="(\d)"', curve.svg)) == {"1", "2", "5"}
+    assert set(re.findall(r'data-run="(\d)"', against.svg)) == {"1", "2", "4"}
+    assert set(re.findall(r'data-run="(\d)"', parallel.svg)) == {"1", "2", "4", "5"}
+
+
+def test_a_trial_without_one_of_the_settings_is_shown_without_it():
+    trials = little.study().trials
+    other = replace(trials[1], number=5, values={"learning_rate": 0.5, "r": 4})
+    study = little.study(trials=(*trials, other))
+    found = [
+        Entry(number=number, name=f"trial {one.number}", place="", record=one, study=study)
+        for number, one in enumerate(study.trials, start=1)
+    ]
+    assert differing(found) == ["learning_rate", "reduction_factor", "r"]
+    assert render(found)
+
+
+def test_what_a_monitor_saw_is_told():
+    assert (
+        "1 run-1 stalled at step 15 of 150 the loss stays at 2.3 No gradient reaches image0.1.mlp."
+        in page(little.watched()).words
+    )
+    assert "What was seen" not in page(little.run()).words
+
+
+def test_of_many_runs_the_better_have_the_stronger_colour():
+    many = entries(*(little.run(number / 20) for number in range(1, 11)), little.run(results={}))
+    found = colours(many)
+    assert [found[number] for number in (1, 2, 3, 9, 10, 11)] == [
+        f"var(--level-{level})" for level in (1, 1, 2, 5, 5, 1)
+    ]
+    assert len(set(colours(many[:8]).values())) == 8
+    assert render(many)
 
 
 def test_a_place_without_runs_is_told(tmp_path):

@@ -40,7 +40,7 @@ def make_report(runs: "Sequence[Path]", output: Path, *, title: str = "") -> int
     with importing():
         try:
             from ..report import read_entries, write_report
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             from ..data.extras import missing
 
             message = missing(error.name or "vl_convert", error)

@@ -14,6 +14,9 @@ from .draw import HEIGHT, WIDTH, Chart, Spec, by_run, described, is_share, shown
 from .entries import Entry
 from .parallel import parallel
 
+MAX_LABELS = 12
+"""Lines that are labelled at their ends; of more, each says what it is when it is pointed at."""
+
 
 def charts(entries: Sequence[Entry]) -> list[Chart]:
     """All charts that these runs have the numbers for."""
@@ -31,16 +34,19 @@ def _curves(entries: Sequence[Entry], name: str, of: Callable[[Any], float | Non
     """A value over the epochs: a line for each entry, the mean of its seeds, with the seeds behind it."""
     rows: list[Spec] = []
     ends: list[tuple[Entry, float, float]] = []
+    has_more = any(len(run.epochs) > 2 for entry in entries for run in entry.runs)  # epoch 0 would flatten the rest
     for entry in entries:
         means: dict[float, list[float]] = {}
         for run in entry.runs:
             for epoch in run.epochs:
                 value = of(epoch)
-                if value is None or not math.isfinite(value) or (epoch.epoch == 0 and len(run.epochs) > 2):
+                if value is None or not math.isfinite(value) or (epoch.epoch == 0 and has_more):
                     continue
                 means.setdefault(epoch.epoch, []).append(value)
                 if len(entry.runs) > 1:
                     rows.append({"run": entry.number, "x": epoch.epoch, "y": value, "seed": run.seed, "kind": "seed"})
+        if name == entry.metric:
+            means |= {epoch: [value] for epoch, value in entry.curve if epoch or not has_more}
         for at, values in sorted(means.items()):
             mean = math.fsum(values) / len(values)
             tip = f"{entry.number}. {entry.name}, epoch {at:g}: {words(name)} {shown(mean, name)}"
@@ -53,7 +59,7 @@ def _curves(entries: Sequence[Entry], name: str, of: Callable[[Any], float | Non
     low, high = _padded([row["y"] for row in rows], share=is_share(name))
 
     scale = {"domain": [low, high], "nice": False, "zero": False}
-    y = {"field": "y", "type": "quantitative", "title": None, "scale": scale, "axis": _number_axis(name)}
+    y = {"field": "y", "type": "quantitative", "title": None, "scale": scale, "axis": _number_axis(name, low, high)}
     last = max(row["x"] for row in rows)
     x_scale = {"domain": [min(row["x"] for row in rows), last], "nice": False, "padding": 6}
     ticks: Spec = {"tickCount": 5, "format": "~g", "grid": False}
@@ -61,7 +67,13 @@ def _curves(entries: Sequence[Entry], name: str, of: Callable[[Any], float | Non
         ticks["values"] = [*range(0, math.floor(last) + 1, math.ceil(last / 8))]
     x = {"field": "x", "type": "quantitative", "title": "epoch", "scale": x_scale, "axis": ticks}
     shared = {"x": x, "y": y, "color": by_run(entries)}
-    placed = _apart([(end, entry.number, at) for entry, at, end in ends], (high - low) / HEIGHT * 17)
+    placed = [
+        label
+        for place in {at for _, at, _ in ends}
+        for label in _apart([(end, entry.number, at) for entry, at, end in ends if at == place], (high - low) / 15)
+    ]
+    if len(placed) > MAX_LABELS:  # so many would stand for themselves only
+        placed = []
     labels = [{"run": number, "x": at, "y": place, "label": str(number)} for place, number, at in placed]
     one = {"detail": [{"field": "run"}, {"field": "seed"}]}
     spec = {
@@ -92,7 +104,7 @@ def _curves(entries: Sequence[Entry], name: str, of: Callable[[Any], float | Non
         ],
     }
     title = "Training loss" if name == "training loss" else f"{words(name).capitalize()} on held-out images"
-    text = "; ".join(f"{entry.number} {entry.name} ends at {shown(end, name)}" for entry, _, end in ends)
+    text = "; ".join(f"{entry.number} {entry.name} ends at {shown(end, name)}" for entry, _, end in ends[:MAX_LABELS])
     return Chart(title=title, summary=f"{title} over the epochs. {text}.", svg=svg(spec))
 
 
@@ -101,7 +113,7 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
     rows: list[Spec] = []
     for entry in entries:
         size = entry.number_of("trainable")
-        if entry.value is None or not size or entry.metric != metric:
+        if entry.value is None or not size or entry.metric != metric or not entry.is_whole:
             continue
         spread = entry.spread or 0.0
         result = shown(entry.value, metric) + (f" ± {shown(spread, metric)}" if entry.spread is not None else "")
@@ -122,7 +134,13 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
         "axis": {"format": "~s", "grid": False, "values": _round_numbers(least / 1.6, most * 1.6)},
     }
     limits = {"domain": [low, high], "nice": False, "zero": False}
-    y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": limits, "axis": _number_axis(metric)}
+    y: Spec = {
+        "field": "y",
+        "type": "quantitative",
+        "title": None,
+        "scale": limits,
+        "axis": _number_axis(metric, low, high),
+    }
     at = {"x": x, "color": by_run(entries)}
     bars = {"y": y | {"field": "low"}, "y2": {"field": "high"}}
     spec = {
@@ -136,19 +154,27 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
                 "encoding": at | {"y": y} | described("datum.tip"),
             },
             {
-                "mark": {"type": "text", "dx": 9, "dy": -9, "fontSize": 12, "fontWeight": 600},
+                "mark": {
+                    "type": "text",
+                    "dx": 9,
+                    "dy": -9,
+                    "fontSize": 12,
+                    "fontWeight": 600,
+                    "opacity": 1 if len(rows) <= MAX_LABELS else 0,
+                },
                 "encoding": at | {"y": y, "text": {"field": "label"}} | described("datum.label + '. '"),
             },
         ],
     }
 
     title = f"{words(metric).capitalize()} against trained parameters"
-    summary = f"{title}. {'; '.join(row['tip'] for row in rows)}."
+    summary = f"{title}. {'; '.join(row['tip'] for row in rows[:MAX_LABELS])}."
     return Chart(title=title, summary=summary, svg=svg(spec))
 
 
-def _number_axis(name: str) -> Spec:
-    return {"format": ".0%" if is_share(name) else "~g", "tickCount": 5}
+def _number_axis(name: str, low: float, high: float) -> Spec:
+    percent = ".1%" if high - low < 0.045 else ".0%"
+    return {"format": percent if is_share(name) else "~g", "tickCount": 5}
 
 
 def _padded(values: Sequence[float], *, share: bool) -> tuple[float, float]:

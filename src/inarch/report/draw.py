@@ -12,7 +12,7 @@ from .entries import Entry, Value
 VEGA_LITE = "6.4"
 WIDTH, HEIGHT, FULL = 356, 260, 1080
 """In pixels; `FULL` is the width of the whole page."""
-NUM_COLOURS = 8
+NUM_COLOURS, NUM_LEVELS = 8, 5
 
 Spec = dict[str, Any]
 
@@ -29,9 +29,12 @@ class Chart:
     """The drawing for wide screens, where it is another one."""
 
 
-def colour(number: int) -> str:
-    """The colour of a run, by its number, as the style sheet calls it."""
-    return f"var(--run-{(number - 1) % NUM_COLOURS + 1})"
+def colours(entries: Sequence[Entry]) -> dict[int, str]:
+    """The colour of each run by its number, as the style sheet calls it; of many runs, the better the stronger."""
+    if len(entries) <= NUM_COLOURS:
+        return {entry.number: f"var(--run-{place})" for place, entry in enumerate(entries, start=1)}
+    ranked = sorted(entries, key=lambda entry: entry.rank)
+    return {entry.number: f"var(--level-{place * NUM_LEVELS // len(ranked) + 1})" for place, entry in enumerate(ranked)}
 
 
 def words(name: str) -> str:
@@ -57,8 +60,8 @@ def is_share(metric: str) -> bool:
 
 def by_run(entries: Sequence[Entry]) -> Spec:
     """A colour for each run, without a legend: lines and points carry their numbers."""
-    numbers = [entry.number for entry in entries]
-    scale = {"domain": numbers, "range": [colour(number) for number in numbers]}
+    found = colours(entries)
+    scale = {"domain": list(found), "range": list(found.values())}
     return {"field": "run", "type": "nominal", "legend": None, "scale": scale}
 
 

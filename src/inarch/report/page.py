@@ -6,22 +6,23 @@ as it is.
 
 import json
 import os
+import re
 import shlex
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..core.errors import StateError
-from ..core.records import FindingRecord, RunRecord
+from ..core.records import FindingRecord, StudyRecord, TrialRecord, VerdictRecord
 from ..version import __version__
 from .charts import charts
-from .draw import colour, shown, words
+from .draw import colours, shown, words
 from .drawing import grafts
 from .entries import Entry, Value, differing
 
@@ -83,10 +84,8 @@ def render(entries: Sequence[Entry], *, title: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "colour": colour, "shown": shown, "words": words, "short": _short, "duration": _duration, "command": _command,
-        "pretty": _pretty, "coded": _coded,
-    }  # fmt: skip
+    environment.globals |= {"colours": colours(entries), "shown": shown, "words": words}
+    environment.globals |= {"breakable": _breakable, "coded": _coded, "duration": _duration, "short": _short}
     # The style and the script are the package's own; nothing of a record is in them.
     own = {name: Markup(environment.loader.get_source(environment, name)[0]) for name in ("page.css", "page.js")}  # type: ignore[union-attr]  # noqa: S704
     return environment.get_template("page.html").render(
@@ -104,23 +103,26 @@ def render(entries: Sequence[Entry], *, title: str = "") -> str:
         # Vega escapes what it writes.
         charts=[(chart, Markup(chart.svg), Markup(chart.full)) for chart in charts(entries)],  # noqa: S704
         environments=_environments(entries),
-        seconds=sum(run.seconds for entry in entries for run in entry.runs),
+        again=_again(entries),
+        seconds=sum(entry.all_seconds for entry in entries),
+        studies=_studies(entries),
     )
 
 
 def _title(entries: Sequence[Entry]) -> str:
     if len(entries) == 1:
         return f"{entries[0].name}: {entries[0].configuration}"
-    data = dict.fromkeys(str(entry.first.data.get("name", "")) for entry in entries if entry.first is not None)
-    names = [name for name in data if name]
-    return f"{len(entries)} runs" + (f" on {', '.join(names)}" if 0 < len(names) <= 3 else "")
+    known = (entry.first.data if entry.first else entry.study.data if entry.study else {} for entry in entries)
+    names = [name for name in dict.fromkeys(str(data.get("name", "")) for data in known) if name]
+    kind = "trials" if all(entry.trial is not None for entry in entries) else "runs"
+    return f"{len(entries)} {kind}" + (f" on {', '.join(names)}" if 0 < len(names) <= 3 else "")
 
 
 def _filters(entries: Sequence[Entry], keys: Sequence[str]) -> list[tuple[str, list[str]]]:
     """The settings that runs can be chosen by, with their values in order."""
     found = []
     for key in keys:
-        values = list(dict.fromkeys(entry.settings[key] for entry in entries))
+        values = list(dict.fromkeys(entry.settings.get(key) for entry in entries))
         if len(values) <= _MAX_CHOICES:
             found.append((key, [shown(value) for value in sorted(values, key=_in_order)]))
     return found[:MAX_FILTERS]
@@ -135,38 +137,55 @@ def _findings(entries: Sequence[Entry]) -> list[tuple[FindingRecord, list[Entry]
     """Every different finding with the runs that have it, errors first."""
     found: dict[FindingRecord, list[Entry]] = {}
     for entry in entries:
-        for finding in _of_run(entry.first):
+        for finding in _of_verdict(entry.verdict):
             found.setdefault(finding, []).append(entry)
     return sorted(found.items(), key=lambda item: _LEVELS.index(item[0].level) if item[0].level in _LEVELS else 3)
 
 
-def _of_run(run: RunRecord | None) -> list[FindingRecord]:
-    if run is None or run.verdict is None:
+def _of_verdict(verdict: VerdictRecord | None) -> list[FindingRecord]:
+    if verdict is None:
         return []
-    if run.verdict.details:
-        return list(run.verdict.details)
+    if verdict.details:
+        return list(verdict.details)
     # An older record has each as one line, which begins with its level.
-    return [
-        FindingRecord(code="", level=text.partition(" ")[0], place="", message=text) for text in run.verdict.findings
-    ]
+    return [FindingRecord(code="", level=text.partition(" ")[0], place="", message=text) for text in verdict.findings]
+
+
+def _studies(entries: Sequence[Entry]) -> list[tuple[StudyRecord, list[tuple[str, int]]]]:
+    """Every study with the number of its trials by how they ended."""
+    found: dict[str, tuple[StudyRecord, Counter[str]]] = {}
+    for entry in entries:
+        if entry.study is not None:
+            found.setdefault(entry.place, (entry.study, Counter()))[1][entry.state] += 1
+    return [(study, counts.most_common()) for study, counts in found.values()]
+
+
+def _again(entries: Sequence[Entry]) -> list[tuple[str, str, list[Entry]]]:
+    """Every different command with what was asked for, and the runs that came of both."""
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        asked = json.dumps(entry.job, indent=2, ensure_ascii=False, default=str)
+        found.setdefault((_command(entry), asked), []).append(entry)
+    return [(command, asked, same) for (command, asked), same in found.items()]
 
 
 def _environments(entries: Sequence[Entry]) -> list[tuple[list[tuple[str, str]], list[Entry]]]:
     """Every different machine with the runs made on it."""
     found: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
     for entry in entries:
-        if entry.first is None:
+        known = entry.first.environment if entry.first else entry.study.environment if entry.study else {}
+        if not known:
             continue
-        facts = {key: value for key, value in entry.first.environment.items() if key != "versions"}
-        facts |= entry.first.environment.get("versions", {})
+        facts = {key: value for key, value in known.items() if key != "versions"} | dict(known.get("versions", {}))
         found.setdefault(tuple((words(str(key)), shown(value)) for key, value in facts.items()), []).append(entry)
     return [(list(facts), same) for facts, same in found.items()]
 
 
 def _command(entry: Entry) -> str:
     """The command line as it is typed; empty where the run was started from Python."""
-    words_typed = entry.record.command or (entry.first.command if entry.first is not None else ())
-    return shlex.join(words_typed)
+    if isinstance(entry.record, TrialRecord):
+        return shlex.join(entry.study.command if entry.study is not None else ())
+    return shlex.join(entry.record.command or (entry.first.command if entry.first is not None else ()))
 
 
 def _short(number: float | None) -> str:
@@ -188,10 +207,6 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _pretty(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
-
-
 def _coded(text: str) -> Markup:
     """A text with what stands between backticks as code."""
     pieces = text.split("`")
@@ -199,3 +214,8 @@ def _coded(text: str) -> Markup:
         return escape(text)
     code = Markup("<code>{}</code>")
     return Markup("").join(code.format(piece) if number % 2 else escape(piece) for number, piece in enumerate(pieces))
+
+
+def _breakable(text: str) -> Markup:
+    """A configuration that may be broken after its commas, where a line is full."""
+    return Markup("").join(escape(piece) + Markup("<wbr>") for piece in re.split(r"(?<=,)", text))

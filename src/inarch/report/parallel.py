@@ -12,11 +12,12 @@ MAX_AXES = 8
 
 def parallel(entries: Sequence[Entry], metric: str) -> Chart | None:
     """A line for each entry through all settings in which the entries differ, and the result."""
-    measured = [entry for entry in entries if entry.value is not None and entry.metric == metric]
+    measured = [entry for entry in entries if entry.value is not None and entry.metric == metric and entry.settings]
+    measured.sort(key=lambda entry: entry.rank)  # the best are drawn last, above the others
     keys = differing(measured)[: MAX_AXES - 1]
     if len(measured) < 3 or len(keys) < 2:
         return None
-    axes = [_Axis.of(words(key), [entry.settings[key] for entry in measured]) for key in keys]
+    axes = [_Axis.of(words(key), [entry.settings.get(key) for entry in measured]) for key in keys]
     axes.append(_Axis.of(words(metric), [entry.value for entry in measured], metric))
     lines: list[Spec] = []
     ticks: list[Spec] = []

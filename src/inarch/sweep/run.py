@@ -14,7 +14,7 @@ from typing import Any, Literal
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from ..core.errors import ConfigError, DataError, StateError
-from ..core.records import STUDY, StudyRecord, TrialRecord, read_study
+from ..core.records import REPORT, STUDY, StudyRecord, TrialRecord, read_study
 from ..data import load_data
 from ..data.examples import ImageData
 from ..methods import read_config
@@ -33,7 +33,7 @@ from .study import StudyConfig
 from .trial import Audience, Trials
 
 TRIALS = "trials"
-OWN = (STUDY, TRIALS, "study.db", "study.db-journal", "study.db.lock")
+OWN = (STUDY, TRIALS, REPORT, "study.db", "study.db-journal", "study.db.lock")
 """What a study's folder holds."""
 
 GRACE = 120.0

@@ -18,7 +18,7 @@
       });
       if (fits) kept.add(row.dataset.run);
     }
-    for (const element of all("tr[data-run], article[data-run]")) element.hidden = !kept.has(element.dataset.run);
+    for (const element of all("tr[data-run], li[data-run]")) element.hidden = !kept.has(element.dataset.run);
     for (const element of all("[data-runs]")) element.hidden = !element.dataset.runs.split(" ").some((run) => kept.has(run));
     for (const mark of all(".chart [data-run]")) mark.classList.toggle("off", !kept.has(mark.dataset.run));
     document.getElementById("count").textContent = kept.size === rows.length ? "" : `${kept.size} of ${rows.length} runs`;
