@@ -556,6 +556,7 @@ class Adapters:
             self._merged.names.clear()
 
     def _refuse_merged(self, what: str) -> None:
+        """Raise `SetupError` while an adapter is in the weights."""
         if self._merged.names:
             raise SetupError(
                 f"{what}; got `{self._merged.names[0]}` in the weights of {type(self.model).__name__}. "
@@ -641,6 +642,7 @@ class Adapters:
         `fused=True` trains the adapters of a setup with a `Fuse` along.
         """
         with _LOCK:
+            self._refuse_merged("An adapter is trained on the base that it will be saved for")
             self._check_setup(setup)
             heads = self._heads.find(head)
             layers = tuple(block.name for block in fusions(setup))

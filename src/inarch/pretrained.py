@@ -32,6 +32,8 @@ class Handle(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]: ...
+    @property
+    def merged(self) -> tuple[str, ...]: ...
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
@@ -73,6 +75,12 @@ class Door:
         """The model's own `save_pretrained` for the base, and a folder for each adapter."""
         handle = self._handle
         model = handle.model
+        if handle.merged:
+            raise SetupError(
+                "A base is saved as adapters were trained on it; got one with "
+                f"{', '.join(f'`{name}`' for name in handle.merged)} in its weights. Call `unmerge()` first, or "
+                "`detach(keep_merged=True)` to save it with them."
+            )
         own: Any = type(model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(own).bind(model, *args, **kwargs)
         if "save_directory" not in call.signature.parameters:
