@@ -5,6 +5,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 import inarch
-from inarch.check import Data, Training, rules
+from inarch.check import Data, Training, report, rules
 from inarch.check.rules.settings import LARGEST_STEP
+from inarch.methods import read_config
 from inarch.testing import PlainTransformer, tiny, tiny_inputs
 
 
@@ -293,6 +295,30 @@ def test_data_that_disagree_with_the_model():
     assert at(labels=tuple("abcde")) == {"labels-disagree"}
     report = inarch.check(model, "seq_bn", example_inputs={"pixel_values": torch.rand(2, 3, 32, 32) * 255}, data=Data())
     assert codes(report, "error") == {"images-not-normalised"}
+
+
+def test_a_skip_lost_under_a_layer_scale_is_named_as_such():
+    probed = inarch.probe(tiny("vit"))
+    scaled = replace(probed, sites=tuple(replace(site, exact=False) for site in probed))
+    found = finding(report(scaled, "a", {"a": read_config("seq_bn[original_ln_after=False]")}), "unsound-wiring")
+    assert "skip connection lost; with a zero adapter branch `y = x + s(-x + h + A(x + h))`" in found.message
+    assert "taken out again, at the scale that the layer gives its branch" in found.message
+    assert [str(fix) for fix in found.fixes] == ["residual_before_ln=False", "original_ln_after=True"]
+
+
+def test_images_of_another_size_than_the_base_saw_are_found():
+    model = tiny("vit-classifier")
+    inarch.attach(model)
+    for size, is_found in (((24, 24), True), ((32, 32), False)):
+        report = inarch.check(model, "seq_bn", measure=False, data=Data(pixel_size=size))
+        assert ("images-of-other-size" in codes(report)) == is_found
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "dinov2", "gemma2"])
+@pytest.mark.parametrize("setting", ["lora[dropout=1.0]", "lora[alpha=0]", "lora[r=0]", "seq_bn[dropout=1.0]"])
+def test_settings_that_can_mean_nothing_are_refused_before_any_model(name, setting):
+    with pytest.raises(inarch.ConfigError, match=r"must be (less than|more than|at least) \d; got"):
+        inarch.check(tiny(name), setting)
 
 
 def test_fixes_that_would_bring_another_error_are_not_offered():

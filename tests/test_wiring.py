@@ -88,6 +88,69 @@ def test_the_formula_and_the_verdict_are_those_of_the_table(case):
     assert proof.sound == (verdict == "preserved")
 
 
+G = symbol("g")
+
+
+def s(argument: Expr) -> Expr:
+    return argument.applied("s")
+
+
+def with_others(formula: Expr) -> Expr:
+    return formula + G
+
+
+# A layer that scales its branch adds x itself: what the table has besides is scaled with the branch.
+SCALED = {
+    (False, True, True): (X + s(H + a(H)), "preserved"),
+    (False, False, True): (X + s(H + a(H)), "preserved"),
+    (True, True, True): (X + s(H + a(X + H)), "preserved"),
+    (True, False, True): (X + s(X + H + a(X + H)), "skip connection doubled"),
+    (False, True, False): (X + s(H - X + a(H)), "skip connection lost"),
+    (False, False, False): (X + s(H - X + a(H)), "skip connection lost"),
+    (True, True, False): (X + s(H - X + a(X + H)), "skip connection lost"),
+    (True, False, False): (X + s(H + a(X + H)), "preserved"),
+}
+ARRANGEMENTS = {
+    "sandwich": ({"arrangement": "sandwich", "pre_norm": "a", "branch_norm": "b"}, None),
+    "norm on the branch": ({"arrangement": "branch", "branch_norm": "b"}, None),
+    "no norm": ({"arrangement": "none"}, None),
+    "parallel attention and MLP": ({"shared_sum": True}, with_others),
+    "layer scale": ({"exact": False}, SCALED),
+}
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_the_table_holds_for_every_arrangement(arrangement, case):
+    """Where nothing normalises the sum, all rows are those of a pre-norm layer: with the other branches of the sum, or
+    scaled as the layer scales its branch."""
+    before, residual, after = case
+    changes, kind = ARRANGEMENTS[arrangement]
+    flags = {"original_ln_before": before, "residual_before_ln": residual, "original_ln_after": after}
+    proof = prove(site(False, **changes), "n", {"n": read_config(read_config("bottleneck").parts[0].replace(**flags))})
+    formula, verdict = SCALED[case] if kind is SCALED else TABLE[False, before, residual, after]
+    assert proof.formula.adapted == (with_others(formula) if kind is with_others else formula)
+    assert proof.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "verdict"),
+    [
+        ({"exact": False}, (True, False, False), "scale lost"),
+        ({"exact": False}, (True, "post_add", False), "norm lost"),
+        ({"exact": False}, (True, "post_add", True), "skip connection doubled"),
+        ({"exact": False}, (True, False, True), "norm applied twice"),
+        ({"shared_sum": True}, (True, False, False), "branch lost"),
+        ({"shared_sum": True}, (True, "post_add", True), "skip connection doubled"),
+    ],
+)
+def test_what_a_post_norm_layer_loses_is_named(changes, flags, verdict):
+    """LN(x + h) is not LN(x + s(h)), nor LN(x + h + g)."""
+    names = ("original_ln_before", "residual_before_ln", "original_ln_after")
+    config = read_config("bottleneck").parts[0].replace(**dict(zip(names, flags, strict=True)))
+    assert prove(site(True, **changes), "n", {"n": read_config(config)}).verdict == verdict
+
+
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_parallel_adapter_reads_the_stream_and_needs_the_sum(post, after):

@@ -34,6 +34,8 @@ from .methods import AdapterConfig, LinearMethod, Placement, SublayerMethod, lay
 from .programs import check_circuits, circuit_of, circuit_site, rewire, wired_adapter
 
 X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
+SCALE = "s"
+"""What a scale of the layer is called in formulas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,7 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
 
     def output(handed: Settled[Expr]) -> Expr:
         # Where the tap is before a scale of the layer, the layer scales whatever the hook hands it.
-        branch = handed.branch if site.exact else handed.branch.applied("s")
+        branch = handed.branch if site.exact else handed.branch.applied(SCALE)
         return layer_output(Settled(branch, handed.output), stream, post)
 
     adapted = output(settled)

@@ -10,12 +10,18 @@ from typing import Literal
 
 from ..compose import Setup
 from ..core.site import Site
-from ..core.symbols import Applied, Expr
+from ..core.symbols import Applied, Expr, Number
 from ..methods import AdapterConfig
-from ..plan import Formula, formula
+from ..plan import SCALE, Formula, formula
 
 Verdict = Literal[
-    "preserved", "skip connection lost", "skip connection doubled", "branch lost", "norm lost", "norm applied twice"
+    "preserved",
+    "skip connection lost",
+    "skip connection doubled",
+    "branch lost",
+    "norm lost",
+    "norm applied twice",
+    "scale lost",
 ]
 
 
@@ -42,19 +48,32 @@ def verdict(found: Formula) -> Verdict:
     """What becomes of the pre-trained function where every adapter branch is zero."""
     if found.at_zero == found.pretrained:
         return "preserved"
-    if _norms(found.at_zero) > _norms(found.pretrained):
+    norms, usual = _norms(found.at_zero), _norms(found.pretrained)
+    if norms > usual:
         return "norm applied twice"
-    skip = _inside(found.at_zero)["x"]
+    skip = _skips(_inside(found.at_zero))
     if skip != 1:
         return "skip connection lost" if skip < 1 else "skip connection doubled"
-    if not found.at_zero.mentions("h"):
+    if any(found.pretrained.mentions(branch) and not found.at_zero.mentions(branch) for branch in ("h", "g")):
         return "branch lost"
-    return "norm lost"
+    return "norm lost" if norms < usual else "scale lost"
 
 
 def _norms(expression: Expr) -> int:
     """How many norms, the layer's and the adapter's, are nested or stand side by side."""
-    return sum(1 + _norms(term.argument) for term, _ in expression.terms if isinstance(term, Applied))
+    return sum(
+        (term.function != SCALE) + _norms(term.argument) for term, _ in expression.terms if isinstance(term, Applied)
+    )
+
+
+def _skips(expression: Expr) -> Number:
+    """How often the stream is added, scaled as a branch is or not."""
+    scaled = [
+        count * term.argument["x"]
+        for term, count in expression.terms
+        if isinstance(term, Applied) and term.function == SCALE
+    ]
+    return expression["x"] + sum(scaled)
 
 
 def _inside(expression: Expr) -> Expr:

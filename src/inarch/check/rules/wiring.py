@@ -7,10 +7,17 @@ from ..facts import Facts
 from ..findings import Finding, rule
 from ..repair import Repair, wiring_repairs
 
+_SCALED_REASONS = {
+    "skip connection lost": "the stream x is taken out again, at the scale that the layer gives its branch",
+    "skip connection doubled": "the stream x is added again, at the scale that the layer gives its branch",
+}
+"""Where the layer scales what the adapter hands it."""
+
 _REASONS = {
     "skip connection lost": "the stream x does not reach the next layer, so everything below this site is lost",
     "skip connection doubled": "the stream x is added twice, so it doubles at every layer",
-    "branch lost": "the layer goes on without what its branch computes",
+    "branch lost": "the layer goes on without what one of its branches computes",
+    "scale lost": "the branch is added without the scale that the layer gives it",
     "norm lost": "the layer's own norm is skipped, so the next layer receives values it never saw",
     "norm applied twice": "the stream passes one norm more than it was trained with",
 }
@@ -29,10 +36,12 @@ def unsound_wiring(facts: Facts) -> Iterator[Finding]:
         proof = group.proof
         if proof.sound:
             continue
+        is_scaled = group.sites[0].post_norm is None and not group.sites[0].exact
+        reason = (is_scaled and _SCALED_REASONS.get(proof.verdict)) or _REASONS[proof.verdict]
         message = (
             f"{proof.verdict}; with a zero adapter branch `y = {proof.formula.adapted}` becomes "
             f"`y = {proof.formula.at_zero}`, the base model computes `y = {proof.formula.pretrained}`: "
-            f"{_REASONS[proof.verdict]}"
+            f"{reason}"
         )
         # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
         config = facts.configs[facts.setup] if isinstance(facts.setup, str) else None
