@@ -25,6 +25,13 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "inkling2_text": {"Inkling2SlidingDecoderLayer": (2,), "Inkling2FullDecoderLayer": (2,)},
     "gemma4": {"Gemma4TextDecoderLayer": (3,)},  # attention, MLP, embeddings per layer
     "gemma4_text": {"Gemma4TextDecoderLayer": (3,)},
+    # By default without shared experts, `shared_intermediate_size` being 0: attention and experts.
+    "granitemoe_swa": {"GraniteMoeSWADecoderLayer": (2,)},
+    "granitemoeshared": {"GraniteMoeSharedDecoderLayer": (2,)},
+    # A stage's own, its layers aside: groups look at patches, an MLP, groups gather patches, an MLP.
+    "groupvit": {"GroupViTStage": (4,)},
+    # Two attentions, each with an MLP; then, but for the last stage, a narrowing attention that adds nothing and its MLP.
+    "levit": {"LevitStage": (4, 5)},
     "grounding-dino": {
         "GroundingDinoEncoderLayer": (6,)
     },  # text enhancer, fusion of both, deformable attention: two sums each

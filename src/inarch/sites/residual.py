@@ -30,6 +30,8 @@ _MOVES = frozenset(
 _JOIN = "aten.cat"
 _WRITES = frozenset({"aten.index_put", "aten.masked_scatter"})
 _MIX = "aten.bmm"
+_GATES = frozenset({"aten._softmax", "aten.rsub", "aten.sigmoid"})
+"""What gates between 0 and 1 come from; `1 - gate` is one too."""
 _MIXERS_WITHOUT_WEIGHT = ("fft", "pool")
 
 
@@ -218,7 +220,7 @@ def _branches_of(graph: Graph, total: Value, earlier: list[Branch]) -> list[Bran
         if len(found) > len(best):
             best = found
     if not best:
-        return []
+        return _weighed_branch(graph, total, operands)
     best += _branches_from_earlier(graph, total, best, operands, earlier)
     shifted = len(best) + 1 < len(operands)
     best = [part for branch in best for part in _split_behind_scale(graph, branch)]
@@ -245,6 +247,31 @@ def _branch(graph: Graph, total: Value, skip: int, stream: int, term: int) -> Br
     if not any(v.weighted or any(part in v.op for part in _MIXERS_WITHOUT_WEIGHT) for v in values):
         return None
     return Branch(total.index, skip, stream, term, frozenset(path), frozenset(interior))
+
+
+def _weighed_branch(graph: Graph, total: Value, operands: list[int]) -> list[Branch]:
+    """The branch of a sum that weighs it against its stream feature by feature: `gate * x + other gate * h`.
+
+    Skip and term are what the gates are applied to.
+    """
+    weighed = [_weighed(graph, graph.values[operand]) for operand in operands]
+    sources = [source for source in weighed if source is not None]
+    if len(sources) != 2 or len(operands) != 2:
+        return []
+    found = [_branch(graph, total, skip, skip, term) for skip, term in (sources, sources[::-1])]
+    return [replace(branch, shifted=True) for branch in found if branch is not None][:1]
+
+
+def _weighed(graph: Graph, product: Value) -> int | None:
+    """What a gate is applied to, in a product of the two."""
+    if product.op != "aten.mul" or len(set(product.deps)) != 2:
+        return None
+    others = [dep for dep in product.deps if not _is_gate(graph, dep)]
+    return others[0] if len(others) == 1 and graph.values[others[0]].active else None
+
+
+def _is_gate(graph: Graph, index: int) -> bool:
+    return any(graph.values[seen.value].op in _GATES for seen in see_through(graph, index) if not seen.scaled)
 
 
 def _branches_from_earlier(

@@ -104,9 +104,20 @@ def forward(graph: Graph, value: int) -> set[int]:
 
 
 def _carries(graph: Graph, user: int, index: int) -> bool:
-    return graph.values[user].op in _POOLS | _LIMITS or any(
-        seen.value == index for seen in see_through(graph, user)[1:2]
+    return (
+        graph.values[user].op in _POOLS | _LIMITS
+        or any(seen.value == index for seen in see_through(graph, user)[1:2])
+        or _is_less_its_average(graph, user, index)
     )
+
+
+def _is_less_its_average(graph: Graph, user: int, index: int) -> bool:
+    """Whether a value goes on without its trend, which a pool makes of it: the seasonal part of a series."""
+    value = graph.values[user]
+    if value.op != "aten.sub" or len(value.deps) != 2 or value.deps[0] != index:
+        return False
+    made = [graph.values[part] for part in graph.ancestors(value.deps[1], after=index)]
+    return any(index in part.deps for part in made) and not any(part.weighted or part.bilinear for part in made)
 
 
 def _ends_of_chains(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
