@@ -135,6 +135,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         name: {"image_grid_pinpoints": [[112, 56]], "vision_config.image_size": 56}
         for name in ("llava_next", "llava_next_video", "llava_onevision")
     },
+    "phi4_multimodal": {"audio_config.ext_pw_out_channel": 64, "audio_config.depthwise_separable_out_channel": 64},
+    "vjepa2": {"frames_per_clip": 4, "crop_size": 64},
+    "maskformer": {
+        f"backbone_config.{name}": value
+        for name, value in {"image_size": 64, "window_size": 4, "embed_dim": 32, "depths": [2] * 4, "num_heads": [2, 2, 4, 4]}.items()
+    },
     "tvp": {"num_frames": 2, "visual_prompter_apply": "replace"},
     "clap": {"audio_config.hidden_size": 384},
     "clvp": {
@@ -180,12 +186,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "neucodec": {"quantization_dim": 128},
     "xcodec2": {"quantization_dim": 128},
-    "omdet-turbo": {"text_projection_in_dim": 64, "text_projection_out_dim": 64},
+    "omdet-turbo": {"vision_features_channels": [64] * 3, "text_projection_in_dim": 64, "text_projection_out_dim": 64},
     "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
     "dots3_note": {"audio_config.adapter_in_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "muse_spark": {"audio_config.out_hidden_size": 64, "audio_config.num_hidden_layers": 4, "audio_config.depths": [1, 2, 1, 1]},
+    "muse_spark": {"out_hidden_size": 256, "audio_config.out_hidden_size": 64, "audio_config.num_hidden_layers": 4, "audio_config.depths": [1, 2, 1, 1]},
     **{
         f"vibevoice_acoustic_tokenizer{part}": {"num_filters": 2, "hidden_size": 16}
         for part in ("", "_encoder", "_decoder")
@@ -234,7 +240,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gradium_phonon_tts": {"flow_head_config.condition_dim": 64},
     "pocket_tts": {"flow_head_config.condition_dim": 64},
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "image_patch_id": 261},
+    "levit": {"image_size": 128},  # 64 leaves one token to the last stage, whose attention then has no choice
     "seggpt": {"image_size": [128, 64], "num_hidden_layers": 4, "merge_index": 1, "intermediate_hidden_state_indices": [2, 3]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},

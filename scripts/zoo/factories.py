@@ -66,15 +66,25 @@ def _more(**made: Callable[[Any], Any]) -> Factory:
 
 def _with_tower(kind: str, **data: Callable[[Any], Any]) -> Factory:
     """A text with placeholders for what one tower makes of the data."""
+    return _with_towers(**{kind: data})
+
+
+def _with_towers(**kinds: Mapping[str, Callable[[Any], Any]]) -> Factory:
+    """A text with placeholders for what each tower makes of its data."""
 
     def make(model: nn.Module) -> Inputs:
-        made = {name: maker(model.config) for name, maker in data.items()}
-        made = {name: value for name, value in made.items() if value is not None}
-        count = count_features(model, kind, made)
-        if not count:
-            getattr(model, f"get_{kind}_features")(**made)  # says what is wrong with the data
+        made: dict[str, Any] = {}
+        counts: dict[str, int] = {}
+        for kind, data in kinds.items():
+            known = {name: maker(model.config) for name, maker in data.items()}
+            own = {name: value for name, value in known.items() if value is not None}
+            count = count_features(model, kind, own)
+            if not count:
+                getattr(model, f"get_{kind}_features")(**own)  # says what is wrong with the data
+            counts[kind] = count or 0
+            made |= own
         ids = made_arguments(model.config, {"input_ids": None})["input_ids"]
-        texts = put_placeholders(model.config, ids, {kind: count or 0})
+        texts = put_placeholders(model.config, ids, counts)
         wanted = inspect.signature(model.forward).parameters
         return _kwargs(**{name: value for name, value in (made | texts).items() if name in wanted or name in made})
 
@@ -274,6 +284,35 @@ FACTORIES: Mapping[str, Factory] = {
         input_ids=torch.cat([_ids(1, 3), torch.full((1, 16), m.config.audio_token_id), _ids(1, 3)], 1),
         input_features=ramp(1, 128, 64), input_features_mask=torch.ones(1, 64, dtype=torch.long), use_cache=False,
     ),
+    "diffusion_gemma": lambda m: _diffusion_gemma(m),  # noqa: PLW0108  defined below
+    "dots3_note": _with_towers(
+        image={"pixel_values": lambda c: ramp(16, 3 * _patch_values(c)), "image_grid_thw": lambda c: torch.tensor([[1, 4, 4]])},
+        audio={
+            "input_features": lambda c: ramp(1, c.audio_config.feature_size, 64),
+            "chunk_sample_lengths": lambda c: torch.tensor([64 * c.audio_config.hop_length]),
+        },
+    ),
+    "fast_vlm": _with_tower("image", pixel_values=lambda c: ramp(1, 3, 256, 256)),
+    "inkling_mm_model": _with_towers(
+        image={
+            "pixel_values": lambda c: ramp(4, c.vision_config.temporal_patch_size, c.vision_config.patch_size, c.vision_config.patch_size, 3)
+        },
+        audio={"audio_input_ids": lambda c: _ids(1, 3, c.audio_config.n_mel_bins)},
+    ),
+    "molmo2": lambda m: _kwargs(
+        input_ids=torch.cat([_ids(1, 3), torch.full((1, 4), m.config.image_patch_id), _ids(1, 3)], 1), use_cache=False,
+        pixel_values=ramp(1, m.config.vision_config.num_position_embeddings, 3 * m.config.vision_config.patch_size**2),
+        image_token_pooling=torch.arange(16).reshape(4, 4), image_grids=torch.tensor([[2, 2, 0, 0]]),
+    ),
+    "muse_spark": _with_towers(
+        image={"pixel_values": lambda c: ramp(16, 6 * c.vision_config.patch_size**2), "image_grid_thw": lambda c: torch.tensor([[1, 4, 4]])},
+        audio={"input_values": lambda c: ramp(1, 9600)},
+    ),
+    "phi4_multimodal": lambda m: _phi4(m),  # noqa: PLW0108  defined below
+    "vibevoice": lambda m: _kwargs(
+        input_ids=torch.cat([_ids(1, 3), torch.full((1, 2), m.config.audio_token_id), _ids(1, 3)], 1), use_cache=False, sample=False,
+        input_values=ramp(1, 1, 6400), padding_mask=torch.ones(1, 6400, dtype=torch.bool),
+    ),
     "xmod": lambda m: _kwargs(input_ids=_ids(1, 8), lang_ids=torch.tensor([0]), use_cache=False),
     "kyutai_speech_to_text": lambda m: _kwargs(input_ids=_ids(1, 8, m.config.num_codebooks + 1), use_cache=False),
     "t5gemma2": lambda m: _kwargs(
@@ -288,6 +327,34 @@ def _gemma4_image(model: nn.Module, positions: str) -> Inputs:
     side = model.config.patch_size
     grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), dim=-1).reshape(1, 36, 2)
     return _kwargs(pixel_values=ramp(1, 36, 3 * side**2), **{positions: grid})
+
+
+def _diffusion_gemma(model: nn.Module) -> Inputs:
+    """A prompt with an image of 6 x 6 patches, of which the tower makes 2 x 2 vectors, and a short canvas."""
+    config = model.config
+    image = _gemma4_image(model.encoder.vision_tower, "image_position_ids")
+    ids = torch.cat([_ids(1, 3), torch.full((1, 4), config.image_token_id), _ids(1, 3)], 1)
+    return _kwargs(input_ids=ids, decoder_input_ids=_ids(1, 6), **image.kwargs)
+
+
+def _phi4(model: nn.Module) -> Inputs:
+    """A text with an image, in one piece and as a whole, and a sound."""
+    vision, audio = model.config.vision_config, model.config.audio_config
+    side = vision.image_size // vision.patch_size
+    image, sound = 2 * (side // 2) * (side // 2 + 1) + 1, 8
+    ids = [_ids(1, 3), torch.full((1, image), vision.image_token_id), torch.full((1, sound), audio.audio_token_id)]
+    return _kwargs(
+        input_ids=torch.cat([*ids, _ids(1, 3)], 1), use_cache=False,
+        image_pixel_values=ramp(1, 2, 3, vision.image_size, vision.image_size),
+        image_sizes=torch.tensor([[vision.crop_size, vision.crop_size]]), image_attention_mask=torch.ones(1, 2, side, side),
+        audio_input_features=ramp(1, sound * audio.time_reduction, audio.input_size), audio_embed_sizes=torch.tensor([sound]),
+    )  # fmt: skip
+
+
+def _patch_values(config: Any) -> int:
+    """Values of one channel in a patch of one image."""
+    vision = config.vision_config
+    return getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
 
 
 def _video_llava(model: nn.Module) -> Inputs:

@@ -58,6 +58,22 @@ IDLE: Mapping[str, Mapping[str, str]] = {
         "depth_decoder": "runs in generation, after the backbone",
         "codec_model": "makes the sound; adapts as `mimi`",
     },
+    **{
+        name: {
+            "text_encoder": "reads a text instead of a sound: `forward` takes one of the two",
+            "t2u_model": "runs in generation, after the decoder",
+            "vocoder": "makes the sound, in generation",
+        }
+        for name in ("seamless_m4t", "seamless_m4t_v2")
+    },
+    "nemo_speechlm": {"word_timestamp_encoder": "adapts as `nemotron3_5_transcribe_word_timestamp`, on what `forward` returns"},
+    "pe_audio_video": {
+        "audio_model.text_model": "for a sound without video: adapts as `pe_audio`",
+        "audio_model.audio_encoder": "for a sound without video: adapts as `pe_audio`",
+        "video_model.text_model": "for a video without sound: adapts as `pe_video`",
+        "video_model.video_encoder": "for a video without sound: adapts as `pe_video`",
+    },
+    "vibevoice": {"model.audio_tower.decoder": "makes the sound, in generation", "model.semantic_tokenizer_encoder": "an encoder of convolutions, for generation"},
     "musicgen": {"audio_encoder": "a codec of convolutions"},
     "musicgen_melody": {"audio_encoder": "a codec of convolutions"},
 }

@@ -167,7 +167,7 @@ def _pixel_values_videos(config: Any, _wanted: Mapping[str, Any]) -> Tensor | No
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
-    size = setting(config, "image_size")
+    size = setting(config, "image_size") or setting(config, "crop_size")
     if isinstance(size, Mapping):
         size = [size.get("height", 224), size.get("width", 224)]
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size or 224, size or 224)
