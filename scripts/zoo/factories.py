@@ -203,6 +203,7 @@ FACTORIES: Mapping[str, Factory] = {
     "seggpt": lambda m: _kwargs(
         pixel_values=ramp(1, 3, 64, 64), prompt_pixel_values=ramp(1, 3, 64, 64), prompt_masks=ramp(1, 3, 64, 64)
     ),
+    "reformer": lambda m: _kwargs(input_ids=_ids(1, 32), use_cache=False),
     "speecht5": lambda m: _kwargs(
         input_values=ramp(1, 6, m.config.hidden_size), decoder_input_values=ramp(1, 4, m.config.hidden_size), use_cache=False
     ),
@@ -292,7 +293,16 @@ FACTORIES: Mapping[str, Factory] = {
             "chunk_sample_lengths": lambda c: torch.tensor([64 * c.audio_config.hop_length]),
         },
     ),
-    "fast_vlm": _with_tower("image", pixel_values=lambda c: ramp(1, 3, 256, 256)),
+    "fast_vlm": _with_tower("image", pixel_values=lambda c: ramp(1, 3, 128, 128)),
+    "glm_image": lambda m: _kwargs(
+        input_ids=torch.cat(
+            [
+                _ids(1, 3), torch.tensor([[m.config.image_start_token_id]]), torch.full((1, 16), m.config.image_token_id),
+                torch.tensor([[m.config.image_end_token_id]]), _ids(1, 3), torch.tensor([[m.config.image_start_token_id]]),
+            ], 1,
+        ),
+        pixel_values=ramp(16, 3 * m.config.vision_config.patch_size**2), image_grid_thw=torch.tensor([[1, 4, 4], [1, 4, 4]]), use_cache=False,
+    ),
     "inkling_mm_model": _with_towers(
         image={
             "pixel_values": lambda c: ramp(4, c.vision_config.temporal_patch_size, c.vision_config.patch_size, c.vision_config.patch_size, 3)

@@ -4,7 +4,8 @@ import re
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from . import oracle
 from .build import model_class, tiny_model
 from .describe import lines
 from .factories import FACTORIES
-from .reviews import IDLE, REFUSED, REVIEWED
+from .reviews import IDLE, REFUSED, REVIEWED, TRAINS_ONLY_WITH
 
 ADAPTS, REFUSED_BY_NAME, FAILS = "adapts", "refused", "fails"
 
@@ -113,6 +114,7 @@ def _judge(record: Record) -> None:
         for parameter in adapters["zoo"].values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     _check_gradients(record, model, adapters, inputs)
+    record.excused += [TRAINS_ONLY_WITH[record.type]] if record.type in TRAINS_ONLY_WITH else []
     record.stage = "effect"
     active = _outputs(model, inputs)
     if not _differ(before, active):
@@ -351,8 +353,8 @@ def _check_stream(
 
 
 def _loss(model: nn.Module, inputs: Inputs) -> Tensor | None:
-    """A weighted sum of everything floating that the model returns, in eval mode with gradients."""
-    with torch.random.fork_rng(devices=[]):
+    """A weighted sum of everything floating that the model returns, in eval mode with gradients if that has any."""
+    with torch.random.fork_rng(devices=[]), _training(model):
         torch.manual_seed(0)
         result = model(*_fresh(inputs.args), **_fresh(dict(inputs.kwargs)))
     generator = torch.Generator().manual_seed(1)
@@ -365,13 +367,29 @@ def _loss(model: nn.Module, inputs: Inputs) -> Tensor | None:
     return total
 
 
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Train mode and embeddings that require gradients, for a type that has no gradients without; else nothing."""
+    if model.config.model_type not in TRAINS_ONLY_WITH:
+        yield
+        return
+    try:
+        model.train()
+        model.enable_input_require_grads()
+        yield
+    finally:
+        model.disable_input_require_grads()
+        model.eval()
+
+
 def _check_gradients(record: Record, model: nn.Module, adapters: Any, inputs: Inputs) -> None:
     own = adapters["zoo"]
     ids = {id(parameter) for parameter in own.values()}
     loss = _loss(model, inputs)
     if loss is None:
         raise Fault("no output depends on the adapter")
-    loss.backward()
+    with _training(model):  # a reversible layer runs again, backwards
+        loss.backward()
     touched = [k for k, p in model.named_parameters() if p.grad is not None and id(p) not in ids]
     if touched:
         raise Fault(f"{len(touched)} base weights get a gradient, {touched[0]} first")
@@ -403,7 +421,7 @@ def _excuse(record: Record, model: nn.Module, adapters: Any, inputs: Inputs, idl
     with adapters.using(None):
         for place in dict.fromkeys(places.values()):
             if not _reaches_output(model, inputs, place):
-                record.excused.append(f"{place.path}: the base's output does not depend on it")
+                record.excused.append(f"{place.path}: no gradient of the base's output comes back to it")
             elif _sees_zeros(model, inputs, place):
                 record.excused.append(f"{place.path}: gets nothing but zeros in the base")
             else:

@@ -78,6 +78,11 @@ IDLE: Mapping[str, Mapping[str, str]] = {
     "musicgen_melody": {"audio_encoder": "a codec of convolutions"},
 }
 
+TRAINS_ONLY_WITH: Mapping[str, str] = {
+    # What a user has to do so that gradients come back at all, with any adapter of any library.
+    "reformer": "its reversible layers give gradients in train mode only, after `model.enable_input_require_grads()`",
+}
+
 REFUSED: Mapping[str, str] = {
     "bark": "has no forward of its own: adapt its parts, `model.semantic` and the others, one by one",
     "edgetam": "its default configuration gives its backbone other widths than the backbone has",
