@@ -340,3 +340,117 @@ def test_two_streams_that_look_at_each_other_both_have_their_sites():
     adapters.add("a", "lora")
     adapters.train("a", head=False)
     assert all(torch.equal(left, right) for left, right in zip(before, model(*inputs), strict=True))
+
+
+class Gateway(nn.Module):
+    """Weighs a stream and a branch against each other, feature by feature, as detectors do."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate, self.norm = nn.Linear(2 * width, 2 * width), nn.LayerNorm(width)
+
+    def forward(self, x, h):
+        first, second = torch.sigmoid(self.gate(torch.cat([x, h], dim=-1))).chunk(2, dim=-1)
+        return self.norm(first * x + second * h)
+
+
+class Weighing(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.attn, self.gateway = nn.MultiheadAttention(width, 2, batch_first=True), Gateway(width)
+        self.mlp, self.norm = mlp(width), nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = self.gateway(x, self.attn(x, x, x, need_weights=False)[0])
+        return self.norm(x + self.mlp(x))
+
+
+class Seasonal(nn.Module):
+    """Goes on without the moving average of its sum, as models of time series do."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(width, 2, batch_first=True), mlp(width)
+        self.norm, self.pool = nn.LayerNorm(width), nn.AvgPool1d(3, stride=1, padding=1)
+
+    def seasonal(self, x):
+        return x - self.pool(x.transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, x):
+        x = self.seasonal(x + self.attn(x, x, x, need_weights=False)[0])
+        return self.norm(self.seasonal(x + self.mlp(x)))
+
+
+class Routed(nn.Module):
+    """Its router adds what it sees to what the routers before it saw."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(width, 2, batch_first=True), mlp(width)
+        self.norm = nn.LayerNorm(width)
+        self.down, self.choose = nn.Linear(width, 4), nn.Linear(4, 1)
+
+    def forward(self, x, seen=None):
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        normed = self.norm(x)
+        seen = self.down(normed) if seen is None else self.down(normed) + seen * 0.5
+        return x + self.mlp(normed) * torch.sigmoid(self.choose(torch.relu(seen))), seen
+
+
+def mlp(width):
+    return nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+
+
+class Layers(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = nn.ModuleList([layer(), layer(), layer()])
+
+    def forward(self, x):
+        state = (x,)
+        for layer in self.layers:
+            state = layer(*state)
+            state = state if isinstance(state, tuple) else (state,)
+        return state
+
+
+@pytest.mark.parametrize("layer", [Weighing, Seasonal, Routed])
+def test_a_layer_has_its_two_sublayers_and_nothing_else(layer):
+    """A sum that is weighed, one that goes on without its average, and one inside a router, which is no sublayer's."""
+    x = torch.randn(2, 9, 16)
+    model = Layers(layer).requires_grad_(False)  # torch rounds otherwise with weights that require gradients
+    sites = inarch.probe(model, example_inputs=x)
+    assert [(site.layer_path, site.output.path) for site in sites] == [
+        (f"layers.{number}", path) for number in range(3) for path in ("attn", "mlp")
+    ]
+    assert sites.refused == ()
+    before = model(x)
+    adapters = inarch.attach(model, example_inputs=x)
+    adapters.add("a", "double_seq_bn[init_weights=mam_adapter,reduction_factor=8]")
+    adapters.train("a", head=False)
+    assert all(torch.equal(left, right) for left, right in zip(before, model(x), strict=True))
+
+
+def test_a_weighed_sum_is_not_exact():
+    """What an adapter gives back is scaled: wirings that count on `x + h` are refused."""
+    sites = inarch.probe(Layers(Weighing), example_inputs=torch.randn(2, 9, 16))
+    assert {(site.kind, site.exact) for site in sites} == {("self_attention", False), ("mlp", True)}
+
+
+def test_the_mlp_before_a_stage_change_has_its_site():
+    """LeViT narrows its stream by an attention inside of the stage: all of a stage's sublayers before it are sites."""
+    config = tf.LevitConfig(
+        image_size=128, hidden_sizes=[16, 32, 48], depths=[1, 1, 1], key_dim=[8, 8, 8], num_attention_heads=[2, 2, 2],
+        down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
+    )  # fmt: skip
+    sites = inarch.probe(tf.LevitModel(config))
+    assert [site.output.path for site in sites if site.layer < 2] == [f"layers.{n}.module" for n in (0, 1, 3)] * 2
+
+
+def test_a_video_is_as_large_as_its_crop():
+    """A configuration that has no image size but crops its frames to one."""
+    config = tf.VJEPA2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, crop_size=32, frames_per_clip=4,
+        pred_hidden_size=32, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+    )  # fmt: skip
+    assert synthesise(tf.VJEPA2Model(config))["pixel_values_videos"].shape == (1, 4, 3, 32, 32)

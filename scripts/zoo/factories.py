@@ -181,7 +181,7 @@ FACTORIES: Mapping[str, Factory] = {
     "xcodec": lambda m: _kwargs(input_values=ramp(1, 1, 6400)),
     "oneformer": lambda m: _kwargs(pixel_values=ramp(1, 3, 64, 64), task_inputs=_ids(1, m.config.task_seq_len)),
     "omdet-turbo": lambda m: _kwargs(
-        pixel_values=ramp(1, 3, 640, 640), classes_input_ids=_ids(2, 6), classes_attention_mask=torch.ones(2, 6, dtype=torch.long),
+        pixel_values=ramp(1, 3, 128, 128), classes_input_ids=_ids(2, 6), classes_attention_mask=torch.ones(2, 6, dtype=torch.long),
         tasks_input_ids=_ids(1, 6), tasks_attention_mask=torch.ones(1, 6, dtype=torch.long), classes_structure=torch.tensor([2]),
     ),
     "pe_video": lambda m: _kwargs(input_ids=_ids(1, 8), pixel_values_videos=ramp(1, 4, 3, 56, 56)),

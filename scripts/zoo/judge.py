@@ -114,7 +114,6 @@ def _judge(record: Record) -> None:
         for parameter in adapters["zoo"].values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     _check_gradients(record, model, adapters, inputs)
-    record.excused += [TRAINS_ONLY_WITH[record.type]] if record.type in TRAINS_ONLY_WITH else []
     record.stage = "effect"
     active = _outputs(model, inputs)
     if not _differ(before, active):
@@ -383,6 +382,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _check_gradients(record: Record, model: nn.Module, adapters: Any, inputs: Inputs) -> None:
+    record.excused += [text for model_type, text in TRAINS_ONLY_WITH.items() if model_type == record.type]
     own = adapters["zoo"]
     ids = {id(parameter) for parameter in own.values()}
     loss = _loss(model, inputs)

@@ -66,14 +66,19 @@ IDLE: Mapping[str, Mapping[str, str]] = {
         }
         for name in ("seamless_m4t", "seamless_m4t_v2")
     },
-    "nemo_speechlm": {"word_timestamp_encoder": "adapts as `nemotron3_5_transcribe_word_timestamp`, on what `forward` returns"},
+    "nemo_speechlm": {
+        "word_timestamp_encoder": "adapts as `nemotron3_5_transcribe_word_timestamp`, on what `forward` returns"
+    },
     "pe_audio_video": {
         "audio_model.text_model": "for a sound without video: adapts as `pe_audio`",
         "audio_model.audio_encoder": "for a sound without video: adapts as `pe_audio`",
         "video_model.text_model": "for a video without sound: adapts as `pe_video`",
         "video_model.video_encoder": "for a video without sound: adapts as `pe_video`",
     },
-    "vibevoice": {"model.audio_tower.decoder": "makes the sound, in generation", "model.semantic_tokenizer_encoder": "an encoder of convolutions, for generation"},
+    "vibevoice": {
+        "model.audio_tower.decoder": "makes the sound, in generation",
+        "model.semantic_tokenizer_encoder": "an encoder of convolutions, for generation",
+    },
     "musicgen": {"audio_encoder": "a codec of convolutions"},
     "musicgen_melody": {"audio_encoder": "a codec of convolutions"},
 }
@@ -98,6 +103,7 @@ REFUSED: Mapping[str, str] = {
     "timm_backbone": "names no model by default: see the table of timm's models",
     "textnet": "convolutions, no residual Transformer block",
     "uvdoc": "convolutions, no residual Transformer block",
+    "omdet-turbo": "keeps in a cache what its text encoder made of earlier texts, on which an adapter there would not act",
     "univnet": "a vocoder of convolutions, no residual Transformer block",
     **dict.fromkeys(("bit", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
     **dict.fromkeys(("dac", "encodec", "vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), "a codec of convolutions, no residual Transformer block"),

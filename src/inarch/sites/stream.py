@@ -121,9 +121,11 @@ def _is_less_its_average(graph: Graph, user: int, index: int) -> bool:
 
 
 def _ends_of_chains(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
-    """Branches that go on from the sum of another of their layer, and all that a longer branch has ends in theirs.
+    """Branches that go on from the sum of another of their layer, and all that a longer branch or the layer has ends in
+    theirs.
 
-    So ends the narrow stream inside a layer that is projected up again before it is added to the wide one.
+    So ends the narrow stream inside a layer that is projected up again before it is added to the wide one, and the
+    stream of a stage that goes on in fewer tokens.
     """
     found: list[Branch] = []
     for branch, layer in layers.items():
@@ -131,11 +133,21 @@ def _ends_of_chains(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer
             continue
         same = [other for other in (*kept, *found) if layers[other].identity == layer.identity]
         before = _sums_before(graph, branch)
-        if any(other.total in before for other in same) and any(
-            branch.total in other.path and all_through(graph, other, branch.total) for other in same
+        if any(other.total in before for other in same) and (
+            any(branch.total in other.path and all_through(graph, other, branch.total) for other in same)
+            or _is_only_way_out(graph, branch, layer.scope)
         ):
             found.append(branch)
     return found
+
+
+def _is_only_way_out(graph: Graph, branch: Branch, scope: Call) -> bool:
+    """Whether what a layer hands out comes from the stream of a branch by way of its sum alone."""
+    outputs = set(scope.outputs.values())
+    inside = set(range(branch.stream + 1, scope.stop))
+    return not outputs.isdisjoint(graph.descendants(branch.total, within=inside)) and outputs.isdisjoint(
+        graph.descendants(branch.stream, within=inside - {branch.total})
+    )
 
 
 def all_through(graph: Graph, branch: Branch, value: int) -> bool:
@@ -212,7 +224,7 @@ def _beside(graph: Graph, branch: Branch, kept: list[Branch]) -> list[Branch]:
     own = {branch.stream, *branch.path}
     chains: list[list[Branch]] = []
     for other in kept:
-        if other.total == branch.total or other.total not in branch.path:
+        if other.total == branch.total or other.total not in branch.path or _projects(graph, other, branch):
             continue
         before = _sums_before(graph, other)
         chain = next((chain for chain in chains if any(link.total in before for link in chain)), None)
@@ -221,6 +233,20 @@ def _beside(graph: Graph, branch: Branch, kept: list[Branch]) -> list[Branch]:
         elif own.isdisjoint(before):
             chains.append([other])
     return [link for chain in chains if _goes_on_beside(graph, branch, chain[-1].total) for link in chain]
+
+
+def _projects(graph: Graph, other: Branch, branch: Branch) -> bool:
+    """Whether all that a branch adds to its stream is a linear map of another's: what a router keeps from layer to
+    layer is no stream of sublayers."""
+    product = graph.values[see_through(graph, other.term)[-1].value]
+    if not product.weighted:
+        return False
+    read = {seen.value for dep in product.deps if graph.values[dep].active for seen in see_through(graph, dep)}
+    for value in tuple(read):
+        for call, _ in graph.producers.get(value, ()):
+            if is_norm(graph, call):
+                read |= {seen.value for source in call.inputs.values() for seen in see_through(graph, source)}
+    return not read.isdisjoint({branch.stream, *(seen.value for seen in see_through(graph, branch.skip))})
 
 
 def _goes_on_beside(graph: Graph, branch: Branch, total: int) -> bool:
