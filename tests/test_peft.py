@@ -302,7 +302,9 @@ def test_what_peft_does_not_have_is_not_written(config, message, tmp_path):
     adapters.add("a", config)
     with pytest.raises(inarch.StateError, match=message):
         adapters.save("a", tmp_path / "a", format="peft")
-    with pytest.raises(inarch.StateError, match="is written in the format `inarch` or `peft`; got 'onnx' for `a`"):
+    with pytest.raises(
+        inarch.StateError, match="is written in the format `inarch` or `peft` or `adapterhub`; got 'onnx' for `a`"
+    ):
         adapters.save("a", tmp_path / "a", format="onnx")
     assert not (tmp_path / "a").exists()
 

@@ -61,7 +61,7 @@ _LOCK = threading.RLock()
 _NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 Unsound = Literal["refuse", "allow"]
-Format = Literal["inarch", "peft"]
+Format = Literal["inarch", "peft", "adapterhub"]
 FORMATS = get_args(Format)
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
@@ -741,7 +741,8 @@ class Adapters:
         Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
 
         Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with
-        `to_dict`); `format` is that of another library: `peft` writes LoRA so that PEFT computes the same.
+        `to_dict`); `format` is that of another library: `peft` writes LoRA so that PEFT computes
+        the same, `adapterhub` a bottleneck or LoRA for the library `adapters`, to be read with `use_safetensors=True`.
 
         Raises `StateError` if the folder holds something else or cannot be written, or for what the other library does
         not have.
@@ -762,6 +763,15 @@ class Adapters:
                 name, self.config(name), tensors, head=heads, model=self.model, sites=self.sites
             )
             state.write(folder, written, settings, state.Files(convert.peft.SAFE, convert.peft.RECORD))
+            return
+        if format == "adapterhub":
+            if head and self._heads[name]:
+                logger.warning("Of `%s` only the adapter is written: the library `adapters` has other heads.", name)
+            own = dict(self[name])
+            written, settings = convert.write_adapterhub(
+                name, self.config(name), own, model=self.model, sites=self.sites
+            )
+            state.write(folder, written, settings, state.Files(convert.adapterhub.SAFE, convert.adapterhub.RECORD))
             return
         state.write(folder, tensors, self._record(name, processor, head))
 

@@ -17,6 +17,7 @@ class Target(StrEnum):
 
     inarch = "inarch"
     peft = "peft"
+    adapterhub = "adapterhub"
 
 
 def convert(

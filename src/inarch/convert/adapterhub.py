@@ -248,6 +248,13 @@ class _Source:
     """The thirds of fused projections that are adapted."""
 
 
+def tensors_of(
+    folder: Path, name: str, stored: Mapping[str, Tensor], *, stacks: Stacks, config: AdapterConfig, settings: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter by our keys, for what is about to be written. Raises `StateError` as `read` does."""
+    return _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
+
+
 def _convert(source: _Source, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor under our key. Raises `StateError` that lists those that belong to nothing in this model."""
     found: dict[str, Tensor] = {}

@@ -1,0 +1,66 @@
+"""Judge by the library `adapters` itself what inarch writes in its format.
+
+    python scripts/adapterhub_write_back.py write build/written         # here: reads every fixture and writes it again
+    old/bin/python scripts/adapterhub_write_back.py judge build/written # with torch==2.13.0 and adapters==1.3.0
+
+The second command loads what was written into that library, and prints how far its last hidden state is from the one
+that it computed with the adapter it had saved. It ends with 1 where that is more than 1e-5.
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
+ROOTS = ("adapterhub", "adapterhub_habits")
+TOLERANCE = 1e-5
+
+
+def write(target: Path) -> None:
+    """Every adapter of the fixtures that inarch reads and writes."""
+    import inarch
+
+    for base in sorted(path for root in ROOTS for path in (FIXTURES / root).glob("*/base")):
+        model = AutoModel.from_pretrained(base).eval()
+        adapters = inarch.attach(model, example_inputs=load_file(base.parent / "inputs.safetensors"))
+        for record in sorted(base.parent.glob("*/adapter_config.json")):
+            case = record.parent
+            try:
+                adapters.load(case, name="x", overwrite=True)
+                adapters.save("x", target / case.relative_to(FIXTURES), format="adapterhub")
+            except inarch.StateError as error:
+                print(f"{case.relative_to(FIXTURES)}: {error}")
+
+
+def judge(target: Path) -> None:
+    """What the library computes with them."""
+    import adapters
+
+    worst = 0.0
+    for record in sorted(target.glob("*/*/*/adapter_config.json")):
+        case = record.parent.relative_to(target)
+        origin = FIXTURES / case.parent
+        model = AutoModel.from_pretrained(origin / "base").eval()
+        adapters.init(model)
+        try:
+            model.load_adapter(str(record.parent), use_safetensors=True, set_active=True)
+        except ImportError as error:
+            print(f"{case}: {error}")
+            continue
+        with torch.no_grad():
+            found = model.eval()(**load_file(origin / "inputs.safetensors")).last_hidden_state
+        difference = float((found - load_file(origin / "outputs.safetensors")[case.name]).abs().max())
+        worst = max(worst, difference)
+        print(f"{case}: {difference:.1e}")
+    sys.exit(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    {"write": write, "judge": judge}[sys.argv[1]](Path(sys.argv[2]))
