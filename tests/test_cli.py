@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -205,14 +206,14 @@ def bad_inputs(place):
 
 
 def test_whatever_goes_wrong_is_told_in_one_message(place):
-    """Exit code 1, nothing but the message on standard error, and never a traceback."""
+    """Exit code 1 (of `check` 2, for 1 is a verdict), nothing but the message on standard error, never a traceback."""
     wrong = []
     for arguments, word in bad_inputs(place):
         result = run(*arguments)
         message = result.stderr
         is_one = message.startswith("Error: ") and message.count("Error: ") == 1
         is_ours = word in message and "Nothing should fail without an explanation" not in message
-        if result.exit_code != 1 or not is_one or not is_ours:
+        if result.exit_code != (2 if arguments[0] == "check" else 1) or not is_one or not is_ours:
             wrong.append((arguments, word, result.exit_code, result.output))
     assert wrong == []
 
@@ -325,11 +326,16 @@ def test_probe_shows_the_sites_by_groups():
 
 
 def test_colours_are_for_terminals_that_want_them():
-    """`NO_COLOR` takes them away."""
-    coloured = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR=None)
+    """`NO_COLOR` takes them away; a pipe has none. The words and the exit code stay the same."""
+    coloured = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR=None, COLUMNS="300")
     assert "\x1b[31m" in coloured.stdout
-    plain = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR="1")
+    plain = run("check", "vit", "--adapter", UNSOUND, FORCE_COLOR="1", NO_COLOR="1", COLUMNS="300")
     assert "\x1b[3" not in plain.stdout
+    piped = run("check", "vit", "--adapter", UNSOUND, NO_COLOR=None)
+    assert "\x1b" not in piped.output
+    assert [result.exit_code for result in (coloured, plain, piped)] == [1, 1, 1]
+    shown = [re.sub(r"\x1b\[[\d;]*m|-{2,}", "", result.stdout).split() for result in (coloured, plain, piped)]
+    assert shown[0] == shown[1] == shown[2]
 
 
 def test_a_probe_as_json_is_a_layout(place, tmp_path):

@@ -1,6 +1,7 @@
 """The demonstration, shortened: what it writes, what it compares, and what it leaves alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inarch.cli import demo as command
 from inarch.core.errors import InarchError, StateError
 from inarch.data import load_data
 from inarch.data.examples import ImageData
@@ -169,3 +171,19 @@ def test_a_failure_of_the_fresh_process_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration.subprocess, "run", lambda *_args, **_options: done)
     with pytest.raises(InarchError, match="exit code 1: Error: it broke"):
         demonstration._predict_in_fresh_process(tmp_path, [], 10)
+
+
+def test_the_page_of_the_demonstration(shown, tmp_path, monkeypatch, capsys):
+    """Made of what is in its folder, and no obstacle to the next one; without its packages it is left out."""
+    folder = tmp_path / "demo"
+    shutil.copytree(shown[0], folder)
+    assert command._write_page(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for words in ("head_only", "seq_bn", "unsound", "skip connection lost", "residual_before_ln=False", "image0.5.mlp"):
+        assert words in page
+    demonstration._check_replaceable(folder)
+    (folder / "report.html").unlink()
+    monkeypatch.setattr(command, "find_spec", lambda _: None)
+    assert not command._write_page(folder)
+    assert not (folder / "report.html").exists()
+    assert 'pip install "inarch[report]"' in capsys.readouterr().err

@@ -116,6 +116,8 @@ def is_source(text: object) -> bool:
     if not isinstance(text, str | os.PathLike):
         return False
     words = os.fspath(text)
+    if not words:  # as a path it would be the folder that is worked in
+        return False
     return Path(words).expanduser().is_dir() or ("/" in words and "[" not in words and not words.endswith(".json"))
 
 

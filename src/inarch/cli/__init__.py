@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from ..core.interrupt import importing
 from ..version import __version__
-from .guard import guarded, leave, loading, prepare_streams, share_cores, show_tracebacks
+from .guard import ERROR, guarded, leave, loading, prepare_streams, share_cores, show_tracebacks
 
 COMMANDS = {
     "probe": ("probe", "Find where adapters can go in a model."),
@@ -41,9 +41,9 @@ class _Commands(TyperGroup):
 def _load(name: str) -> Any:
     module = COMMANDS[name][0]
     with loading(), importing():
-        function = getattr(importlib.import_module(f".{module}", __package__), module)
+        loaded = importlib.import_module(f".{module}", __package__)
     single = typer.Typer(**_STYLE)
-    single.command(name)(guarded(function))
+    single.command(name)(guarded(getattr(loaded, module), getattr(loaded, "FAILURE", ERROR)))
     command = typer.main.get_command(single)
     command.name = name
     return command

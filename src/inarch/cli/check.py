@@ -9,8 +9,8 @@ import typer
 
 from ..core.errors import ConfigError, SiteError
 from ..core.interrupt import importing
-from .guard import ERROR
-from .output import say, say_json, say_table
+from .guard import ERROR, USAGE
+from .output import fail, say, say_json, say_table
 from .probe import LAYOUT_HELP, MODEL_HELP
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ ADAPTER_HELP = (
     "the folder of an adapter of inarch, of the library `adapters` or of PEFT."
 )
 _BATCH = 32
+FAILURE = USAGE
+"""The exit code where there is no verdict: a program tells it from a verdict with errors."""
 
 
 def check(
@@ -50,7 +52,7 @@ def check(
 ) -> None:
     """Prove whether a model with an adapter still computes what it was pre-trained to compute, and name what will fail.
 
-    Exit code 0 if nothing is wrong, 1 if a finding is an error.
+    Exit code 0 if nothing is wrong, 1 if a finding is an error, 2 if nothing could be judged.
     """
     with importing():
         from ..check import Training
@@ -81,7 +83,11 @@ def check(
 
     report = judge(config)
     if fix and report.has_errors and not isinstance(config, str):
-        repaired = _repaired(config, report, judge)
+        try:
+            repaired = _repaired(config, report, judge)
+        except ConfigError as error:  # there is a verdict, but no way to mend it
+            fail(str(error))
+            raise typer.Exit(ERROR) from None
         place = _write(adapter, repaired)
         if not json:
             say_report(report)

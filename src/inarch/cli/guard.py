@@ -19,7 +19,7 @@ from ..core.errors import InarchError
 from ..core.interrupt import INTERRUPTED
 from .output import fail, note
 
-ERROR = 1
+ERROR, USAGE = 1, 2
 
 _OPTIONS = {
     f"`{name}`": f"`--{name.replace('_', '-')}`"
@@ -60,8 +60,8 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with every exception turned into a message and an exit code."""
+def guarded(command: Callable[..., None], failure: int = ERROR) -> Callable[..., None]:
+    """The command, with every exception turned into a message and the exit code `failure`."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -77,7 +77,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             except Exception as error:  # whatever it is, a user is told in words
                 if _shown:
                     raise
-                _stop(ERROR, describe(error))
+                _stop(failure, describe(error))
 
     return run
 
