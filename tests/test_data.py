@@ -681,3 +681,24 @@ def test_divide_uses_the_own_part():
 
 PINNED_HELD_OUT = [7, 12, 14, 15]
 PINNED_DIGITS = 364093
+
+
+# --- fewer images to train on
+
+
+def test_fewer_images_are_trained_on_in_the_shares_of_the_labels_and_as_many_validated_on(tmp_path):
+    root = classes(tmp_path, many=40, few=20, rare=2)
+    whole = load_data(str(root), validation=0.5)
+    made = load_data(str(root), validation=0.5, num_train=10)
+    assert len(made.train) == 10
+    counts = {label: made.train.targets.count(number) for number, label in enumerate(made.labels)}
+    assert counts == {"many": 6, "few": 3, "rare": 1}
+    assert names(made.validation, root) == names(whole.validation, root)
+    assert set(names(made.train, root)) < set(names(whole.train, root))
+
+
+@pytest.mark.parametrize("number", [1, 32])
+def test_as_many_images_as_there_are_labels_at_least_and_no_more_than_there_are(tmp_path, number):
+    root = classes(tmp_path, many=40, few=20, rare=2)
+    with pytest.raises(DataError, match=r"`num_train` must be at least the 3 labels and at most the 31 images"):
+        load_data(str(root), validation=0.5, num_train=number)

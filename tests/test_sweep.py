@@ -407,8 +407,10 @@ def test_a_folder_of_something_else_is_left_alone(given, tmp_path):
         run_study(study_of(1e-3), RECIPE, *given, tmp_path)
 
 
-def test_without_optuna_the_extra_is_named(monkeypatch):
+@pytest.mark.parametrize("module", ["storage", "pruning", "run"])
+def test_without_optuna_the_extra_is_named(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "inarch.sweep.storage")
+    for name in ("storage", "pruning", "run", "trial"):
+        monkeypatch.delitem(sys.modules, f"inarch.sweep.{name}")
     with pytest.raises(InarchError, match=r'A sweep needs the optional package `optuna`.*"inarch\[sweep\]"'):
-        importlib.import_module("inarch.sweep.storage")
+        importlib.import_module(f"inarch.sweep.{module}")

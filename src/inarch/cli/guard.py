@@ -23,7 +23,16 @@ ERROR, USAGE = 1, 2
 
 _OPTIONS = {
     f"`{name}`": f"`--{name.replace('_', '-')}`"
-    for name in ("batch_size", "device", "image_column", "label_column", "skip_bad", "subset", "validation")
+    for name in (
+        "batch_size",
+        "device",
+        "image_column",
+        "label_column",
+        "num_train",
+        "skip_bad",
+        "subset",
+        "validation",
+    )
 } | {
     "`labels=`": "`--labels`",
     '`unsound="allow"` to `add`': "`--allow-unsound`",

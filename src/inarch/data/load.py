@@ -1,5 +1,6 @@
 """Images with labels from anywhere: `load_data` tells the sources apart and hands each to the file that reads it."""
 
+import dataclasses
 import tarfile
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,7 @@ def load_data(
     *,
     labels: str = "auto",
     validation: float | None = None,
+    num_train: int | None = None,
     seed: int = 0,
     skip_bad: bool = False,
     image_column: str | None = None,
@@ -50,7 +52,8 @@ def load_data(
     - `labels`: `fine` or `coarse` where a source has both (`auto` is `fine`), or the path of a CSV of labels.
     - `validation`: the share of the training images to hold out. By default the source's own validation part or, where
       it has none, a tenth. 0 holds out nothing and 1 everything.
-    - `seed`: decides which images are held out; those of `digits` are fixed unless `validation` is given.
+    - `num_train`: how many of the images to train on are taken, every label among them; by default all.
+    - `seed`: decides which images are held out, or left out; those of `digits` are fixed unless `validation` is given.
     - `skip_bad`: leave out images that cannot be read, with a warning, instead of refusing the source.
     - `image_column`, `label_column`: which columns of a data set of the `datasets` library to read.
     """
@@ -62,16 +65,29 @@ def load_data(
     granularity = "fine" if labels == "auto" else labels
     choice = Choice(image_column, label_column, granularity)
     if kind == "digits":
-        return _digits(validation, seed)
-    if kind == "cifar":
-        return load_cifar(path, granularity, validation=validation, seed=seed)
-    if kind == "saved":
-        return load_saved(path, choice, validation=validation, seed=seed, skip_bad=skip_bad)
-    if kind == "hub":
-        return load_hub(source, choice, validation=validation, seed=seed, skip_bad=skip_bad)
-    if table is not None:
-        return load_table(path, table, validation=validation, seed=seed, skip_bad=skip_bad)
-    return load_folder(path, validation=validation, seed=seed, skip_bad=skip_bad)
+        images = _digits(validation, seed)
+    elif kind == "cifar":
+        images = load_cifar(path, granularity, validation=validation, seed=seed)
+    elif kind == "saved":
+        images = load_saved(path, choice, validation=validation, seed=seed, skip_bad=skip_bad)
+    elif kind == "hub":
+        images = load_hub(source, choice, validation=validation, seed=seed, skip_bad=skip_bad)
+    elif table is not None:
+        images = load_table(path, table, validation=validation, seed=seed, skip_bad=skip_bad)
+    else:
+        images = load_folder(path, validation=validation, seed=seed, skip_bad=skip_bad)
+    return images if num_train is None else _fewer(images, num_train, seed)
+
+
+def _fewer(images: ImageData, number: int, seed: int) -> ImageData:
+    """The data with so many of the images to train on, in the shares of the labels, each at least once."""
+    if not len(images.labels) <= number <= len(images.train):
+        raise DataError(
+            f"`num_train` must be at least the {len(images.labels)} labels and at most the {len(images.train)} images "
+            f"to train on; got {number} for `{images.name}`. Give a number between them."
+        )
+    kept, _ = hold_out(images.train.targets, 1 - number / len(images.train), seed)
+    return dataclasses.replace(images, train=images.train.pick(kept))
 
 
 def _kind(source: str, path: Path) -> Kind:

@@ -9,11 +9,7 @@ import math
 import zlib
 from typing import Any
 
-from optuna import Study
-from optuna.pruners import SuccessiveHalvingPruner
-from optuna.trial import FrozenTrial
-
-from .storage import INDEX, Board, Claim
+from .storage import INDEX, Board, Claim, optuna
 
 
 class Hyperband:
@@ -25,7 +21,9 @@ class Hyperband:
         # As many trials for each bracket as give all brackets the same number of epochs.
         self.shares = [math.ceil(number * factor ** (number - 1 - one) / (number - one)) for one in range(number)]
         self.pruners = [
-            SuccessiveHalvingPruner(min_resource=first_look, reduction_factor=factor, min_early_stopping_rate=one)
+            optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=first_look, reduction_factor=factor, min_early_stopping_rate=one
+            )
             for one in range(number)
         ]
 
@@ -41,13 +39,13 @@ class Hyperband:
         return bool(self.pruners[own].prune(rivals, claim.frozen()))
 
 
-class _Rivals(Study):
+class _Rivals(optuna.Study):
     """The study, as if it had the last attempts of some trials alone."""
 
     def __init__(self, board: Board, is_rival: Any) -> None:
         super().__init__(board.name, board.storage)
         self.is_rival = is_rival
 
-    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[optuna.trial.FrozenTrial]:
         last = {one.user_attrs[INDEX]: one for one in super().get_trials(deepcopy=deepcopy)}
         return [one for index, one in last.items() if self.is_rival(index) and (states is None or one.state in states)]

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-
 from ..core.errors import ConfigError, DataError, StateError
 from ..core.records import REPORT, STUDY, StudyRecord, TrialRecord, read_study
 from ..data import load_data
@@ -28,7 +26,7 @@ from ..train.recipe import DataConfig, Recipe
 from .judge import Bench
 from .pruning import Hyperband
 from .space import Space, encode
-from .storage import Board, Claim, Taken, storage_url
+from .storage import Board, Claim, Taken, optuna, storage_url
 from .study import StudyConfig
 from .trial import Audience, Trials
 
@@ -193,15 +191,15 @@ def _steps(recipe: Recipe, images: ImageData) -> int:
     return recipe.max_steps or num_batches(images.train, recipe.batch_size) * recipe.epochs
 
 
-def sampler_of(study: StudyConfig, index: int) -> BaseSampler:
+def sampler_of(study: StudyConfig, index: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler for one trial, with a seed of its own: what a trial gets depends on the results before it, not
     on who asks."""
     seed = (study.sampler_seed + 7919 * index) % 2**32
     if study.sampler != "tpe":
-        return RandomSampler(seed)
+        return optuna.samplers.RandomSampler(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna warns of what it may still change
-        return TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

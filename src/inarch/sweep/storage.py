@@ -25,7 +25,7 @@ from ..core.records import TrialRecord
 from ..data.extras import missing
 
 try:
-    import optuna
+    import optuna as optuna  # for the other files, which come here first
     from optuna import Study, Trial
     from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
     from optuna.storages import RDBStorage, fail_stale_trials, get_storage

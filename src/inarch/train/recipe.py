@@ -117,7 +117,11 @@ class DataConfig(Config):
         None, "Share of the images to hold out; none takes the data's own validation part, or a tenth.",
         at_least=0, less_than=1,
     )  # fmt: skip
-    split_seed: int = option(0, "Seed that decides which images are held out.", at_least=0)
+    num_train: int | None = option(
+        None, "Train on so many of the images, every label among them, and leave out the others; none takes all.",
+        at_least=1,
+    )  # fmt: skip
+    split_seed: int = option(0, "Seed that decides which images are held out, or left out.", at_least=0)
     skip_bad: bool = option(False, "Leave out images that cannot be read instead of refusing the data.")
     image_column: str | None = option(None, "Column of the images in a data set of the `datasets` library.")
     label_column: str | None = option(None, "Column of the labels in a data set of the `datasets` library.")
