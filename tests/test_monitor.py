@@ -1,8 +1,10 @@
 """`Monitor`: the rule on made-up series, and every verdict on little trainings of each kind."""
 
 import copy
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,7 @@ FALLING, FLAT, RISING = np.linspace(2.4, 1.5, 12), [2.35, 2.36, 2.34] * 4, np.ge
         (FLAT, {"update": 0.5}, "stalled", "0.5 of its weights: lower the learning rate"),
         (FLAT, {"drift": 1.06}, "stalled", "1.1 of its size: check its wiring with `inarch check`"),
         (FLAT, {"update": 5e-3}, "undecided", "against 2.3"),
+        (FLAT, {"has_head": False}, "undecided", "against 2.3"),
         (RISING, {}, "diverging", ", after 2.7"),
         ([2.4, 2.3, math.nan], {}, "diverging", "the loss is no number by step 3"),
         (FALLING, {"silent": "abcdef"}, "dead adapter", "no gradient reaches the adapter"),
@@ -144,6 +147,59 @@ def test_the_reference_of_several_labels_is_the_mean_over_them():
 def test_labels_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         inarch.Monitor(**options)
+
+
+# On real trainings
+
+
+@pytest.fixture(scope="module")
+def trials():
+    path = Path(__file__).parent.parent / "scripts" / "monitor_trials.py"
+    spec = importlib.util.spec_from_file_location("monitor_trials", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["monitor_trials"] = script
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_page_is_what_the_rule_says_of_the_trainings_that_were_kept(trials):
+    page = Path(__file__).parent.parent / "docs" / "monitor.md"
+    assert trials.page(trials.read_table()) == page.read_text(encoding="utf-8")
+
+
+def test_the_rule_is_right_on_trainings_that_had_no_part_in_it(trials):
+    """Counted anew, from the verdicts of single trainings."""
+    table = trials.read_table()
+    assert len(table) >= 60
+    assert sum(trial.broken for trial in table) >= len(table) / 2
+    left_out = [(t, end) for t, end in zip(table, trials.endings(table), strict=True) if t.family not in trials.DESIGN]
+    assert len(left_out) >= 60
+    for step, least in (("due", 0.85), ("last_call", 0.95)):
+        said = [(trial.verdict(getattr(trial, step)), end) for trial, end in left_out]
+        stopped = [end for verdict, end in said if verdict in ("stalled", "diverging", "dead adapter")]
+        praised = [end for verdict, end in said if verdict == "learning"]
+        assert sum(end != "learning" for end in stopped) >= least * len(stopped) > 0
+        assert sum(end == "learning" for end in praised) >= least * len(praised) > 0
+
+
+def test_a_recorded_training_is_told_apart_as_a_monitor_does(trials):
+    """The replay of the table against a monitor that watches: the same series, the same verdicts."""
+    model = grafted()
+    recorder = trials.Recorder(model, num_steps=60, steps_per_epoch=30, labels=batch()["labels"])
+    loop(model, recorder, rate=1e-2, steps=30)
+    losses = recorder.losses
+    updates = [
+        max(change / size for place, (change, size) in sample["values"].items() if place != "head")
+        for sample in recorder.samples
+        if sample["kind"] == "update"
+    ]
+    trial = trials.Trial(
+        family="seq_bn", way="as it should be", seed=0, broken=False, num_steps=60, steps_per_epoch=30,
+        entropy=recorder.entropy, chance=0.2, score=1.0, first_loss=losses[0], last_loss=losses[-1], change=1.0,
+        places=2, has_head=True, drift=0.0, losses=tuple(losses), silent=(0,) * 5, updates=tuple(updates),
+    )  # fmt: skip
+    decided = recorder.decided_at
+    assert (trial.verdict(decided), trial.verdict(decided - 1)) == (recorder.verdict, "undecided")
 
 
 # In a loop of one's own

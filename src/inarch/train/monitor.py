@@ -6,8 +6,8 @@
                      if monitor.should_stop: break
 
 Losses and norms stay on their device until they are read: about twenty times before the verdict, and then once in
-every fiftieth of the steps. Tensors are measured in the steps 1, 2, 4, 8 and so on. Where several processes train, what
-is read is their mean, so that all of them come to the same verdict in the same step.
+every fiftieth of the steps. Tensors are measured in the steps 1, 2, 4, 8 and so on, the stream in every other of them.
+Where several processes train, what is read is their mean, so that all of them come to the same verdict in one step.
 """
 
 import logging
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.1
 """The share of the steps after which there is a verdict, unless the first epoch ends before."""
+LATEST = 1 / 3
+"""The share of the steps after which there is no more waiting, unless the first epoch ends before."""
 READINGS, LATER = 20, 50
 """Readings before the verdict, and in a whole training after it."""
 
@@ -39,7 +41,8 @@ class Monitor(TrainerCallback, ExportableState):
 
     A callback of `transformers.Trainer`, or told of each step by another loop. `verdict` is `undecided` at first; after
     a tenth of the steps, or at the end of the first epoch if that comes earlier, it is one of the others, or still
-    `undecided` where the loss is falling and not yet low enough, until the first epoch ends. It may change later.
+    `undecided` where more steps may help, until the first epoch ends or a third of the steps is done. It may change
+    later.
 
     **Arguments**
 
@@ -179,7 +182,8 @@ class Monitor(TrainerCallback, ExportableState):
                 "gradient. Call `monitor.step(loss)` right after `loss.backward()`."
             )
         self._samples.append(("gradient", step, parameters.gradients()))
-        drift = self._stream.drift() if self._stream is not None else None
+        # A forward of two samples costs more than all the rest: in the steps 1, 4, 16 and so on.
+        drift = self._stream.drift() if self._stream is not None and step.bit_length() % 2 else None
         if drift is not None:
             self._samples.append(("drift", step, drift))
         parameters.keep()
@@ -192,9 +196,9 @@ class Monitor(TrainerCallback, ExportableState):
         return int(self.memory["first"]) + min(steps, self.steps_per_epoch or steps)
 
     def _last_call(self) -> int:
-        """The step in which there is no more waiting for a loss that falls: the first epoch's last one."""
-        first, due = int(self.memory["first"]), self._due()
-        return max(due, first + (self.steps_per_epoch or 3 * (due - first)))
+        """The step in which there is no more waiting: the first epoch's last one, or a third of all."""
+        third = max(1, round(LATEST * (self.num_steps or 1)))
+        return max(self._due(), int(self.memory["first"]) + min(third, self.steps_per_epoch or third))
 
     def _collect(self) -> None:
         """Bring what was measured from the device, as the mean over all processes."""
@@ -268,6 +272,7 @@ class Monitor(TrainerCallback, ExportableState):
             readings=self._readings(),
             entropy=self.entropy,
             num_places=len(places),
+            has_head=len(places) < len(memory["gradients"]),
             silent=[p for p in places if p not in memory["reached"]] if memory["num_gradients"] > 1 else (),
             # The first steps of 16-bit training may be skipped, and the first of a warm-up has a rate of 0.
             still=memory["num_updates"] > 3 and not memory["has_moved"],
@@ -367,7 +372,7 @@ def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def _log(monitor: Monitor) -> None:
-    logger.log(logging.WARNING if monitor.verdict in FAILING else logging.INFO, "The training is %s.", monitor)
+    logger.log(logging.WARNING if monitor.verdict in FAILING else logging.INFO, "Training: %s.", monitor)
 
 
 def _blank() -> dict[str, Any]:

@@ -54,6 +54,8 @@ class Signs:
     """Places beside the head where something is trained."""
     silent: Sequence[str] = ()
     """Those of them that no gradient has reached in any sampled step; empty before the second sample."""
+    has_head: bool = True
+    """Whether a task head is trained; without one the loss falls later."""
     still: bool = False
     """Whether nothing beside the head has moved in the sampled steps."""
     update: float | None = None
@@ -116,7 +118,7 @@ def judge(signs: Signs, *, is_due: bool, is_last: bool) -> Prognosis:
     top = WORSE * max(limit, start)
     if is_due and recent - SURE * error > top:
         return Prognosis(verdict="diverging", reason=f"{told}, after {start:.3g}{_too_high(signs)}", evidence=evidence)
-    is_slow = signs.update is None or LOW_STEP <= signs.update < AMPLE_STEP
+    is_slow = signs.update is None or LOW_STEP <= signs.update < (AMPLE_STEP if signs.has_head else math.inf)
     if not is_due or (not is_last and (is_falling or is_slow or gain >= GAIN)):
         return Prognosis(verdict="undecided", reason=told, evidence=evidence)
     if gain >= GAIN and is_falling:
