@@ -77,6 +77,27 @@ def test_the_last_layer_of_pairs_in_a_list_has_all_its_sites():
     starts_at_the_base(model, (torch.randn(2, 5, WIDTH),), "double_seq_bn[init_weights=mam_adapter]")
 
 
+class Quantisers(nn.Module):
+    """Each codes what those before it have left; their results are added up."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(MLP() for _ in range(4))
+
+    def forward(self, x):
+        total = 0.0
+        for part in self.parts:
+            coded = part(x)
+            x, total = x - coded, total + coded
+        return total
+
+
+def test_a_sum_of_what_all_parts_of_a_list_give_is_no_site():
+    model = Quantisers()
+    with pytest.raises(ProbeError, match="A model has residual branches"):
+        inarch.probe(model, example_inputs=torch.randn(2, 5, WIDTH))
+
+
 class Output(nn.Module):
     def __init__(self):
         super().__init__()

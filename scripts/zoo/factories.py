@@ -257,6 +257,11 @@ FACTORIES: Mapping[str, Factory] = {
         feature_attention_mask=torch.ones(1, 64, dtype=torch.long), use_cache=False,
     ),
     "video_llava": lambda m: _video_llava(m),  # noqa: PLW0108  defined below
+    "inkling2": _with_tower(
+        "image",
+        pixel_values=lambda c: ramp(16, *[c.vision_config.patch_size * c.vision_config.spatial_merge_size] * 2, 3),
+        image_grid_thw=lambda c: torch.tensor([[1, 4, 4]]),
+    ),
     "inkling2_vision": lambda m: _kwargs(
         pixel_values=ramp(16, *[m.config.patch_size * m.config.spatial_merge_size] * 2, 3), image_grid_thw=torch.tensor([[1, 4, 4]])
     ),

@@ -17,8 +17,12 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     # Half an MLP, attention, convolution, half an MLP: one of the five sums is on another way through the source.
     "fastspeech2_conformer": {"FastSpeech2ConformerEncoderLayer": (4,)},
     "fastspeech2_conformer_with_hifigan": {"FastSpeech2ConformerEncoderLayer": (4,)},
+    "align": {"AlignVisionBlock": (1,)},
+    "efficientnet": {"EfficientNetBlock": (1,)},  # where width and size stay; the sum is in the module at its end
+    # The stages of MobileNetV5 run their blocks themselves: all of 5, 37 and 39 but the first, which changes the size.
+    "gemma3n_vision": {"Sequential": (4, 36, 38)},
     # LAuReL, attention, MLP: what AltUp adds to its streams is no branch of one of them.
-    "gemma3n": {"Gemma3nTextDecoderLayer": (3,)},
+    "gemma3n": {"Gemma3nTextDecoderLayer": (3,), "Sequential": (4, 36, 38)},
     "gemma3n_text": {"Gemma3nTextDecoderLayer": (3,)},
     # Attention, MLP: the streams of blocks that they look at are mixed, not added to.
     "inkling2": {"Inkling2SlidingDecoderLayer": (2,), "Inkling2FullDecoderLayer": (2,)},
@@ -105,6 +109,6 @@ REFUSED: Mapping[str, str] = {
     "uvdoc": "convolutions, no residual Transformer block",
     "omdet-turbo": "keeps in a cache what its text encoder made of earlier texts, on which an adapter there would not act",
     "univnet": "a vocoder of convolutions, no residual Transformer block",
-    **dict.fromkeys(("bit", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
+    **dict.fromkeys(("bit", "hgnet_v2", "mobilenet_v1", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
     **dict.fromkeys(("dac", "encodec", "vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), "a codec of convolutions, no residual Transformer block"),
 }  # fmt: skip

@@ -23,29 +23,44 @@ def carried_on(graph: Graph, layers: dict[Branch, Layer]) -> list[Branch]:
     Dropped are sums that only feed their own branch (positional embeddings that a decoder adds to queries), sums
     inside the branch of another, and skips over whole layers.
     """
+    layers = _of_one_layer(layers)
     goes_on = starts(graph, layers)
     ends: dict[int, int] = {}
     for branch in layers:
         ends[branch.term] = max(ends.get(branch.term, -1), branch.total)
-    last = _last_sums(layers)
-    kept = [
-        branch
-        for branch, layer in layers.items()
-        if branch.total in last or continues(graph, branch, layer, goes_on, ends)
-    ]
+    kept = [branch for branch, layer in layers.items() if continues(graph, branch, layer, goes_on, ends)]
+    kept += _ends_of_loops(graph, kept, layers)
     kept += _ends_of_chains(graph, kept, layers)
     kept = [branch for branch in layers if branch in kept and not _is_long_skip(graph, branch, kept, layers)]
     return [branch for branch in kept if not _is_nested(graph, branch, kept, layers)]
 
 
-def _last_sums(layers: dict[Branch, Layer]) -> set[int]:
-    """The last sums of layers that are no module of their own: what follows in the module around is no part of them."""
-    found: dict[tuple[int, Identity], int] = {}
+def _of_one_layer(layers: dict[Branch, Layer]) -> dict[Branch, Layer]:
+    """Without sums of what several sublayers of a loop give: a codec adds up its quantisers so."""
+    homes: dict[int, set[Identity]] = defaultdict(set)
+    for branch, layer in layers.items():
+        homes[branch.total].add(layer.identity)
+    return {branch: layer for branch, layer in layers.items() if len(homes[branch.total]) == 1}
+
+
+def _ends_of_loops(graph: Graph, kept: list[Branch], layers: dict[Branch, Layer]) -> list[Branch]:
+    """The last sums of loops over layers that are no modules: what follows in the module around them is no layer.
+
+    They go on from an earlier sum of the loop; what else is added up there does not.
+    """
+    last: dict[int, int] = {}
+    sums: dict[int, set[int]] = defaultdict(set)
     for branch, layer in layers.items():
         if layer.number is not None:
-            place = (layer.scope.index, layer.identity)
-            found[place] = max(found.get(place, -1), branch.total)
-    return set(found.values())
+            last[layer.scope.index] = max(last.get(layer.scope.index, -1), branch.total)
+            sums[layer.scope.index] |= {branch.total} if branch in kept else set()
+    return [
+        branch
+        for branch, layer in layers.items()
+        if branch not in kept
+        and branch.total == last.get(layer.scope.index)
+        and not sums[layer.scope.index].isdisjoint(_sums_before(graph, branch))
+    ]
 
 
 def starts(graph: Graph, branches: Iterable[Branch]) -> dict[int, int]:

@@ -76,6 +76,8 @@ def survey(graph: Graph) -> Survey:
         f"`{call.path}` ({type(call.module).__name__}): a sum outside of the lists of layers"
         for call in (graph.owner(branch.total) for branch in homeless)
     ]
+    if not kept:
+        refused += [f"{layer.name}: a sum from which no later branch starts" for layer in layers.values()]
     return Survey(
         tuple(sites), tuple(dict.fromkeys([*refused, *gaps.refused])), tuple(dict.fromkeys([*problems, *gaps.problems]))
     )
