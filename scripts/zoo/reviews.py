@@ -18,6 +18,9 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "fastspeech2_conformer": {"FastSpeech2ConformerEncoderLayer": (4,)},
     "fastspeech2_conformer_with_hifigan": {"FastSpeech2ConformerEncoderLayer": (4,)},
     "align": {"AlignVisionBlock": (1,)},
+    # In a stage of light convolutions, blocks with a sum: all but the first, which changes the width.
+    "d_fine": {"HGNetV2Stage": (1,)},
+    "deimv2": {"HGNetV2Stage": (1,)},
     "efficientnet": {"EfficientNetBlock": (1,)},  # where width and size stay; the sum is in the module at its end
     # The stages of MobileNetV5 run their blocks themselves: all of 5, 37 and 39 but the first, which changes the size.
     "gemma3n_vision": {"Sequential": (4, 36, 38)},
