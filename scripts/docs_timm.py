@@ -141,7 +141,7 @@ def page(version: str, rows: list[Row]) -> Iterator[str]:
 One model of each of its {len(files)} files, more where a file holds several families, built at full size on the meta
 device and probed. In {len(adapting)} files something adapts; of the {len(rows)} models {verdicts["adapts"]} adapt,
 {verdicts["adapts but for"]} adapt but for what the last column names, {verdicts["refused"]} are refused by name. Those
-are networks whose sums dense convolutions make, or where only a convolution carries the stream from one sum to the next.
+are networks whose sums dense convolutions make, or where only convolutions carry the stream from one sum to the next.
 Other feature maps (B, C, H, W) are adapted on their channels.
 
 *Attention*, *mixer* and *MLP* count the sites; *by name* counts the modules whose class is called an attention and an

@@ -44,10 +44,15 @@ def test_a_layout_that_changes_is_named():
     was = recorded()["bert"]
     now = [line.replace(" post:", " pre:") if " mlp " in line else line for line in was]
     assert now != was
-    first, second = changes({"bert": {"layout": now}})
+    first, second = changes({"bert": {"verdict": "adapts", "layout": now}})
     assert first.startswith("bert: gone: text0 mlp x2 BertLayer post: h ")
     assert second.startswith("bert: new: text0 mlp x2 BertLayer pre: h ")
     assert differences(was, was) == []
+
+
+def test_a_type_that_adapts_no_more_is_named_with_all_that_is_gone():
+    found = changes({"bert": {"verdict": "fails", "layout": recorded()["bert"]}})
+    assert found == [f"bert: gone: {line}" for line in recorded()["bert"]]
 
 
 def test_the_judge_sees_an_adapter_that_changes_the_output(monkeypatch):
@@ -111,4 +116,5 @@ def test_the_page_has_every_type_with_a_verdict_and_a_reason():
     types = [re.match(r"`([^`]+)`", row[0])[1] for row in cells]
     assert sorted(types) == sorted(model_types())
     for row in cells:
+        assert ("adapts" in row) == (row[0].split("`")[1] in recorded()), row
         assert "adapts" in row or (("refused" in row or "fails" in row) and row[-1].strip()), row

@@ -31,16 +31,20 @@ def changes(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     known = recorded()
     found = []
     for model_type, record in sorted(records.items()):
-        layout = list(record.get("layout", ()))
-        found += [f"{model_type}: {text}" for text in differences(known.get(model_type, []), layout)]
+        found += [f"{model_type}: {text}" for text in differences(known.get(model_type, []), _layout(record))]
     return found
+
+
+def _layout(record: Mapping[str, Any]) -> list[str]:
+    """The layout of a record, if its type adapts: what is found of others is known to be wrong or half."""
+    return list(record.get("layout", ())) if record["verdict"] == "adapts" else []
 
 
 def write(records: Mapping[str, Mapping[str, Any]]) -> int:
     """Take the layouts of a run for those to compare with; how many there are."""
     import transformers
 
-    kept = {name: records[name]["layout"] for name in sorted(records) if records[name].get("layout")}
+    kept = {name: layout for name in sorted(records) if (layout := _layout(records[name]))}
     data = {"transformers": transformers.__version__, "layouts": kept}
     FILE.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
     return len(kept)

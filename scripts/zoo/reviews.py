@@ -21,6 +21,10 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     # In a stage of light convolutions, blocks with a sum: all but the first, which changes the width.
     "d_fine": {"HGNetV2Stage": (1,)},
     "deimv2": {"HGNetV2Stage": (1,)},
+    "pp_doclayout_v3": {"HGNetV2Stage": (1,)},
+    "pp_doclayout_v4": {"HGNetV2Stage": (1,)},
+    # Attention with its own MLP behind it: to itself, then by one module to the other image, from both sides.
+    "efficientloftr": {"EfficientLoFTRLocalFeatureTransformerLayer": (3,)},
     "efficientnet": {"EfficientNetBlock": (1,)},  # where width and size stay; the sum is in the module at its end
     # The stages of MobileNetV5 run their blocks themselves: all of 5, 37 and 39 but the first, which changes the size.
     "gemma3n_vision": {"Sequential": (4, 36, 38)},
