@@ -21,6 +21,7 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     # In a stage of light convolutions, blocks with a sum: all but the first, which changes the width.
     "d_fine": {"HGNetV2Stage": (1,)},
     "deimv2": {"HGNetV2Stage": (1,)},
+    "hgnet_v2": {"HGNetV2Stage": (1,)},
     "pp_doclayout_v3": {"HGNetV2Stage": (1,)},
     "pp_doclayout_v4": {"HGNetV2Stage": (1,)},
     # Attention with its own MLP behind it: to itself, then by one module to the other image, from both sides.
@@ -111,11 +112,15 @@ REFUSED: Mapping[str, str] = {
     "pp_ocrv6_medium_det": "convolutions; its default configuration is incomplete",
     "pp_ocrv6_small_det": "convolutions; its default configuration is incomplete",
     "xcodec": "makes its sound from discrete codes, through which no gradient comes: adapt its semantic model",
+    "edgetam_vision_model": "a backbone of convolutions and a pyramid on it, no residual Transformer block",
+    "pp_ocrv6_small_rec": "convolutions, which carry the stream from one sum to the next",
+    "pp_ocrv6_tiny_rec": "convolutions, which carry the stream from one sum to the next",
+    "timm_wrapper": "is a ResNet by default: see the table of timm's models",
     "timm_backbone": "names no model by default: see the table of timm's models",
     "textnet": "convolutions, no residual Transformer block",
     "uvdoc": "convolutions, no residual Transformer block",
     "omdet-turbo": "keeps in a cache what its text encoder made of earlier texts, on which an adapter there would not act",
     "univnet": "a vocoder of convolutions, no residual Transformer block",
-    **dict.fromkeys(("bit", "hgnet_v2", "mobilenet_v1", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
+    **dict.fromkeys(("bit", "mobilenet_v1", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "regnet", "resnet"), "convolutions, no residual Transformer block"),
     **dict.fromkeys(("dac", "encodec", "vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), "a codec of convolutions, no residual Transformer block"),
 }  # fmt: skip
