@@ -7,7 +7,7 @@ Runs in an environment with that library: `pip install torch==2.13.0 adapters==1
     base/                 a tiny base model with random weights
     inputs.safetensors    the arguments of its forward
     a/ b/ c/ d/           two bottlenecks and two LoRA adapters with random weights, saved by the library
-    fusion.safetensors    the fusion layers of `a` and `b`, by their names there, after `dynamic.` and `static.`
+    dynamic/ static/      fusion layers of `a` and `b` with random weights, saved by the library
     outputs.safetensors   the last hidden state, one tensor for each case
 """
 
@@ -68,7 +68,7 @@ def write(name: str, folder: Path) -> None:
         model.add_adapter(key, config=BOTTLENECK if key in "ab" else LORA)
         shake(model, f".{key}.")
         model.save_adapter(str(folder / key), key)
-    outputs, layers = {}, {}
+    outputs = {}
     for case, setup in SETUPS.items():
         model.set_active_adapters(setup)
         try:
@@ -80,9 +80,7 @@ def write(name: str, folder: Path) -> None:
         shake(model, "adapter_fusion_layer")
         model.set_active_adapters(Fuse("a", "b"))
         outputs[f"fuse_{kind}"] = model(**inputs).last_hidden_state
-        for key, parameter in model.named_parameters():
-            if "adapter_fusion_layer" in key:
-                layers[f"{kind}.{key}"] = parameter.clone()
+        model.save_adapter_fusion(str(folder / kind), "a,b")
         model.set_active_adapters(None)
         model.delete_adapter_fusion(["a", "b"])
     for case, options in AVERAGES.items():
@@ -90,7 +88,6 @@ def write(name: str, folder: Path) -> None:
         model.set_active_adapters(case)
         outputs[f"average_{case}"] = model(**inputs).last_hidden_state
     save_file({key: value.contiguous() for key, value in outputs.items()}, folder / "outputs.safetensors")
-    save_file(layers, folder / "fusion.safetensors")
 
 
 def shake(model: torch.nn.Module, part: str) -> None:

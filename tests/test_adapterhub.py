@@ -739,14 +739,14 @@ def test_formats_are_told_apart(vit, tmp_path):
         adapters.load(peft)  # it is one of PEFT
     with pytest.raises(inarch.StateError, match=r"got no `inarch.json` and nothing of those in"):
         adapters.load(folder / "base")
-    for name, what in (
-        ("adapter_fusion_config.json", "an AdapterFusion"),
-        ("adapter_setup.json", "a setup of several"),
+    for name, message in (
+        ("adapter_fusion_config.json", "must hold `name`, `model_type` and `config`"),
+        ("adapter_setup.json", "reads single adapters.*got a setup of several"),
     ):
         other = tmp_path / name
         other.mkdir()
         (other / name).write_text("{}")
-        with pytest.raises(inarch.StateError, match=f"reads single adapters.*got {what}"):
+        with pytest.raises(inarch.StateError, match=message):
             adapters.load(other)
 
 

@@ -1,6 +1,8 @@
 """Fusion layers: their formula, their training, their penalty; and agreement with the library `adapters`."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,6 @@ def test_compositions_agree_with_the_library_adapters(name):
     adapters = inarch.attach(model)
     for key in "abcd":
         adapters.load(folder / key)
-    layers = load_file(folder / "fusion.safetensors")
     setups = {
         "stack": Stack("a", "b"),
         "split": Split("a", "b", splits=[2, 3]),
@@ -62,9 +63,7 @@ def test_compositions_agree_with_the_library_adapters(name):
     }
     for kind in ("dynamic", "static"):
         setups[f"fuse_{kind}"] = Fuse("a", "b", name=kind)
-        adapters.add_fusion(setups[f"fuse_{kind}"], f"{kind}_fusion")
-        for key, parameter in adapters[kind].items():
-            parameter.data = layers[f"{kind}.{their_key(name, key)}"]
+        assert adapters.load(folder / kind, name=kind) == kind
     for combine in ("linear", "negate_b"):
         setups[f"average_{combine}"] = combine
         adapters.average(combine, ["c", "d"], [3, -1], combine=combine)
@@ -77,14 +76,22 @@ def test_compositions_agree_with_the_library_adapters(name):
     assert len(setups) - len(set(expected) & set(setups)) <= 1  # it cannot run LoRA in a `Parallel` on ViT
 
 
-def their_key(name, key):
-    """Where the library keeps what an adapter file of ours has under a key."""
-    _, layer, role, _, linear, kind = key.split(".")
-    places = {
-        "bert": {"self_attention": "attention.output", "mlp": "output"},
-        "vit": {"self_attention": "attention_adapters", "mlp": "output.output_adapters"},
-    }
-    return f"encoder.layer.{layer}.{places[name][role]}.adapter_fusion_layer.a,b.{linear}.{kind}"
+def test_what_fusion_layers_of_the_library_cannot_be_is_refused(tmp_path):
+    adapters = inarch.attach(AutoModel.from_pretrained(FIXTURES / "bert" / "base"))
+    assert adapters.load(FIXTURES / "bert" / "dynamic") == "a+b"
+    assert str(adapters.config("a+b")) == "dynamic_fusion[mh_adapter=True]"
+    record = json.loads((FIXTURES / "bert" / "dynamic" / "adapter_fusion_config.json").read_text())
+    shutil.copytree(FIXTURES / "bert" / "dynamic", tmp_path / "bad")
+    for change, message in (
+        ({"config": record["config"] | {"temperature": True}}, "got `temperature` at .*, which this version does not"),
+        ({"name": "a,c"}, "got `.*a,b.*`, which is at no such site of BertModel"),
+        ({"name": 3}, "must hold `name`, `model_type` and `config`"),
+        ({"model_type": "vit"}, "The model types of an adapter's base and of the model must agree"),
+    ):
+        (tmp_path / "bad" / "adapter_fusion_config.json").write_text(json.dumps(record | change))
+        with pytest.raises(inarch.StateError, match=message):
+            adapters.load(tmp_path / "bad", name="other")
+    assert adapters.names == ("a+b",)
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "t5", "clip", "swin", "beit"])

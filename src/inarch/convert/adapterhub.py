@@ -40,9 +40,11 @@ logger = logging.getLogger(__name__)
 INTERFACE = "adapter_interface.json"
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_RECORD, HEAD_SAFE, HEAD_TORCH = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
-OTHER_RECORDS = {"adapter_fusion_config.json": "an AdapterFusion", "adapter_setup.json": "a setup of several adapters"}
+FUSION_RECORD = "adapter_fusion_config.json"
+FUSION_SAFE, FUSION_TORCH = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"
+OTHER_RECORDS = {FUSION_RECORD: "an AdapterFusion", "adapter_setup.json": "a setup of several adapters"}
 RECORDS = (RECORD, HEAD_RECORD, *OTHER_RECORDS)
-WEIGHTS = ((SAFE, TORCH), (HEAD_SAFE, HEAD_TORCH))
+WEIGHTS = ((SAFE, TORCH), (HEAD_SAFE, HEAD_TORCH), (FUSION_SAFE, FUSION_TORCH))
 """Of each pair one file is there; the first is preferred."""
 LATEST = (1, 3)
 """The latest version whose configurations are known."""
@@ -108,9 +110,8 @@ def read(
     """
     record = _read_record(folder)
     name, model_type = record["name"], record["model_type"]
-    difference = _check_base(record, sites, folder, other_base)
-    towers = _interface(folder) or known_towers(model_type, folder)
-    stacks = match_stacks(towers, sites, folder)
+    difference = check_base(record, sites, folder, other_base)
+    stacks = match_stacks(base_towers(model_type, folder), sites, folder)
     stored = {_OLD_MODULES.sub("adapters", key): value for key, value in read_weights(folder, SAFE, TORCH).items()}
     settings = _updated(record, stored)
     config = translate(settings, stacks, folder / RECORD, later=_version(record) > LATEST)
@@ -135,7 +136,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"This version reads single adapters of the library `adapters`, folders with `{RECORD}`; got {found} at "
             f"`{folder}`. Load the adapters one by one."
         )
-    record = _read_json(folder / RECORD)
+    record = read_json(folder / RECORD)
     missing = [key for key in ("name", "model_type") if not isinstance(record.get(key), str)]
     if missing or "config" not in record:
         raise StateError(
@@ -145,7 +146,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises `StateError` for anything else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -157,11 +159,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return record
 
 
+def base_towers(model_type: str, folder: Path) -> tuple[Tower, ...]:
+    """The towers of the model a folder was made for: by its interface, or by the model type."""
+    return _interface(folder) or known_towers(model_type, folder)
+
+
 def _interface(folder: Path) -> tuple[Tower, ...]:
     """The towers of a folder with an interface; none for one without."""
     if not (folder / INTERFACE).is_file():
         return ()
-    interface = _read_json(folder / INTERFACE).get("interface")
+    interface = read_json(folder / INTERFACE).get("interface")
     try:
         return interface_towers(interface)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError) as error:
@@ -171,7 +178,8 @@ def _interface(folder: Path) -> tuple[Tower, ...]:
         ) from None
 
 
-def _check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base: str) -> str:
+def check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base: str) -> str:
+    """How the base of a folder differs from the model, as a sentence. Raises `StateError` unless that is allowed."""
     if record["model_type"] != sites.model_type:
         difference = (
             f"the model types of an adapter's base and of the model must agree; got `{record['model_type']}` at "
@@ -220,7 +228,7 @@ def _version(record: Mapping[str, Any]) -> tuple[int, int]:
 def _read_head(folder: Path) -> StoredHead | None:
     if not any((folder / file).is_file() for file in (HEAD_SAFE, HEAD_TORCH)):
         return None
-    config = _read_json(folder / HEAD_RECORD) if (folder / HEAD_RECORD).is_file() else {}
+    config = read_json(folder / HEAD_RECORD) if (folder / HEAD_RECORD).is_file() else {}
     return StoredHead(config, read_weights(folder, HEAD_SAFE, HEAD_TORCH))
 
 
