@@ -104,7 +104,7 @@ def test_a_filter_leaves_the_runs_that_it_names(open_page):
         ".chart [data-run]:not(.off)", "marks => [...new Set(marks.map(m => m.dataset.run))]"
     )
     assert left == [number]
-    assert len(shown(page, ".finding")) == len(shown(page, ".again")) == len(shown(page, ".graft")) == 1
+    assert len(shown(page, ".finding")) == len(shown(page, ".again .more")) == len(shown(page, ".graft")) == 1
     page.get_by_label("Verdict").select_option("")
     page.get_by_label("learning rate", exact=True).select_option("0.01")
     assert shown(page, names) == ["lr-2"]

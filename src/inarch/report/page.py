@@ -160,13 +160,13 @@ def _studies(entries: Sequence[Entry]) -> list[tuple[StudyRecord, list[tuple[str
     return [(study, counts.most_common()) for study, counts in found.values()]
 
 
-def _again(entries: Sequence[Entry]) -> list[tuple[str, str, list[Entry]]]:
-    """Every different command with what was asked for, and the runs that came of both."""
-    found: dict[tuple[str, str], list[Entry]] = {}
+def _again(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
+    """Every different command, and in it everything different that was asked for with the runs that came of it."""
+    found: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         asked = json.dumps(entry.job, indent=2, ensure_ascii=False, default=str)
-        found.setdefault((_command(entry), asked), []).append(entry)
-    return [(command, asked, same) for (command, asked), same in found.items()]
+        found.setdefault(_command(entry), {}).setdefault(asked, []).append(entry)
+    return [(command, list(settings.items())) for command, settings in found.items()]
 
 
 def _environments(entries: Sequence[Entry]) -> list[tuple[list[tuple[str, str]], list[Entry]]]:
