@@ -454,3 +454,13 @@ def test_a_video_is_as_large_as_its_crop():
         pred_hidden_size=32, pred_num_attention_heads=2, pred_num_hidden_layers=1,
     )  # fmt: skip
     assert synthesise(tf.VJEPA2Model(config))["pixel_values_videos"].shape == (1, 4, 3, 32, 32)
+
+
+def test_a_number_that_a_forward_makes_a_tensor_of_is_known_without_weights():
+    class Merging(Layers):
+        def forward(self, x):
+            (side,) = torch.tensor([3], device=x.device).expand(1).tolist()
+            return super().forward(x.reshape(-1, 3 * side, 16))
+
+    sites = inarch.probe(Merging(Seasonal), example_inputs=torch.randn(2, 9, 16))
+    assert (len(sites), sites.source) == (6, "meta")

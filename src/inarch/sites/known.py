@@ -121,14 +121,17 @@ class RunsKnown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class KeepsIndices(TorchFunctionMode):
-    """Lets `tensor[..., [0, 2]]` index with known places: on the meta device torch forgets them at once."""
+class KeepsNumbers(TorchFunctionMode):
+    """Keeps what Python writes into tensors, `tensor[..., [0, 2]]` and `torch.tensor([2], device=...)`: on the meta
+    device torch forgets it at once."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is Tensor.__getitem__ and args[0].is_meta:
             args = (args[0], _as_places(args[1]))
+        elif func is torch.tensor and torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
+            return func(*args, **{**(kwargs or {}), "device": "cpu"}).to("meta")
         return func(*args, **(kwargs or {}))
 
 

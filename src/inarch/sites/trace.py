@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .dropouts import SeesDropout
 from .graph import ALIAS, ATTENTIONS, CONSTANT, INPUT, PARAMETER, Call, Dropout, Graph, Key, Value
-from .known import KeepsIndices, Known
+from .known import KeepsNumbers, Known
 from .native import unfused
 
 _PRODUCTS = ("mm", "bmm", "conv", "linear", "matmul", "dot", "rnn", "lstm", "gru")
@@ -41,7 +41,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], kn
         stack.enter_context(torch.no_grad())
         stack.enter_context(unfused())
         if known is not None:
-            stack.enter_context(KeepsIndices())
+            stack.enter_context(KeepsNumbers())
         stack.enter_context(SeesDropout(recorder.note_dropout))
         stack.enter_context(recorder)
         model(*args, **kwargs)
