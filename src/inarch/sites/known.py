@@ -130,9 +130,13 @@ class KeepsNumbers(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.__getitem__ and args[0].is_meta:
             args = (args[0], _as_places(args[1]))
-        elif func is torch.tensor and torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
+        elif func is torch.tensor and not _tensors(args) and _is_for_meta(kwargs or {}):
             return func(*args, **{**(kwargs or {}), "device": "cpu"}).to("meta")
         return func(*args, **(kwargs or {}))
+
+
+def _is_for_meta(kwargs: Mapping[str, Any]) -> bool:
+    return torch.device(kwargs.get("device") or "cpu").type == "meta"
 
 
 def _as_places(index: Any) -> Any:
