@@ -15,6 +15,7 @@ _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 
 _PLACEHOLDERS = {"image_token_id": 260, "video_token_id": 261}
 _CODEC = {"upsample_groups": 64, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32, "num_filters": 8}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_HALF_ROTATED = _MROPE | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
 _MROPE_HALF = _MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 _MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _SWIN = {"image_size": 64, "window_size": 4, "depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32}
@@ -52,6 +53,9 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
         "vision_config.architecture": "vit_pe_core_large_patch14_336",
         "vision_config.model_args": {"embed_dim": 1024, "depth": 23, "global_pool": "", "img_size": [448, 448]},
     },
+    # Released ones rotate half of a head, which the sections add up to.
+    "glm4v": {"text_config.rope_parameters": _HALF_ROTATED},
+    "glm46v": {"text_config.rope_parameters": _HALF_ROTATED},
     "step3p7": {"text_config.sliding_window": 64},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 31, "text_config.num_experts_per_tok": 2},
