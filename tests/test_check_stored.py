@@ -142,6 +142,16 @@ def test_dead_tensors_of_a_folder_are_found(tmp_path):
     assert sum(value == 0 for value in report.evidence.gradients.values()) == 4
 
 
+def test_a_preset_is_no_folder_and_nothing_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    assert inarch.check(tiny("vit"), "lora", measure=False).subject == "lora"
+    with pytest.raises(inarch.StateError, match="nothing of those in"):
+        inarch.check(tiny("vit"), "./lora", measure=False)
+    with pytest.raises(inarch.ConfigError, match="begins with a name"):
+        inarch.check(tiny("vit"), "", measure=False)
+
+
 # ------------------------------------------------------------------------ places
 
 

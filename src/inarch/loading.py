@@ -19,7 +19,7 @@ from .core.errors import StateError
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import id2label
-from .methods import AdapterConfig, read_config, renumber
+from .methods import AdapterConfig, presets, read_config, renumber
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def is_source(text: object) -> bool:
     if not isinstance(text, str | os.PathLike):
         return False
     words = os.fspath(text)
-    if not words:  # as a path it would be the folder that is worked in
+    if not words or words in presets():  # a preset stays one, whatever lies in the working directory
         return False
     return Path(words).expanduser().is_dir() or ("/" in words and "[" not in words and not words.endswith(".json"))
 
