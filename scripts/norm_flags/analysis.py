@@ -1,0 +1,129 @@
+"""Whether what was proved before training is what training shows, by the criteria of the study."""
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .record import Record
+from .trials import SEEDS, Judgement, Outcome, Trial
+
+LOST_POINTS, SOUND_POINTS = 15.0, 3.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """The eight combinations on one backbone. Accuracies and differences of them are in points, hundredths."""
+
+    backbone: str
+    record: Record
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """Those with which every combination was trained, and a head alone."""
+        adapters = [*(one.adapter for one in self.judgements), None]
+        return tuple(s for s in SEEDS if all(self._trial(adapter, s) in self.record.outcomes for adapter in adapters))
+
+    def _trial(self, adapter: str | None, seed: int) -> Trial:
+        return Trial(backbone=self.backbone, adapter=adapter, seed=seed)
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """The eight, as they were proved."""
+        return self.record.judgements
+
+    def runs(self, adapter: str | None) -> list[Outcome]:
+        """The runs of a configuration, by seed."""
+        return [self.record.outcomes[self._trial(adapter, seed)] for seed in self.seeds]
+
+    def points(self, adapter: str | None) -> list[float]:
+        """Accuracy by seed."""
+        return [100 * run.accuracy for run in self.runs(adapter)]
+
+    def mean(self, adapter: str | None) -> float:
+        """Accuracy, the mean over the seeds."""
+        return statistics.fmean(self.points(adapter))
+
+    @cached_property
+    def sound(self) -> list[str]:
+        """The configurations that are proved sound."""
+        return [one.adapter for one in self.judgements if one.verdict == "preserved"]
+
+    @cached_property
+    def best(self) -> float:
+        """The mean of the best sound configuration."""
+        return max(map(self.mean, self.sound))
+
+    @property
+    def spread(self) -> float:
+        """Between the best and the worst mean of the sound configurations."""
+        return self.best - min(map(self.mean, self.sound))
+
+    def behind(self, adapter: str) -> float:
+        """How far the mean is behind that of the worst sound configuration."""
+        return min(map(self.mean, self.sound)) - self.mean(adapter)
+
+    def pairs(self, one: Judgement) -> list[tuple[Outcome, Outcome]]:
+        """By repair, where several are proposed, and by seed: the run as it is, and repaired."""
+        return [pair for fix in one.fixes for pair in zip(self.runs(one.adapter), self.runs(fix), strict=True)]
+
+    def gaps(self, one: Judgement) -> list[float]:
+        """How many points a configuration is behind in each of its pairs."""
+        return [100 * (repaired.accuracy - run.accuracy) for run, repaired in self.pairs(one)]
+
+    def num_higher_losses(self, one: Judgement) -> int:
+        """In how many of its pairs its loss on the held-out examples is the higher one."""
+        return sum(run.losses[-1] > repaired.losses[-1] for run, repaired in self.pairs(one))
+
+    def agrees(self, one: Judgement) -> bool:
+        """Whether training shows what was proved of a configuration."""
+        if one.verdict == "preserved":
+            return self.best - self.mean(one.adapter) <= SOUND_POINTS
+        if one.verdict == "skip connection lost":
+            return self.behind(one.adapter) >= LOST_POINTS
+        return all(gap > 0 for gap in self.gaps(one))
+
+    @property
+    def num_agreeing(self) -> int:
+        """How many of the eight."""
+        return sum(map(self.agrees, self.judgements))
+
+    def twins(self) -> Iterator[tuple[Judgement, Judgement]]:
+        """Pairs of configurations that compute the same function."""
+        for index, one in enumerate(self.judgements):
+            yield from ((one, other) for other in self.judgements[index + 1 :] if other.formula == one.formula)
+
+    def twin_difference(self) -> tuple[float, float]:
+        """The largest difference of twins in accuracy, in points, and in the loss on the held-out examples."""
+        pairs = [
+            pair
+            for one, other in self.twins()
+            for pair in zip(self.runs(one.adapter), self.runs(other.adapter), strict=True)
+        ]
+        accuracy = max(100 * abs(one.accuracy - other.accuracy) for one, other in pairs)
+        return accuracy, max(abs(a - b) for one, other in pairs for a, b in zip(one.losses, other.losses, strict=True))
+
+    def verdicts(self, *kinds: str) -> list[Judgement]:
+        """The configurations of these verdicts."""
+        return [one for one in self.judgements if one.verdict in kinds]
+
+
+def mean_points(record: Record, seeds: Sequence[int], **wanted: Any) -> float:
+    """Mean accuracy, in points, of the trial with these values over the seeds."""
+    return statistics.fmean(100 * record.outcomes[Trial(seed=seed, **wanted)].accuracy for seed in seeds)
+
+
+def joined(records: Iterable[Record]) -> Record:
+    """One record with all that several have."""
+    whole = list(records)
+    return Record(
+        whole[0].path,
+        [one for record in whole for one in record.judgements],
+        {trial: run for record in whole for trial, run in record.outcomes.items()},
+    )
+
+
+def overlap(below: Sequence[float], above: Sequence[float]) -> bool:
+    """Whether any value of one list is on the other's side."""
+    return max(below) >= min(above)
