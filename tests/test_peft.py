@@ -267,6 +267,22 @@ def test_an_adapter_of_another_model_type_is_refused_where_its_names_say_so(tmp_
     assert adapters.load(edited("bert_task", tmp_path / "b", auto_mapping=None), head=False, other_base="allow") == "b"
 
 
+@pytest.mark.parametrize("tower", ["text_model.encoder", "decoder"])
+def test_an_adapter_of_another_tower_is_refused_though_its_shapes_fit(tower, tmp_path):
+    model = tiny("clip-vision")
+    width = model.config.hidden_size
+    written = {}
+    for layer in range(model.config.num_hidden_layers):
+        key = f"base_model.model.{tower}.layers.{layer}.self_attn.q_proj"
+        written |= {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(width, 2)}
+    record = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    save_file(written, tmp_path / "adapter_model.safetensors")
+    adapters = inarch.attach(model)
+    with pytest.raises(inarch.StateError, match=rf"modules that are none in CLIPVisionModel: `{tower}.layers.0"):
+        adapters.load(tmp_path)
+
+
 def test_a_head_that_the_model_does_not_have_is_refused():
     with pytest.raises(inarch.StateError, match="must exist in the model; got `classifier` of"):
         inarch.attach(tiny("bert")).load(FIXTURES / "bert_task")

@@ -10,7 +10,8 @@ this order, as
                                   of an attention or an MLP, and the role that modules of that name have
 
 The last holds for the names that transformers has given to projections, in any release. It never splits what was one
-projection: whether its rows lay as they do now, no name says.
+projection: whether its rows lay as they do now, no name says. A path that names another tower (`text_model`), or the
+other side of an encoder and decoder, means nothing here.
 """
 
 import re
@@ -33,6 +34,12 @@ _MLP_LEAVES: dict[str, tuple[str, ...]] = {
 }
 _PARENTS = {"intermediate": "up", "output": "down"}
 """What a map called `dense` does, by its parent."""
+_TOWERS = {
+    **dict.fromkeys(("text_model", "language_model"), ("text",)),
+    **dict.fromkeys(("vision_model", "vision_tower", "visual"), ("image", "video", "data")),
+}
+"""What the stacks of a tower are called after, by its module's name."""
+_SIDES = {"encoder", "decoder"}
 _CROSS = ("cross", "encoder_attn", "encdec", "encoder_attention", "encoder_decoder")
 
 
@@ -60,7 +67,11 @@ class Names:
         """The projections that a path means: one, several of a fused module, or none."""
         if path in self.paths:
             return self.paths[path]
-        around = [own for own in self.paths if own.endswith(f".{path}") or path.endswith(f".{own}")]
+        around = [
+            own
+            for own, placements in self.paths.items()
+            if (own.endswith(f".{path}") or path.endswith(f".{own}")) and not _is_elsewhere(path, placements[0].site)
+        ]
         if len(around) == 1:
             return self.paths[around[0]]
         found = self._by_meaning(path)
@@ -78,6 +89,7 @@ class Names:
             if site.role == kind  # the first of its kind in its layer
             and len(site.projections.get(role, ())) == 1
             and numbers[: len(own := _numbers(site.layer_path))] == own
+            and not _is_elsewhere(path, site)
         ]
         best = _closest(path, sites)
         return Placement(site=best, port="linear", role=role) if best is not None else None
@@ -96,6 +108,14 @@ def _meaning(path: str) -> tuple[Kind, str] | None:
     else:
         role = next((role for role, names in _MLP_LEAVES.items() if leaf in names), None)
     return None if role is None else ("mlp", role)
+
+
+def _is_elsewhere(path: str, site: Site) -> bool:
+    """Whether a path names another tower, or another side of an encoder and decoder, than that of a site."""
+    words, own = set(path.split(".")), set(site.layer_path.split("."))
+    towers = [names for word, names in _TOWERS.items() if word in words]
+    is_other_tower = bool(towers) and not any(site.stack.startswith(names) for names in towers)
+    return is_other_tower or bool(words & _SIDES and own & _SIDES and not words & own & _SIDES)
 
 
 def _layer_end(parents: list[str]) -> int:
