@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import torch
 import inarch
 from inarch import Average, BatchSplit, MultiTask, Parallel, Split, Stack
 from inarch.compose import Batch, Place
+from inarch.core.symbols import symbol
+from inarch.methods import method_of, read_config
+from inarch.programs import WiredAdapter, rewire
 from inarch.testing import tiny, tiny_inputs
 
 ARCHITECTURES = ["vit", "bert", "gpt2", "t5", "clip", "swin", "beit"]
@@ -19,6 +23,37 @@ CONFIGS = {
     "c": "ia3[after_activation=False,output_lora=True]",
     "d": "par_bn|lora[r=3,alpha=5,intermediate_lora=True]",
 }
+
+
+class Letters:
+    """A branch as symbols."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def branch(self, z):
+        return z.applied(self.name)
+
+    def norm_branch(self, w):
+        return w
+
+
+def test_an_average_of_adapters_that_count_the_exchanged_stream_differently_is_the_average():
+    """In the exchanged circuit a wiring counts `h`, which what comes after an average must not take for `x`."""
+    x, h = symbol("x"), symbol("h")
+    wirings = {"a": "", "b": ",residual_before_ln=False"}
+    configs = {name: read_config(f"seq_bn[reduction_factor=4{text}]").parts[0] for name, text in wirings.items()}
+    configs["c"] = configs["a"]
+    adapters = {
+        name: WiredAdapter(config=config, method=method_of(config), branch=Letters(name.upper()), circuit="exchanged")
+        for name, config in configs.items()
+    }
+
+    def handed(setup):
+        return rewire(setup, adapters, x, h, others=None, norm=None).branch.vanish("C")
+
+    expected = (handed(Stack("a", "c")) + handed(Stack("b", "c"))) * Fraction(1, 2)
+    assert handed(Stack(Average("a", "b"), "c")) == expected
 
 
 def grafted(name, configs=CONFIGS):

@@ -74,7 +74,8 @@ class _Flow(Generic[V]):
         if len({flow.carry.count for flow in flows}) == 1:
             carry = Carry(merge([flow.carry.rest for flow in flows]), flows[0].carry.count)
         else:
-            carry = Carry(merge([flow.carry.value(flow.x) for flow in flows]))
+            is_exchanged = any(one.circuit == "exchanged" for one in self.sum.adapters.values())  # then h is counted
+            carry = Carry(merge([flow.carry.value(flow.h if is_exchanged else flow.x) for flow in flows]))
         ends = [flow.end for flow in flows]
         if all(end.output is None for end in ends):
             return _Flow(self.sum, self.x, self.h, carry, Settled(merge([end.branch for end in ends])))
