@@ -21,7 +21,7 @@ from inarch.methods import read_config
 from inarch.sweep.pruning import Hyperband
 from inarch.sweep.run import run_study, sampler_of
 from inarch.sweep.space import Space
-from inarch.sweep.storage import MOST_DEATHS, Board, Taken, storage_url
+from inarch.sweep.storage import MOST_DEATHS, Board, Claim, Taken, storage_url
 from inarch.sweep.study import StudyConfig
 from inarch.sweep.trial import Audience
 from inarch.train.recipe import Recipe
@@ -86,6 +86,14 @@ def test_each_trained_trial_is_a_run_and_the_record_reads_back(flags):
     assert run.epochs[-1].step == STEPS
     assert (folder / record.trials[0].runs[0] / "adapter").is_dir()
     assert not (folder / record.trials[0].runs[0] / "checkpoints").exists()
+
+
+def test_without_a_check_the_unsound_is_trained_and_what_cannot_be_made_holds_nothing_up(given, tmp_path):
+    vary = {"adapter": [f"{ADAPTER[:-1]},leave_out=[7]]", f"{ADAPTER[:-1]},original_ln_after=False]"]}
+    study = StudyConfig(vary=vary, pruner="none", check=False)
+    nowhere, unsound = run_study(study, RECIPE.replace(epochs=1), *given, tmp_path / "study").trials
+    assert nowhere.status == "refused" and "leave_out" in nowhere.reason
+    assert unsound.status == "finished" and not unsound.verdict.sound
 
 
 def test_the_same_call_goes_on_where_nothing_is_left(flags, given):
@@ -280,6 +288,20 @@ def test_a_trial_that_is_given_up_says_so_and_so_do_the_steps(given, tmp_path, m
     assert (record.steps, record.steps_in_full) == (STEPS // 2 + STEPS, 2 * STEPS)
 
 
+def test_a_trial_whose_worker_ends_as_it_is_given_up_is_given_up_all_the_same(given, tmp_path, monkeypatch):
+    def interrupted(claim, record):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Hyperband, "gives_up", lambda _, claim: claim.index == 0)
+    study = study_of(1e-3).replace(pruner="hyperband")
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, RECIPE, *given, tmp_path / "study")
+    record = run_study(study, RECIPE, *given, tmp_path / "study")
+    assert (record.trials[0].status, record.trials[0].decided_by, record.best) == ("pruned", "hyperband", None)
+
+
 def test_the_monitor_stops_what_stalls(given, tmp_path):
     recipe = RECIPE.replace(epochs=10, stop_early=True)
     record = run_study(study_of(1e-7, 1e-2), recipe, *given, tmp_path / "study")
@@ -363,6 +385,20 @@ def test_the_table_says_which_did_what(sweep, tmp_path):
     code, printed, err = sweep("--resume", "--json", **none)
     assert (code, err) == (0, "")
     assert json.loads(printed) == read_study(tmp_path / "study").to_dict()
+
+
+def test_ctrl_c_says_how_to_go_on_with_this_very_study(sweep, tmp_path, monkeypatch):
+    def interrupted(options, *, is_quiet):
+        (tmp_path / "my study").mkdir()
+        (tmp_path / "my study/study.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inarch.cli.sweep._run", interrupted)
+    changes = {"output": tmp_path / "my study", "storage": "postgresql://me:x@host/db", "name": "mine"}
+    _, _, err = sweep("--vary", "scaling=1", **changes)
+    assert f"--output '{tmp_path}/my study' --resume --storage postgresql://me:***@host/db --name mine`" in err.replace(
+        "\n", " "
+    )
 
 
 def test_a_study_without_an_end_is_an_error(sweep):

@@ -1,6 +1,7 @@
 """`inarch sweep`: a study over configurations."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,8 @@ def sweep(
     except KeyboardInterrupt:
         if (output / STUDY).is_file():
             again = f" --storage {_masked(storage)}" if storage else ""
-            note(f"The study is kept. Go on with `inarch sweep --output {output} --resume{again}`.")
+            again += f" --name {shlex.quote(name)}" if name else ""
+            note(f"The study is kept. Go on with `inarch sweep --output {shlex.quote(str(output))} --resume{again}`.")
         raise
     say_json(record.to_dict()) if json else _say_result(record, output)
     if record.best is None:

@@ -111,6 +111,8 @@ class Trials:
                 runs.append(_close(place))
                 reason = f"behind other trials at epoch {watch.epoch}, with {self.metric} {watch.value:.4f}"
                 changes = {"status": "pruned", "decided_by": "hyperband", "reason": reason}
+            except ConfigError as error:  # of a study without a check: what cannot be made at all
+                changes = {"status": "refused", "decided_by": "check", "reason": str(error)}
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
                     raise
@@ -160,7 +162,8 @@ class Trials:
             watch.seed += 1
 
     def _options(self) -> dict[str, Any]:
-        return {"trains": "adapter", "name": ADAPTER_NAME, "unsound": "allow" if self.study.allow_unsound else "refuse"}
+        unsound = "allow" if self.study.allow_unsound or not self.study.check else "refuse"
+        return {"trains": "adapter", "name": ADAPTER_NAME, "unsound": unsound}
 
 
 def _like(trial: TrialRecord, twin: TrialRecord) -> TrialRecord:
@@ -184,6 +187,8 @@ def _end(run: RunRecord) -> dict[str, Any]:
         return {"status": "diverged", "decided_by": "training", "reason": "the loss stopped being a number"}
     if run.status == "stopped" and run.monitor is not None and run.monitor.stopped:
         return {"status": "stopped", "decided_by": "monitor", "reason": f"{run.monitor.verdict}: {run.monitor.reason}"}
+    if run.status == "stopped":  # by an attempt whose worker ended before it could say so
+        return {"status": "pruned", "decided_by": "hyperband", "reason": "behind other trials"}
     return {}
 
 
