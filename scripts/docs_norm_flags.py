@@ -16,7 +16,7 @@ from norm_flags.cli import EPOCHS, LEARNING_RATES, LOST, PRACTICE_SEEDS, REDUCTI
 from norm_flags.figure import draw, letters
 from norm_flags.record import FOLDER, Record
 from norm_flags.subjects import SUBJECTS
-from norm_flags.trials import SEEDS, Judgement, Trial
+from norm_flags.trials import Judgement, Trial
 
 from inarch.train.demo import RECIPE
 
@@ -95,7 +95,6 @@ def page() -> str:
         method,
         _summary(found),
         *(_section(study) for study in found),
-        *(_part(name) for name in SUBJECTS if name not in {study.backbone for study in found}),
         _repairs(found),
         _practices(found, practices),
         _not_measured(found),
@@ -194,24 +193,6 @@ def _section(study: Study) -> str:
 A new head alone: {study.mean(None):.1f} % ({" ".join(f"{value:.1f}" for value in study.points(None))}).{
         _exceptions(study)
     }
-"""
-
-
-def _part(name: str) -> str:
-    """What is there of a backbone that no seed is complete of."""
-    record, rows = Record.read(name), []
-    for one in record.judgements:
-        runs = [run for run in record.outcomes.values() if run.trial.adapter == one.adapter]
-        points = " ".join(f"{100 * run.accuracy:.1f}" for run in sorted(runs, key=lambda run: run.trial.seed))
-        rows.append(f"| {letters(one.adapter)} | `{one.formula}` | {one.verdict} | {points or 'not trained yet'} |")
-    table = "\n".join(rows)
-    return f"""### {name}: {SUBJECTS[name].arrangement}, not yet complete
-
-| before, after, residual | with the adapter | verdict before training | accuracy by seed, % |
-| --- | --- | --- | --- |
-{table}
-
-No seed has all eight yet, so the criteria are not applied and the other sections leave this backbone out.
 """
 
 
@@ -341,7 +322,7 @@ def _rates(every: Record) -> str:
 {table}
 
 **{verdict}**: with {RECIPE.epochs} epochs {near:g} is {short:.1f} points behind the best, {best:g}, and ahead
-of {rates[0]:g} by {means[near][0] - means[rates[0]][0]:.1f}. No learning rate
+of {rates[0]:g} by {means[near][0] - means[rates[0]][0]:.1f}. None of these rates
 repairs a lost skip connection: wherever the sound form exceeds 90 %, the other is at least {gap:.1f} points behind.
 """
 
@@ -421,15 +402,8 @@ inarch sweep --study norm-flags --model google/vit-base-patch16-224-in21k \\
 
 `--validation 0.8` leaves 10,000 of the 50,000 images to train on.
 
-Measured with {versions}, on a CPU with one thread.{_short(found)}
+Measured with {versions}, on a CPU with one thread.
 """
-
-
-def _short(found: list[Study]) -> str:
-    """Which backbones were trained with fewer seeds than the study has."""
-    seeds = {study.backbone: len(study.seeds) for study in found}
-    short = [f"{name} with {seeds.get(name, 0)} of {len(SEEDS)} seeds" for name in SUBJECTS if seeds.get(name, 0) < 3]
-    return f" Still to be trained in full: {', '.join(short)}; the commands above go on with it." if short else ""
 
 
 def main() -> None:

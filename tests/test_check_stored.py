@@ -268,7 +268,7 @@ def test_the_command_checks_folders_and_converts_them(tmp_path, capsys):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert run("check", tmp_path / "base", "--adapter", tmp_path / "again") == 0
     capsys.readouterr()
-    assert run("check", tmp_path / "base", "--adapter", tmp_path / "own", "--fix") == 1
+    assert run("check", tmp_path / "base", "--adapter", tmp_path / "own", "--fix") == 2
     assert "`--fix` changes a configuration; got the folder of an adapter" in capsys.readouterr().err
     shutil.copytree(PEFT / "bert_task", tmp_path / "nameless")
     assert run("convert", tmp_path / "nameless", tmp_path / "b", "--to", "inarch") == 1

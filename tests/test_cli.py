@@ -486,7 +486,7 @@ def test_check_measures_what_a_batch_shows_and_counts_its_memory():
 def test_what_cannot_be_measured_is_not_passed_over(monkeypatch):
     monkeypatch.setattr("inarch.sites.synthesise", lambda _: None)
     result = run("check", "demo", "--adapter", "seq_bn", "--measure")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert "got `demo`, whose inputs cannot be told from it. Leave `--measure` out" in result.stderr
 
 

@@ -344,16 +344,15 @@ def test_adding_makes_every_module_once(monkeypatch):
 
 def test_a_configuration_that_no_module_can_be_made_of_is_refused_by_check_and_by_add():
     model = tiny("vit")
-    refusals = (
-        inarch.check,
-        lambda m, c: inarch.check(m, c, measure=False),
-        lambda m, c: inarch.attach(m).add("a", c),
-    )
-    for refuse in refusals:
+    checks = (inarch.check, lambda m, c: inarch.check(m, c, measure=False))
+    for refuse in (*checks, lambda m, c: inarch.attach(m).add("a", c)):
         with pytest.raises(ConfigError, match="`non_linearity` must be an activation by name; got 'foo'"):
             refuse(model, "seq_bn[non_linearity=foo]")
-        with pytest.raises(ConfigError, match="got none for layer 1"):
-            refuse(model, "seq_bn[reduction_factor={'0':8}]")
+    for check in checks:
+        (finding,) = check(model, "seq_bn[reduction_factor={'0':8}]").findings
+        assert (finding.code, finding.level) == ("no-such-place", "error") and "got none for layer 1" in finding.message
+    with pytest.raises(ConfigError, match="got none for layer 1"):
+        inarch.attach(model).add("a", "seq_bn[reduction_factor={'0':8}]")
     assert not inarch.attach(model).names
 
 

@@ -147,7 +147,7 @@ def test_the_metadata_say_what_the_project_says(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert core == {"torch", "transformers", "safetensors", "huggingface-hub", "typer", "rich"}
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "sweep", "report", "quantised", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "sweep", "postgresql", "report", "quantised", "dev"}
     assert "inarch = inarch.__main__:main" in scripts
     assert licence == (ROOT / "LICENSE").read_bytes()
 

@@ -71,9 +71,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return _fetch(text, [state.TENSORS], folder.name)
     if not convert.is_adapterhub(folder) and not convert.is_peft(folder):
         raise _unknown(text)
-    pairs = convert.adapterhub.WEIGHTS if convert.is_adapterhub(folder) else convert.peft.WEIGHTS
-    for safe, other in pairs:
-        if not (_fetch(text, [safe], folder.name) / safe).is_file():
+    weights = convert.adapterhub.WEIGHTS if convert.is_adapterhub(folder) else convert.peft.WEIGHTS
+    for record, (safe, other) in weights.items():
+        if (folder / record).is_file() and not (_fetch(text, [safe], folder.name) / safe).is_file():
             _fetch(text, [other], folder.name)
     return folder
 

@@ -44,8 +44,8 @@ FUSION_RECORD = "adapter_fusion_config.json"
 FUSION_SAFE, FUSION_TORCH = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"
 OTHER_RECORDS = {FUSION_RECORD: "an AdapterFusion", "adapter_setup.json": "a setup of several adapters"}
 RECORDS = (RECORD, HEAD_RECORD, *OTHER_RECORDS)
-WEIGHTS = ((SAFE, TORCH), (HEAD_SAFE, HEAD_TORCH), (FUSION_SAFE, FUSION_TORCH))
-"""Of each pair one file is there; the first is preferred."""
+WEIGHTS = {RECORD: (SAFE, TORCH), HEAD_RECORD: (HEAD_SAFE, HEAD_TORCH), FUSION_RECORD: (FUSION_SAFE, FUSION_TORCH)}
+"""The files beside a record: of each pair one is there; the first is preferred."""
 LATEST = (1, 3)
 """The latest version whose configurations are known."""
 

@@ -36,8 +36,8 @@ from .weights import read_weights
 logger = logging.getLogger(__name__)
 
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-WEIGHTS = ((SAFE, TORCH),)
-"""Of the pair one file is there; the first is preferred."""
+WEIGHTS = {RECORD: (SAFE, TORCH)}
+"""The files beside the record: of the pair one is there; the first is preferred."""
 _PREFIX = "base_model.model."
 
 _OTHER_METHODS = {
