@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import socket
 import sys
+import threading
 import time
 from functools import partial
 
@@ -200,6 +201,30 @@ def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_wor
         assert (places[0 if trained_by_the_other else 1] / trial.runs[0] / "adapter").is_dir()
         # Of the attempt that was cut, what it had reported counts as spent.
         assert trial.steps == LONG_STEPS or (trial.number == number and LONG_STEPS < trial.steps < 2 * LONG_STEPS)
+
+
+@pytest.mark.skipif(find_programs() is None, reason="needs a PostgreSQL server: `apt-get install postgresql`")
+def test_a_claim_that_is_given_back_is_queued_once_though_another_worker_looks_meanwhile(tmp_path, monkeypatch):
+    """On a database: between the end of a claim and the new place in the queue it looks like one that was lost."""
+    with serve() as url, contextlib.ExitStack() as boards:
+        one, two = (Board(storage_url(url, tmp_path), "shared", grace=60) for _ in range(2))
+        for board in (one, two):
+            boards.callback(board.close)
+        one.create({}, [{}])
+        claim = one.claim(no_sampler)
+        looks = threading.Thread(target=two.bury)
+        queue_again = one._queue_again
+
+        def late(trial, *, died):
+            looks.start()
+            looks.join(timeout=1)
+            queue_again(trial, died=died)
+
+        monkeypatch.setattr(one, "_queue_again", late)
+        claim.release()
+        looks.join()
+        states = [trial.state.name for trial in one._load().get_trials(deepcopy=False)]
+    assert states == ["FAIL", "WAITING"]
 
 
 def test_a_worker_that_gives_no_sign_of_life_for_too_long_loses_its_trial(tmp_path, monkeypatch):

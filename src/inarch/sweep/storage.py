@@ -30,6 +30,7 @@ try:
     from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
     from optuna.storages import RDBStorage, fail_stale_trials, get_storage
     from optuna.trial import FrozenTrial, TrialState, create_trial
+    from sqlalchemy import func, select
 except ImportError as error:
     raise InarchError(missing("optuna", error)) from error
 
@@ -222,14 +223,31 @@ class Board:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One worker after the other, where they share a file."""
+        """One worker after the other: by a lock on a file, or by one in PostgreSQL. Other databases have none here.
+
+        Between a claim that is made void and its configuration in the queue again, nobody else may find it lost.
+        """
         if self._turns is None:
-            yield
+            with self._alone_in_database():
+                yield
             return
         with _reachable(self.url):
             lock = self._turns.open("a")
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def _alone_in_database(self) -> Iterator[None]:
+        engine = self.database.engine if hasattr(self, "database") else None  # there is none while tables are made
+        if engine is None or engine.dialect.name != "postgresql":
+            yield
+            return
+        key = func.pg_try_advisory_xact_lock(zlib.crc32(f"inarch {self.name}".encode()))
+        end = time.monotonic() + self.grace  # who holds it for longer has lost its connection
+        with engine.connect() as turn:
+            while not turn.scalar(select(key)) and time.monotonic() < end:
+                time.sleep(POLL / 4)
             yield
 
     # Results
