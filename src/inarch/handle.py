@@ -812,7 +812,8 @@ class Adapters:
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
-        Folders of the library `adapters` are read too, without a prediction head that may lie beside the adapter.
+        Folders of the library `adapters` are read too, without a prediction head that may lie beside the adapter, and
+        LoRA and (IA)³ of PEFT, where whole modules that were trained are the task head.
 
         Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
         `other_base="allow"` takes an adapter made on a base with other weights.

@@ -13,7 +13,7 @@ from .output import say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RUNS_HELP = "Output folders of `inarch train` or `inarch demo`, or folders with such folders."
+RUNS_HELP = "Output folders of `inarch train`, `inarch sweep` or `inarch demo`, or folders with such folders."
 OUTPUT_HELP = f"The page. [default: {REPORT} in the folder, or here for several]"
 
 
