@@ -14,8 +14,10 @@
 Sums are of updates in the units of the weight: scales such as alpha / r, also where they differ, are in them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -72,9 +74,12 @@ def recipe(
             f"`combine` is one of {', '.join(get_args(Combination))}; got {combine!r}. "
             f"{nearest(str(combine), get_args(Combination))}"
         )
-    if not names or len(chosen) != len(names) or (normalize_weights and not sum(chosen)):
+    is_finite = all(map(math.isfinite, chosen))
+    # As they are written: 0.1 + 0.2 - 0.3 is zero.
+    total = sum((Fraction(repr(weight)) for weight in chosen if is_finite), start=Fraction(0))
+    if not names or len(chosen) != len(names) or not is_finite or (normalize_weights and total <= 0):
         raise SetupError(
-            "`weights` of an average are one number for each adapter, with a sum other than zero; got "
+            "`weights` of an average are one number for each adapter, with a sum above zero to be divided by; got "
             f"{chosen} for {len(names)} adapters. Give {len(names)} weights, or `normalize_weights=False`."
         )
     if rank is not None and (combine in ("linear", "negate_b", "cat") or rank < 1):
@@ -91,8 +96,7 @@ def recipe(
         raise SetupError(
             f"The mean of `ties` has weights of one sign; got {chosen}. Negate with `svd`, `cat` or `dare`."
         )
-    total = sum(chosen) if normalize_weights else 1.0
-    shares = tuple(weight / total for weight in chosen)
+    shares = tuple(weight / float(total) if normalize_weights else weight for weight in chosen)
     return Recipe(names=names, weights=shares, combine=combine, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
 
 

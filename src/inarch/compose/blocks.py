@@ -12,7 +12,7 @@ MultiTask    each on the rows of its task
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Union
@@ -147,10 +147,11 @@ class Average(Block):
         object.__setattr__(self, "children", _checked(Average, children))
         chosen = tuple(weights) if weights is not None else (1.0,) * len(children)
         finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in chosen)
-        if len(chosen) != len(children) or not finite or (normalize_weights and not sum(chosen)):
+        if len(chosen) != len(children) or not finite or (normalize_weights and _exact_sum(chosen) <= 0):
             raise SetupError(
-                f"`weights` of an `Average` must be one number for each child, with a sum other than zero; got "
-                f"{list(chosen)} for {len(children)} children. Give {len(children)} weights."
+                f"`weights` of an `Average` must be one number for each child, with a sum above zero to be divided by; "
+                f"got {list(chosen)} for {len(children)} children. Give {len(children)} weights, or "
+                "`normalize_weights=False`."
             )
         object.__setattr__(self, "weights", tuple(map(float, chosen)))
         object.__setattr__(self, "normalize_weights", bool(normalize_weights))
@@ -165,10 +166,15 @@ class Average(Block):
         """What each child's result counts, as exact as the weights are written; and last, where the weights are not
         normalised, what is left for the input: weights then multiply what each child changes."""
         exact = [Fraction(repr(weight)) for weight in self.weights]
-        total = sum(exact, start=Fraction(0))
+        total = _exact_sum(self.weights)
         if self.normalize_weights:
             return tuple(weight / total for weight in exact)
         return (*exact, 1 - total)
+
+
+def _exact_sum(weights: Iterable[float]) -> Fraction:
+    """The sum of numbers as they are written: 0.1 + 0.2 - 0.3 is zero."""
+    return sum((Fraction(repr(float(weight))) for weight in weights), start=Fraction(0))
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {
