@@ -30,7 +30,6 @@ try:
     from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
     from optuna.storages import RDBStorage, fail_stale_trials, get_storage
     from optuna.trial import FrozenTrial, TrialState, create_trial
-    from sqlalchemy import func, select
 except ImportError as error:
     raise InarchError(missing("optuna", error)) from error
 
@@ -243,10 +242,10 @@ class Board:
         if engine is None or engine.dialect.name != "postgresql":
             yield
             return
-        key = func.pg_try_advisory_xact_lock(zlib.crc32(f"inarch {self.name}".encode()))
+        attempt = f"SELECT pg_try_advisory_xact_lock({zlib.crc32(f'inarch {self.name}'.encode())})"
         end = time.monotonic() + self.grace  # who holds it for longer has lost its connection
         with engine.connect() as turn:
-            while not turn.scalar(select(key)) and time.monotonic() < end:
+            while not turn.exec_driver_sql(attempt).scalar() and time.monotonic() < end:
                 time.sleep(POLL / 4)
             yield
 
