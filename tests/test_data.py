@@ -697,6 +697,15 @@ def test_fewer_images_are_trained_on_in_the_shares_of_the_labels_and_as_many_val
     assert set(names(made.train, root)) < set(names(whole.train, root))
 
 
+def test_exactly_so_many_images_are_trained_on_whatever_the_labels_are(tmp_path):
+    """Of many labels the shares come out by one or two more or less."""
+    root = classes(tmp_path, **{f"c{n}": n + 2 for n in range(6)})
+    for number in range(6, 22):
+        made = load_data(str(root), validation=0.2, num_train=number)
+        assert len(made.train) == number
+        assert set(made.train.targets) == set(range(6))
+
+
 @pytest.mark.parametrize("number", [1, 32])
 def test_as_many_images_as_there_are_labels_at_least_and_no_more_than_there_are(tmp_path, number):
     root = classes(tmp_path, many=40, few=20, rare=2)

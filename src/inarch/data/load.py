@@ -2,6 +2,7 @@
 
 import dataclasses
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ..core.errors import DataError, join_problems, nearest
 from .cifar import is_cifar_folder, load_cifar
-from .examples import Examples, ImageData, divide, hold_out
+from .examples import Examples, ImageData, divide, hold_out, seeded, shuffled
 from .extras import extra
 from .folders import load_folder
 from .hub import HUB_ID, Choice, is_saved, load_hub, load_saved
@@ -86,8 +87,17 @@ def _fewer(images: ImageData, number: int, seed: int) -> ImageData:
             f"`num_train` must be at least the {len(images.labels)} labels and at most the {len(images.train)} images "
             f"to train on; got {number} for `{images.name}`. Give a number between them."
         )
-    kept, _ = hold_out(images.train.targets, 1 - number / len(images.train), seed)
-    return dataclasses.replace(images, train=images.train.pick(kept))
+    targets = images.train.targets
+    kept, left = hold_out(targets, 1 - number / len(targets), seed)
+    # That leaves out one image of every label at least, and of each only its share.
+    kept += shuffled(left, seeded(seed, "fewer"))[: max(0, number - len(kept))]
+    labels = [target if isinstance(target, tuple) else (target,) for target in targets]
+    counts = Counter(label for index in kept for label in labels[index])
+    for index in shuffled(kept, seeded(seed, "fewer")):
+        if len(kept) > number and all(counts[label] > 1 for label in labels[index]):
+            kept.remove(index)
+            counts.subtract(labels[index])
+    return dataclasses.replace(images, train=images.train.pick(sorted(kept)))
 
 
 def _kind(source: str, path: Path) -> Kind:
