@@ -62,6 +62,7 @@ def test_values_are_read_as_the_field_takes_them(field, text, expected):
         ({"non_linearity": "1..2"}, "A range is for a field that holds numbers; got `1..2` for `non_linearity`"),
         ({"reduction_factor": 4}, "varied over a list of values or the text of a range; got 4"),
         ({"seed": "0,1"}, "`seed` is not varied.*repeats its trials with `seeds`"),
+        ({"stop_early": ""}, "`stop_early` is not varied.*when a trial is given up"),
         ({"workers": "0,1"}, "`workers` is not varied.*changes no result"),
         ({"adapter": "seq_bnn,lora"}, "Did you mean `seq_bn`"),
         ({"adapter": ""}, "a configuration begins with a name"),

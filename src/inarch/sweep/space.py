@@ -30,6 +30,7 @@ ADAPTER = "adapter"
 
 NOT_VARIED = {
     "seed": "A study repeats its trials with `seeds`",
+    "stop_early": "It says when a trial is given up, not what is tried: set it for the whole study",
     **dict.fromkeys(
         ("eval_batch_size", "save_steps", "keep_checkpoints", "workers", "device", "report_to"),
         "It changes no result: set it for the whole study",
