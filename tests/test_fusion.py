@@ -225,6 +225,16 @@ def test_a_setup_is_saved_and_loaded_whole(tmp_path):
         loaded.load_setup(tmp_path / "setup", overwrite=True)
 
 
+def test_a_setup_with_an_adapter_missing_changes_nothing(tmp_path):
+    _, adapters = grafted("bert", a=BOTTLENECK, b=BOTTLENECK)
+    adapters.save_setup(tmp_path, inarch.Stack("a", "b"))
+    (tmp_path / "adapters" / "b" / "adapter.safetensors").write_bytes(b"")
+    loaded = inarch.attach(tiny("bert").double())
+    with pytest.raises(inarch.StateError, match=r"adapters/b"):
+        loaded.load_setup(tmp_path)
+    assert loaded.names == ()
+
+
 def test_gates_show_how_far_they_are_open():
     model, adapters = grafted("bert", a="seq_bn[use_gating=True]|lora[use_gating=True]", b="seq_bn")
     adapters.activate(Parallel("a", "b"))

@@ -866,7 +866,11 @@ class Adapters:
         state.write_setup(place, to_data(chosen))
 
     def load_setup(self, folder: str | os.PathLike[str], *, overwrite: bool = False, head: bool = True) -> Setup:
-        """Read what `save_setup` wrote: its adapters, and the setup, which is returned and not activated."""
+        """Read what `save_setup` wrote: its adapters, and the setup, which is returned and not activated.
+
+        Raises `StateError` for a folder that cannot be read, or an adapter in it that is missing, damaged or of another
+        base; the model is then unchanged.
+        """
         place = Path(folder)
         setup = from_data(state.read_setup(place))
         if setup is None:
@@ -874,6 +878,8 @@ class Adapters:
         with _LOCK:
             for name in names(setup):
                 self._check_new(name, overwrite)
+                found = loading.locate(place / pretrained.FOLDER / name)
+                loading.find(found, self.model, self.sites, heads=self.heads, head=head, other_base="refuse")
             for name in names(setup):
                 self.load(place / pretrained.FOLDER / name, name=name, overwrite=overwrite, head=head)
             self._check_setup(setup)
