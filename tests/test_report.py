@@ -258,6 +258,12 @@ def test_a_trial_without_one_of_the_settings_is_shown_without_it():
     assert render(found)
 
 
+def test_what_a_monitor_saw_is_told_of_the_seed_that_was_watched():
+    runs = [little.run(0.8, seed=10), little.watched(seed=11)]
+    both = replace(little.seeds(0.8, 0.9), runs=tuple(runs))
+    assert "run-1, seed 11 stalled at step 15 of 150" in page(both).words
+
+
 def test_what_a_monitor_saw_is_told():
     assert (
         "1 run-1 stalled at step 15 of 150 the loss stays at 2.3 No gradient reaches image0.1.mlp."

@@ -142,9 +142,9 @@ class Entry:
         return None if self.verdict is None else self.verdict.sound
 
     @property
-    def monitors(self) -> tuple[MonitorRecord, ...]:
-        """What was seen of each run while it went on."""
-        return tuple(run.monitor for run in self.runs if run.monitor is not None)
+    def monitors(self) -> tuple[tuple[RunRecord, MonitorRecord], ...]:
+        """The runs that were watched, each with what was seen of it while it went on."""
+        return tuple((run, run.monitor) for run in self.runs if run.monitor is not None)
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
