@@ -196,6 +196,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "d_model": 32, "encoder_hidden_dim": 32, "decoder_hidden_dim": 32,
     },
     "fast_vlm": {"vision_config.hidden_size": 3072},
+    # The vocabularies of images and sounds lie at the end of the text's, and the tower of timm is as wide as it is.
+    "gemma3n": {"vision_config.hidden_size": 2048, "vision_config.vocab_offset": 64, "audio_config.vocab_offset": 192},
     "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
     "dots3_note": {"audio_config.adapter_in_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

@@ -142,6 +142,14 @@ FACTORIES: Mapping[str, Factory] = {
     ),
     "efficientloftr": lambda m: _kwargs(pixel_values=ramp(1, 2, 3, 64, 64)),
     "lightglue": lambda m: _kwargs(pixel_values=ramp(1, 2, 3, 64, 64)),
+    "gemma3n": lambda m: _kwargs(
+        pixel_values=ramp(1, 3, 32, 32), input_features=ramp(1, 64, m.config.audio_config.input_feat_size),
+        input_features_mask=torch.ones(1, 64, dtype=torch.bool), use_cache=False,
+        input_ids=torch.cat([
+            _ids(1, 3), torch.full((1, m.config.vision_soft_tokens_per_image), m.config.image_token_id),
+            torch.full((1, m.config.audio_soft_tokens_per_image), m.config.audio_token_id), _ids(1, 3),
+        ], 1),
+    ),
     "gemma3n_audio": lambda m: _kwargs(
         audio_mel=ramp(1, 64, m.config.input_feat_size), audio_mel_mask=torch.zeros(1, 64, dtype=torch.bool)
     ),
