@@ -277,3 +277,22 @@ def test_the_command_checks_folders_and_converts_them(tmp_path, capsys):
     assert "no-such-place" in capsys.readouterr().out
     assert run("check", "bert", "--adapter", "lora[gate_lora=True]", "--fix") == 0
     assert "gate_lora=True] becomes lora" in capsys.readouterr().out
+
+
+def test_the_model_is_given_a_head_for_the_labels_that_an_adapter_was_trained_for(tmp_path, capsys):
+    """As `inarch train` leaves one: its base has a head for other labels."""
+    base = tiny("vit-classifier")
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base", num_labels=7, ignore_mismatched_sizes=True)
+    adapters = inarch.attach(model)
+    adapters.add("task", "seq_bn")
+    adapters.train("task")
+    adapters.save("task", tmp_path / "own")
+    assert run("check", tmp_path / "base", "--adapter", tmp_path / "own") == 0
+    assert run("convert", tmp_path / "own", tmp_path / "hub", "--to", "adapterhub", "--model", tmp_path / "base") == 0
+    assert run("convert", tmp_path / "own", tmp_path / "copy", "--to", "inarch", "--model", tmp_path / "base") == 0
+    before, after = (load_file(tmp_path / place / "adapter.safetensors") for place in ("own", "copy"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((tmp_path / "copy" / "inarch.json").read_text())["head"]["labels"] == [
+        f"LABEL_{number}" for number in range(7)
+    ]

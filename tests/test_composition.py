@@ -128,7 +128,7 @@ def test_a_block_of_one_adapter_is_that_adapter(name):
     with torch.no_grad():
         for key in "abcd":
             alone = single(model, adapters, inputs, key)
-            for setup in (Average(key, key, weights=[1, 3]), Average(key, weights=[-2]), Stack(key)):
+            for setup in (Average(key, key, weights=[1, 3]), Average(key, weights=[2]), Stack(key)):
                 close(single(model, adapters, inputs, setup), alone)
         base = outputs(model, inputs)
         close(single(model, adapters, inputs, Average("a", "d", weights=[0, 0], normalize_weights=False)), base)

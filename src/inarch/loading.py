@@ -111,6 +111,14 @@ def named_base(folder: Path) -> str:
     return str(record.get("base_model_name_or_path") or record.get("model_name") or "")
 
 
+def head_labels(folder: Path) -> tuple[str, ...]:
+    """The labels of the task head in an adapter folder, in their order; none where it holds none, or does not say."""
+    if not state.is_adapter(folder):
+        return ()
+    head = state.read_record(folder).get("head") or {}
+    return tuple(map(str, head.get("labels", ()))) if head.get("modules") else ()
+
+
 def is_source(text: object) -> bool:
     """Whether something that may be a configuration is a place of adapters: a folder, or the name of a repository."""
     if not isinstance(text, str | os.PathLike):

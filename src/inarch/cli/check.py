@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as json_library
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,7 @@ def check(
     with importing():
         from ..check import Training
         from ..handle import attach
-        from ..loading import is_source
+        from ..loading import head_labels, is_source, locate
         from ..methods import read_config
         from .skeleton import is_type
 
@@ -67,7 +68,8 @@ def check(
             f"`--fix` changes a configuration; got the folder of an adapter, `{adapter}`. Leave `--fix` out, or give "
             "the configuration that it was trained with."
         )
-    network = _network(model, with_weights=measure or (stored and not is_type(model)))
+    labels = head_labels(locate(adapter)) if stored else ()
+    network = _network(model, labels, with_weights=measure or (stored and not is_type(model)))
     config = adapter if stored else read_config(adapter)
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
@@ -101,10 +103,10 @@ def check(
         raise typer.Exit(ERROR)
 
 
-def _network(model: str, *, with_weights: bool) -> Any:
+def _network(model: str, labels: Sequence[str], *, with_weights: bool) -> Any:
     from .skeleton import skeleton, with_own_weights
 
-    return with_own_weights(model) if with_weights else skeleton(model)
+    return with_own_weights(model, labels) if with_weights else skeleton(model)
 
 
 def _batch(network: Any, size: int) -> dict[str, Any] | None:

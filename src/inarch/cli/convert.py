@@ -38,7 +38,7 @@ def convert(
     """Write an adapter of one library in the format of another, so that it computes the same there."""
     with importing():
         from ..handle import attach
-        from ..loading import locate, named_base
+        from ..loading import head_labels, locate, named_base
         from .skeleton import with_own_weights
 
     folder = locate(source)
@@ -48,7 +48,7 @@ def convert(
             f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
             "`--model`."
         )
-    adapters = attach(with_own_weights(base))
+    adapters = attach(with_own_weights(base, head_labels(folder) if head else ()))
     name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
     adapters.save(name, destination, head=head, format=to.value)
     say(f"{name} for {adapters.sites.model_class}, in the format {to.value}, is in {destination}", style="bold")

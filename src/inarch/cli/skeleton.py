@@ -1,5 +1,6 @@
 """Models by name: without weights, as what the architecture alone can tell costs no download and no memory; or with."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,24 @@ def skeleton(model: str) -> Any:
         ) from error
 
 
-def with_own_weights(model: str) -> Any:
-    """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`."""
+def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
+    """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`.
 
+    `labels` are those of a task head that it is to have, in their order, instead of its own.
+    """
     from ..train.quiet import quiet
 
     config = read_model_config(model)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
     if is_type(model):
         return _model_class(config)._from_config(config).eval()
+    place = DEMO_BACKBONE if model == DEMO else model
     try:
-        with quiet():
-            return _model_class(config).from_pretrained(DEMO_BACKBONE if model == DEMO else model).eval()
+        with quiet():  # a head for other labels is made anew
+            loaded = _model_class(config).from_pretrained(place, config=config, ignore_mismatched_sizes=bool(labels))
+            return loaded.eval()
     except Exception as error:  # the Hub's client and the readers of weights raise errors of many kinds
         raise SiteError(
             f"A model to measure must have weights; got `{_reason(error)}` for `{model}`. Leave `--measure` out to "
