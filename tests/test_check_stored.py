@@ -283,9 +283,10 @@ def test_the_model_is_given_a_head_for_the_labels_that_an_adapter_was_trained_fo
     """As `inarch train` leaves one: its base has a head for other labels."""
     base = tiny("vit-classifier")
     base.save_pretrained(tmp_path / "base")
-    model = type(base).from_pretrained(tmp_path / "base", num_labels=7, ignore_mismatched_sizes=True)
+    labels = {number: f"LABEL_{number}" for number in range(7)}
+    model = type(base).from_pretrained(tmp_path / "base", id2label=labels, ignore_mismatched_sizes=True)
     adapters = inarch.attach(model)
-    adapters.add("task", "seq_bn")
+    adapters.add("task", "seq_bn[reduction_factor=2]")
     adapters.train("task")
     adapters.save("task", tmp_path / "own")
     assert run("check", tmp_path / "base", "--adapter", tmp_path / "own") == 0
@@ -293,6 +294,4 @@ def test_the_model_is_given_a_head_for_the_labels_that_an_adapter_was_trained_fo
     assert run("convert", tmp_path / "own", tmp_path / "copy", "--to", "inarch", "--model", tmp_path / "base") == 0
     before, after = (load_file(tmp_path / place / "adapter.safetensors") for place in ("own", "copy"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((tmp_path / "copy" / "inarch.json").read_text())["head"]["labels"] == [
-        f"LABEL_{number}" for number in range(7)
-    ]
+    assert json.loads((tmp_path / "copy" / "inarch.json").read_text())["head"]["labels"] == list(labels.values())
