@@ -99,7 +99,7 @@ def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merge
             rows = _indices(projection, parameter.device)
             new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows])
             weight[rows] = new.to(weight.dtype)
-            if bias is not None and new_bias is not None and new_bias is not bias:
+            if bias is not None and new_bias is not None:
                 merged.keep(bias)
                 bias[rows] = new_bias.to(bias.dtype)
 
