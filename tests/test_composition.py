@@ -477,7 +477,7 @@ def test_rows_of_a_weight_are_refused_and_averages_of_it_are_not():
     for key in "ab":
         adapters.add(key, "lora[init_weights=bert]")
     with pytest.raises(
-        inarch.SetupError, match=r"A weight is one for all rows of a batch; got `\S+` of `a` in a `Parallel`"
+        inarch.SetupError, match=r"A weight is one for all rows of a batch; got `lora` of `a` at `\S+` in a `Parallel`"
     ):
         adapters.activate(Parallel("a", "b"))
     adapters.activate("a")

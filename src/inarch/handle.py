@@ -45,7 +45,7 @@ from .fingerprint import describe_sites, fingerprint
 from .heads import TrainedHeads, id2label, task_head
 from .loading import OtherBase
 from .merge import Merged, check_agreement, check_mergeable, fold, undone_on_error
-from .methods import AbstractMethod, AdapterConfig, ConfigLike, method_of, read_config, sees_whole_sequences
+from .methods import AbstractMethod, AdapterConfig, ConfigLike, method_of, read_config
 from .plan import Plan, check_setup, plan
 from .scores import Scores, watched
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
@@ -418,7 +418,9 @@ class Adapters:
                 self._configs[name] = config_before
                 self._arm(setup)
                 raise
-        if any(sees_whole_sequences(part) for part in config.parts) and _is_causal(self.model, self.sites):
+        if any(method_of(part).sees_whole_sequences(part) for part in config.parts) and _is_causal(
+            self.model, self.sites
+        ):
             logger.warning(
                 "The gate of `%s` is a mean over all tokens, so on %s a token sees later ones, and generation with a "
                 "cache gives something else than without. The library `adapters` does the same; new adapters of a "

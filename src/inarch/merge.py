@@ -58,8 +58,7 @@ def undone_on_error(merged: Merged) -> Iterator[None]:
 def check_mergeable(name: str, config: AdapterConfig, sites: Sites) -> None:
     """Raise `SetupError` that names what of an adapter is no change of a weight."""
     for part in config.parts:
-        method = method_of(part)
-        obstacle = method.obstacle_to_merge(part) if issubclass(method, LinearMethod) else f"the method `{method.name}`"
+        obstacle = method_of(part).obstacle_to_merge(part)
         if obstacle:
             raise SetupError(
                 f"What is merged is a change of weights alone; got {obstacle} in `{name}` for {sites.model_class}. "

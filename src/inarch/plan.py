@@ -8,6 +8,7 @@ from torch import nn
 
 from .bank import module_key
 from .compose import (
+    BLOCKS,
     Average,
     BatchSplit,
     Block,
@@ -147,27 +148,29 @@ def check_setup(setup: Setup, modules: Sequence[PlannedModule]) -> None:
     fused = {block.name for block in fusions(setup)}
     for block in walk(setup):
         inside = [module for module in modules if module.adapter in block.names() and module.adapter not in fused]
+        for module in inside:
+            _check_block(block, module)
         if isinstance(block, Fuse):
             _check_fuse(block, inside, modules)
         if isinstance(block, BatchSplit | Split | Parallel | MultiTask):
             for module in inside:
-                if module.placement.port == "weight":
-                    raise SetupError(
-                        f"A weight is one for all rows of a batch; got `{module.key}` of `{module.adapter}` in a "
-                        f"`{type(block).__name__}`. Compose it by `Stack` or `Average`, or leave that projection out."
-                    )
                 _check_experts(block, module)
         if isinstance(block, Average):
             _check_inputs(block, inside)
 
 
+def _check_block(block: Block, module: PlannedModule) -> None:
+    method, name = method_of(module.config), type(block).__name__
+    rule = method.obstacle_to_block(module.config, module.placement, name)
+    if rule:
+        others = [other for other in BLOCKS if not method.obstacle_to_block(module.config, module.placement, other)]
+        raise SetupError(
+            f"{rule}; got `{module.method}` of `{module.adapter}` at `{module.key}` in a `{name}`. Compose it by "
+            f"{', '.join(f'`{other}`' for other in others)}, or leave that place out."
+        )
+
+
 def _check_fuse(block: Fuse, inside: Sequence[PlannedModule], modules: Sequence[PlannedModule]) -> None:
-    for module in inside:
-        if module.placement.port != "sublayer":
-            raise SetupError(
-                "A `Fuse` combines what bottlenecks add to a sum; got "
-                f"`{module.method}` of `{module.adapter}` at `{module.key}`. Compose it by `Stack` or `Average`."
-            )
     sites = {
         child: {module.placement.site.key for module in inside if module.adapter == last(child)}
         for child in block.children

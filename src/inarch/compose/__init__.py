@@ -2,6 +2,7 @@
 
 from .batch import Batch as Batch
 from .batch import Watched as Watched
+from .blocks import BLOCKS as BLOCKS
 from .blocks import Average as Average
 from .blocks import BatchSplit as BatchSplit
 from .blocks import Block as Block

@@ -6,7 +6,6 @@ from .method import Placement as Placement
 from .method import SublayerMethod as SublayerMethod
 from .method import layer_number as layer_number
 from .method import renumber as renumber
-from .method import sees_whole_sequences as sees_whole_sequences
 from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike
 from .registry import method_of as method_of

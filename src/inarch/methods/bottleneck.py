@@ -200,6 +200,11 @@ class Bottleneck(SublayerMethod):
             config.bottleneck_width(placement.site.width, layer_number(placement.site, sites))
         return found
 
+    @classmethod
+    def starts_at_base(cls, config: BottleneckConfig) -> bool:
+        is_normed = config.ln_after and config.adapter_residual_before_ln
+        return config.init_weights == "mam_adapter" and not is_normed
+
     @staticmethod
     def fits(config: BottleneckConfig, site: Site) -> bool:
         return site.kind in config.kinds() and site.role not in config.leave_out_roles

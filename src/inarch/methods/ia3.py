@@ -101,6 +101,10 @@ class IA3(LinearMethod):
         return found
 
     @classmethod
+    def starts_at_base(cls, config: IA3Config) -> bool:
+        return config.alpha == 1 and not config.use_gating
+
+    @classmethod
     def changes(cls, config: IA3Config, placement: Placement) -> frozenset[str]:
         at_input = placement.role in config.input_matrices or (
             placement.role == "down" and config.intermediate_lora and config.after_activation

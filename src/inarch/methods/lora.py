@@ -115,6 +115,10 @@ class LoRA(LinearMethod):
         return found
 
     @classmethod
+    def starts_at_base(cls, config: LoRAConfig) -> bool:
+        return config.init_weights == "lora"
+
+    @classmethod
     def obstacle_on_weight(cls, config: LoRAConfig) -> str:
         if config.dropout:
             return f"`dropout={config.dropout:g}`, which acts on the input of the projection,"

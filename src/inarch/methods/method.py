@@ -28,6 +28,7 @@ V = TypeVar("V", bound=Summable)
 
 _ATTENTION = ("self_attention", "cross_attention", "mixer")
 _ATTENTION_ROLES = ("q", "k", "v", "o")
+_CUTTING = ("BatchSplit", "Split", "Parallel", "MultiTask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class Placement:
     """One module a method wants: at which site, through which port, and, for a projection, in which role."""
 
     site: Site
-    port: Literal["sublayer", "linear", "weight", "fusion"]
+    port: Literal["sublayer", "linear", "weight", "fusion", "stream", "input", "prefix", "parameter"]
     role: str = ""
     part: int = 0
     """Which of the projections that share the role (an attention may compute k in two steps)."""
@@ -70,6 +71,35 @@ class AbstractMethod(nn.Module, ABC):
     @abstractmethod
     def placements(cls, config: Any, sites: Sites) -> list[Placement]:
         """Every module this configuration asks for. Raises `ConfigError` if a wish matches nothing."""
+
+    # What a method claims: the tests hold it to this, on every architecture
+
+    @classmethod
+    def starts_at_base(cls, config: Any) -> bool:  # noqa: ARG003  overriding methods read it
+        """Whether training starts exactly at the base model: initial weights change no bit of its output."""
+        return False
+
+    @classmethod
+    def sees_whole_sequences(cls, config: Any) -> bool:
+        """Whether a token's result depends on all tokens of its sequence, as that of a `sequence_gate` does.
+
+        Such a method does not give the same with a cache as without, and tokens cannot be taken apart.
+        """
+        return bool(getattr(config, "use_gating", False))
+
+    @classmethod
+    def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
+        """What of a configuration is no change of the base's parameters; empty if merging it is exact."""
+        return f"the method `{cls.name}`"
+
+    @classmethod
+    def obstacle_to_block(cls, config: Any, placement: Placement, block: str) -> str:  # noqa: ARG003  as above
+        """The rule by which a composition block, such as `Fuse`, has no meaning for a module; empty if it has one."""
+        if block == "Fuse" and placement.port != "sublayer":
+            return "A `Fuse` combines what bottlenecks add to a sum"
+        if block in _CUTTING and placement.port in ("weight", "parameter"):
+            return "A weight is one for all rows of a batch"
+        return ""
 
     def penalty(self) -> Tensor | None:
         """What is to be added to the loss while the module is trained; None for nothing."""
@@ -139,11 +169,6 @@ class LinearMethod(AbstractMethod):
         raise TypeError(f"`{self.name}` has an obstacle on weights")
 
     # What is asked where adapters are merged into the base, or combined
-
-    @classmethod
-    def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
-        """What of a configuration is no change of weight and bias; empty if `fold` does it all."""
-        return f"the method `{cls.name}`"
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (rows, in) and bias (rows,) of the projection with the adapter in them."""
@@ -285,11 +310,6 @@ def renumber(config: Config, numbers: Mapping[int, int], others: Iterable[int]) 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; `Tensor.to`, which takes its time to find that there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def sees_whole_sequences(config: Config) -> bool:
-    """Whether a token's result depends on all tokens of its sequence, as that of a `sequence_gate` does."""
-    return bool(getattr(config, "use_gating", False))
 
 
 def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
