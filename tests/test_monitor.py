@@ -313,6 +313,20 @@ def test_the_evidence_is_what_the_formulas_give():
     assert fresh.record().losses == ((1, pytest.approx(float(loss.detach()))),)
 
 
+def test_a_verdict_keeps_the_numbers_that_it_was_decided_on():
+    """Judged anew on the losses up to that step; what came later is in `losses`."""
+    model = grafted()
+    monitor = loop(model, watch(model))
+    record = monitor.record()
+    assert record.verdict == "learning"
+    readings = [Reading(step, 1, loss) for step, loss in record.losses if step <= record.step]
+    then = judge(Signs(readings=readings, entropy=record.reference), is_due=True, is_last=False)
+    assert record.reason == then.reason
+    assert {key: record.evidence[key] for key in then.evidence} == then.evidence
+    assert record.losses[-1][0] > record.step
+    assert record.losses[-1][1] < record.evidence["recent"] / 2  # else this could not tell the two apart
+
+
 def test_the_drift_is_that_of_the_stream():
     model, inputs = grafted(), batch()
     handle = inarch.attach(model)

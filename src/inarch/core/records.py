@@ -137,7 +137,8 @@ class MonitorRecord:
     """`label entropy`, what the labels' frequencies alone give; or `initial loss`, where that is not known."""
     evidence: Mapping[str, float | None] = field(default_factory=dict)
     """`start`, `recent`, `error` (standard error of `recent`) of the loss, `gain` (share of the reference by which it
-    is below); `update` and `drift`, relative to weights and stream, and `drift_at_start`."""
+    is below); `update` and `drift`, relative to weights and stream: all as they were when the verdict was decided, the
+    latest while undecided. And `drift_at_start`."""
     losses: tuple[tuple[int, float | None], ...] = ()
     """The last step of some steps in a row, and their mean training loss."""
     gradients: Mapping[str, float | None] = field(default_factory=dict)

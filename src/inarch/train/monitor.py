@@ -124,7 +124,7 @@ class Monitor(TrainerCallback, ExportableState):
         readings = self._readings()
         signs = self._signs()
         limit, kind = reference(signs) if readings else (None, None)
-        extra = {"update": signs.update, "drift_at_start": signs.drift, "drift": memory["drift"]}
+        latest = {"update": signs.update, "drift_at_start": signs.drift, "drift": memory["drift"]}
         return MonitorRecord(
             verdict=self.verdict,
             step=self.decided_at,
@@ -133,7 +133,7 @@ class Monitor(TrainerCallback, ExportableState):
             stopped=self.should_stop and memory["step"] < (self.num_steps or math.inf),
             reference=limit if limit is not None and math.isfinite(limit) else None,
             reference_kind=kind,
-            evidence=_finite({**memory["evidence"], **extra}),
+            evidence=_finite({**latest, **memory["evidence"]}),
             losses=tuple((one.step, one.loss if math.isfinite(one.loss) else None) for one in readings),
             gradients=_finite(memory["gradients"]),
             silent=tuple(signs.silent),
@@ -245,12 +245,16 @@ class Monitor(TrainerCallback, ExportableState):
             memory["readings"].append([memory["step"], count, math.fsum(memory["unread"]) / count])
             memory["unread"] = []
         step = memory["step"]
-        found = judge(self._signs(), is_due=step >= self._due(), is_last=step >= self._last_call())
+        signs = self._signs()
+        found = judge(signs, is_due=step >= self._due(), is_last=step >= self._last_call())
         before = self.verdict
         if before == "learning" and found.verdict not in ("learning", "diverging", "dead adapter"):
             return  # a plateau is no stall
-        memory["reason"], memory["evidence"] = found.reason, dict(found.evidence)
-        if found.verdict != before and not (before != "undecided" and found.verdict == "undecided"):
+        if before != "undecided" and found.verdict in (before, "undecided"):
+            return  # what is said of a verdict is what it was decided on
+        memory["reason"] = found.reason
+        memory["evidence"] = {**found.evidence, "update": signs.update, "drift": memory["drift"]}
+        if found.verdict != before:
             self._decide(found)
 
     def _decide(self, found: Prognosis) -> None:
