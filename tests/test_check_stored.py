@@ -142,6 +142,28 @@ def test_dead_tensors_of_a_folder_are_found(tmp_path):
     assert sum(value == 0 for value in report.evidence.gradients.values()) == 4
 
 
+def test_a_run_is_the_adapter_in_it(tmp_path):
+    run = saved(tmp_path / "run" / "adapter").parent
+    report = inarch.check(tiny("vit-classifier"), run, measure=False)
+    assert report.sound and report.subject == "seq_bn"
+    assert inarch.attach(tiny("vit-classifier")).load(run) == "task"
+    shutil.move(run, tmp_path / "seeds" / "seed-0")
+    with pytest.raises(
+        inarch.StateError, match=r"none of its own\. Choose one of the 1 in it, such as `.*seed-0/adapter`"
+    ):
+        inarch.check(tiny("vit-classifier"), tmp_path / "seeds", measure=False)
+
+
+def test_an_adapter_of_another_shape_of_base_is_told_without_an_option_that_is_not_there(tmp_path, capsys):
+    """Its weights have no place in the model, so that there is nothing to judge."""
+    folder = saved(tmp_path / "a")
+    with pytest.raises(SystemExit):
+        main(["check", "vit", "--adapter", str(folder)])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "must agree; got" in told and "Check it on the base that it was trained on." in told
+    assert "other_base" not in told and "--other-base" not in told
+
+
 def test_a_preset_is_no_folder_and_nothing_is_no_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lora").mkdir()

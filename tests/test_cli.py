@@ -181,7 +181,14 @@ def bad_inputs(place):
         (["check", "vit", "--adapter", "seq_bn[nonsense=1]"], "nonsense"),
         (["check", "vit", "--adapter", place / "text.json"], "text.json"),
         (["check", "vit", "--adapter", place / "none.json"], "none.json"),
+        (["probe", f"{place}/bas"], f"Did you mean `{place}/base`?"),
+        (["check", "vit", "--adapter", f"{place}/rnu/adapter"], f"Did you mean `{place}/run/adapter`?"),
         (["predict", "./nowhere", image], "nowhere"),
+        (["predict", f"{place}/run/adaptr", image], f"Did you mean `{place}/run/adapter`?"),
+        (["predict", adapter, image, "--model", f"{place}/bse"], f"Did you mean `{place}/base`?"),
+        (["predict", adapter, image, "--model", "dmeo"], "Did you mean `demo`?"),
+        (["eval", adapter, "--data", "digit"], "Did you mean `digits`?"),
+        (["eval", adapter, "--data", f"{place}/dta"], f"Did you mean `{place}/data`?"),
         (["predict", place / "empty", image], "which has none"),
         (["predict", place / "broken", image], "broken"),
         (["predict", adapter, place / "none.png"], "none.png"),
@@ -246,6 +253,18 @@ def test_debug_lets_the_exception_through(place):
 def test_every_exception_has_a_description(error, words):
     """With the place where there is one."""
     assert words in describe(error)
+
+
+@pytest.mark.parametrize(("command", "told"), [("convert", "--other-base"), ("check", 'other_base="allow"')])
+def test_a_message_names_an_option_only_where_the_command_has_it(monkeypatch, command, told):
+    def refuse(*_args, **_options):
+        raise StateError('Bases must agree; got others. Pass `other_base="allow"`.')
+
+    monkeypatch.setattr(importlib.import_module("inarch.loading"), "locate", refuse)
+    words = {"convert": ["./a", "./b", "--to", "peft"], "check": ["vit", "--adapter", "owner/name"]}
+    result = run(command, *words[command])
+    assert result.exit_code
+    assert result.stderr == f"Error: Bases must agree; got others. Pass `{told}`.\n"
 
 
 def test_ctrl_c_ends_with_130(monkeypatch):

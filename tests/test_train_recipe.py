@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from inarch.cli.options import configured, made_from
+from inarch.cli.sweep import sweep
 from inarch.cli.train import train
 from inarch.core.config import Config, config_class, option
 from inarch.core.errors import ConfigError
@@ -66,10 +67,10 @@ class Small(Config):
     kind: Literal["a", "b"] = option("a", "Kind.")
 
 
-def run(*arguments):
+def run(*arguments, **defaults):
     seen = {}
 
-    @configured(small=Small)
+    @configured(defaults, small=Small)
     def command(*, place: str = "here", small):
         seen.update(place=place, small=small)
 
@@ -94,6 +95,15 @@ def test_the_help_shows_defaults_and_choices():
     assert "a|b" in text
     assert "--maybe" in text
     assert "--no-maybe" in text
+
+
+def test_the_help_shows_the_defaults_of_the_command():
+    text = " ".join(run("--help", is_on=True)[0].output.split())
+    assert "Switch. [default: yes]" in text and "Rank. [default: 4]" in text
+    assert run(is_on=True)[1] == {"place": "here", "small": {}}
+    for command, word in ((train, "no"), (sweep, "yes")):
+        (made,) = inspect.signature(command).parameters["stop_early"].annotation.__metadata__
+        assert made.help.endswith(f"[default: {word}]")
 
 
 def test_a_wrong_type_is_a_usage_error():

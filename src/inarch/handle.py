@@ -312,13 +312,12 @@ class Adapters:
         """The report on a stored adapter, with its weights and without its task head."""
         folder = loading.locate(source)
 
-        def find(*, head: bool, other_base: loading.Stance) -> loading.Found:
-            return loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
+        def find(*, head: bool) -> loading.Found:
+            return loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base="tell")
 
-        problem = ""
-        found = find(head=False, other_base="tell")
+        problem, found = "", find(head=False)
         try:
-            whole = find(head=True, other_base="tell")
+            whole = find(head=True)
             heads = {key: tensor for key, tensor in whole.tensors.items() if key.startswith("head.")}
             state.check_tensors(heads, self._heads.tensors(whole.head), str(folder))
         except StateError as error:
@@ -330,9 +329,10 @@ class Adapters:
                 name = trial.enter_context(self._on_trial(found.config))
                 state.check_tensors(found.tensors, self[name], str(folder))
             except (ConfigError, StateError):
-                if found.difference:
-                    find(head=False, other_base="refuse")  # says whose adapter it is
-                raise
+                if not found.difference:
+                    raise
+                words = f"{found.difference[0].upper()}{found.difference[1:]}"
+                raise StateError(f"{words}, at `{folder}`. Check it on the base that it was trained on.") from None
             for key, parameter in self[name].items():
                 copy_into(parameter, found.tensors[key])
             return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data, stored=known)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import convert, state
-from .core.errors import StateError
+from .core.errors import StateError, nearest_place
+from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import id2label
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 OtherBase = Literal["refuse", "allow"]
 Stance = Literal["refuse", "allow", "tell"]
 """What to do about another base: `tell` says it in `Found.difference` alone."""
+ADAPTER_FOLDER = "adapter"
+"""Where a run folder has its adapter."""
 _NO_NAME = re.compile(r"[./,|\[\]\s\0]+")
 
 
@@ -51,19 +54,19 @@ class Found:
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The local folder of an adapter: the folder itself, or a snapshot of the Hub repository of that name.
+    """The local folder of an adapter: the folder itself, the one in that of a run, or a snapshot of a Hub repository.
 
     Of a repository the record is fetched first, so that what is no adapter, or one that this version cannot read, costs
-    no download of weights. Raises `StateError` if there is neither.
+    no download of weights. Raises `StateError` if there is neither, and for a run without an adapter, or with several.
     """
     path = Path(source).expanduser()
     text = os.fspath(source)
     if text and path.is_dir():
-        return path
+        return _of_run(path)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise StateError(
             f"An adapter is a folder or a Hub repository `owner/name`; got `{text}`, which is neither. "
-            "Give the folder that `save` wrote."
+            f"{nearest_place(text) or 'Give the folder that `save` wrote.'}"
         )
     folder = _fetch(text, [state.RECORD, *convert.RECORDS])
     if state.is_adapter(folder):
@@ -78,6 +81,28 @@ def locate(source: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _of_run(folder: Path) -> Path:
+    """The adapter folder in that of a run; any other folder as it is."""
+    if state.is_adapter(folder) or convert.is_adapterhub(folder) or convert.is_peft(folder):
+        return folder
+    if state.is_adapter(folder / ADAPTER_FOLDER):
+        return folder / ADAPTER_FOLDER
+    place = f"{ADAPTER_FOLDER}/{state.RECORD}"
+    inside = sorted(record.parent for record in (*folder.glob(f"*/{place}"), *folder.glob(f"*/*/{place}")))
+    if inside:
+        advice = f"Choose one of the {len(inside)} in it, such as `{inside[0]}`."
+    elif (folder / "model" / "config.json").is_file():
+        advice = f"A whole model was trained; load it from `{folder / 'model'}` with transformers."
+    elif (folder / RUN).is_file():
+        advice = f"Its training has not finished: `inarch train --output {folder} --resume` goes on with it."
+    else:
+        return folder
+    raise StateError(
+        f"An adapter is a folder with `{state.RECORD}`, or a run with one; got `{folder}`, which has none of its own. "
+        f"{advice}"
+    )
+
+
 def _fetch(repository: str, files: list[str], revision: str | None = None) -> Path:
     """The snapshot of a repository, with those of the files that it has."""
     from huggingface_hub import snapshot_download
@@ -89,7 +114,7 @@ def _fetch(repository: str, files: list[str], revision: str | None = None) -> Pa
         raise StateError(
             "An adapter is a folder, or a Hub repository that can be reached or is cached; got "
             f"`{repository}`, which is no folder here: {type(error).__name__}: {reason}. "
-            "Check the name and the connection."
+            f"{nearest_place(repository) or 'Check the name and the connection.'}"
         ) from None
 
 

@@ -3,6 +3,7 @@
 import atexit
 import errno
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -43,6 +44,8 @@ _OPTIONS = {
 """What messages call an argument, and its option."""
 
 _shown = False
+_own: frozenset[str] = frozenset(_OPTIONS.values())
+"""The options of the command that runs: what it has no option for keeps its name."""
 
 
 def show_tracebacks(shown: bool) -> None:
@@ -71,9 +74,12 @@ def share_cores() -> None:
 
 def guarded(command: Callable[..., None], failure: int = ERROR) -> Callable[..., None]:
     """The command, with every exception turned into a message and the exit code `failure`."""
+    taken = inspect.signature(command).parameters
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
+        global _own  # noqa: PLW0603  as above
+        _own = frozenset(option for option in _OPTIONS.values() if _parameter(option) in taken)
         with _settled():
             try:
                 command(*args, **options)
@@ -89,6 +95,11 @@ def guarded(command: Callable[..., None], failure: int = ERROR) -> Callable[...,
                 _stop(failure, describe(error))
 
     return run
+
+
+def _parameter(option: str) -> str:
+    """The parameter of a command whose option is named in a message."""
+    return option.strip("`").split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
 @contextmanager
@@ -141,7 +152,7 @@ def describe(error: Exception) -> str:
 def in_options(message: str) -> str:
     """A message of the library in the words of the command line: `--skip-bad` for `skip_bad`."""
     for words, option in _OPTIONS.items():
-        message = message.replace(words, option)
+        message = message.replace(words, option) if option in _own else message
     return message
 
 

@@ -21,10 +21,13 @@ from ..core.config import Config
 from ..core.errors import ConfigError
 
 
-def configured(**configs: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def configured(
+    defaults: Mapping[str, object] = types.MappingProxyType({}), /, **configs: type[Config]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the parameters of these names by the fields of the classes, each an option.
 
-    A field with the name of a parameter of the command is left to the command.
+    A field with the name of a parameter of the command is left to the command. `defaults` are those that the command
+    puts in the place of the classes' own; the help tells them.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,7 +47,7 @@ def configured(**configs: type[Config]) -> Callable[[Callable[..., None]], Calla
             command(**values, **given)
 
         made = [
-            option_of(field, annotations[field.name])
+            option_of(field, annotations[field.name], defaults.get(field.name, field.default))
             for cls in configs.values()
             for annotations in [typing.get_type_hints(cls)]
             for field in _fields(cls)
@@ -62,11 +65,10 @@ def _fields(cls: type[Config]) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)  # type: ignore[arg-type]
 
 
-def option_of(field: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter:
+def option_of(field: dataclasses.Field[Any], annotation: Any, default: object) -> inspect.Parameter:
     """The option of one field: None where it is not given."""
     flag = f"--{field.name.replace('_', '-')}"
     kind, choices = _kind(annotation)
-    default = field.default
     shown = "" if default is None or default is dataclasses.MISSING else f" [default: {_word(default)}]"
     declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     made = typer.Option(

@@ -1,11 +1,10 @@
 """Models by name: without weights, as what the architecture alone can tell costs no download and no memory; or with."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SiteError
+from ..core.errors import SiteError, nearest_place
 from .output import watch
 
 AUTO_CLASSES = (
@@ -81,7 +80,7 @@ def read_model_config(model: str) -> Any:
     if model.startswith((".", "/", "~")) and not path.is_dir():
         raise SiteError(
             f"A model's folder must be there; got {'a file' if path.exists() else 'nothing'} at `{model}`. "
-            "Give the folder that `save_pretrained` wrote."
+            f"{nearest_place(model) or 'Give the folder that `save_pretrained` wrote.'}"
         )
     if model not in CONFIG_MAPPING and model != DEMO and not path.exists():
         watch(f"Looking for `{model}` in the local cache and on the Hub")
@@ -117,10 +116,8 @@ def _model_class(config: Any) -> Any:
 def _hint(model: str, known: Any) -> str:
     if Path(model).expanduser().is_dir():
         return "Give the folder that `save_pretrained` wrote."
-    if "/" in model or Path(model).exists():
-        return "Check the name and the connection."
-    close = get_close_matches(model, [DEMO, *known], n=1)
-    return f"Did you mean `{close[0]}`?" if close else "Check the name and the connection."
+    hint = "" if Path(model).exists() else nearest_place(model, () if "/" in model else [DEMO, *known])
+    return hint or "Check the name and the connection."
 
 
 def _reason(error: Exception) -> str:

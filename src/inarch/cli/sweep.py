@@ -38,7 +38,7 @@ GRACE_HELP = "Seconds without a sign of life after which a worker of another mac
 STYLES = {"finished": "", "repeated": "dim", "refused": "dim", "pruned": "dim", "stopped": "yellow"}
 
 
-@configured(study_options=StudyConfig, data_options=DataConfig, recipe_options=Recipe)
+@configured(SPARING, study_options=StudyConfig, data_options=DataConfig, recipe_options=Recipe)
 def sweep(
     *,
     output: Annotated[Path, typer.Option(help="Folder of the study.", metavar="FOLDER", show_default=False)],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, nearest
+from ..core.errors import DataError, nearest, nearest_place
 from .examples import Examples, ImageData, Target, divide, quoted
 from .extras import extra
 from .folders import TRAIN_NAMES, VALIDATION_NAMES, bad_images
@@ -20,6 +20,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "coarse_label", "class", "cate
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
 """`name` or `owner/name`, and where the data set has several configurations, `:` and one of them."""
+
+ADVICE = "Correct the path or the id (`owner/name`, or `owner/name:configuration`), or go online."
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def load_hub(source: str, choice: Choice, *, validation: float | None, seed: int
         return _loaded(data, source, choice, validation=validation, seed=seed, skip_bad=skip_bad)
     raise DataError(
         f"A data set must be a file or folder that is there, or one of the Hub that can be reached; got `{fault}` for "
-        f"`{source}`. Correct the path or the id (`owner/name`, or `owner/name:configuration`), or go online."
+        f"`{source}`. {nearest_place(source, ['digits']) or ADVICE}"
     )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 # Not from `transformers`: early versions of it hide the class where torchvision is missing, though PIL is enough.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest_place
 from ..data.examples import Task
 from ..heads import task_head
 from .quiet import quiet
@@ -105,7 +105,8 @@ def _config(name: str, revision: str | None) -> Any:
 def _unknown(name: str, error: Exception) -> str:
     return (
         f"A model is `{DEMO}`, a folder with a `config.json`, or the id of a model on the Hub that can be reached or "
-        f"is in the local cache; got `{name}`: {_reason(error)}. Check the name and the connection."
+        f"is in the local cache; got `{name}`: {_reason(error)}. "
+        f"{nearest_place(name, [DEMO]) or 'Check the name and the connection.'}"
     )
 
 

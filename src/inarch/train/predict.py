@@ -16,7 +16,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from .. import state
 from ..core.errors import ConfigError, StateError
-from ..core.records import RECORD
 from ..data.examples import Task
 from ..data.images import ImageSource, Sources, source_name
 from ..data.preprocessing import Preprocessing
@@ -24,9 +23,6 @@ from ..data.transforms import batches
 from ..handle import attach
 from ..loading import locate
 from .models import load_model
-
-ADAPTER_FOLDER = "adapter"
-"""Where a run folder has its adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,28 +142,16 @@ def load_predictor(adapter: str | os.PathLike[str], *, model: str | None = None,
 
 
 def find_adapter(source: str | os.PathLike[str]) -> Path:
-    """The adapter folder that is meant: the folder itself, that of a run, or that of a Hub repository.
+    """The folder of inarch that is meant: the folder itself, the one in that of a run, or that of a Hub repository.
 
     Raises `StateError` for a folder without an adapter; that of a run is told what it has instead.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return locate(source)
-    if state.is_adapter(path):
-        return path
-    if state.is_adapter(path / ADAPTER_FOLDER):
-        return path / ADAPTER_FOLDER
-    seeds = sorted(folder for folder in path.glob(f"*/{ADAPTER_FOLDER}") if state.is_adapter(folder))
-    if seeds:
-        advice = f"Choose one of the {len(seeds)} in it, such as `{seeds[0]}`."
-    elif (path / "model" / "config.json").is_file():
-        advice = f"A whole model was trained; load it from `{path / 'model'}` with transformers."
-    elif (path / RECORD).is_file():
-        advice = f"Its training has not finished: `inarch train --output {path} --resume` goes on with it."
-    else:
-        advice = "Give the folder that `save` or `inarch train` wrote."
+    folder = locate(source)
+    if state.is_adapter(folder) or not Path(source).expanduser().is_dir():
+        return folder
     raise StateError(
-        f"An adapter is a folder with `{state.RECORD}`, or a run with one; got `{path}`, which has none. {advice}"
+        f"An adapter for prediction is a folder with `{state.RECORD}`, or a run with one; got `{folder}`, which has "
+        "none. Give the folder that `save` or `inarch train` wrote."
     )
 
 
