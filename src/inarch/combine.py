@@ -23,8 +23,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .attach import build, methods_in, stored
+from .bank import Modules
 from .core.config import Config
 from .core.errors import SetupError, nearest
+from .core.site import Sites
 from .methods import AdapterConfig, LinearMethod, method_of
 
 Combination = Literal["linear", "negate_b", "cat", "svd", "ties", "dare"]
@@ -138,6 +141,19 @@ def _combined_part(asked: Recipe, parts: Sequence[Config]) -> Config:
     ranks = [max(value["r"], *value["rank_pattern"].values(), 1) for value in values]
     rank = sum(ranks) if asked.combine == "cat" else asked.rank or max(ranks)
     return first.replace(r=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, dropout=0.0)
+
+
+def average(model: nn.Module, sites: Sites, asked: Recipe, config: AdapterConfig) -> tuple[dict[str, Modules], float]:
+    """The modules of the result by site key, not yet in the model, and how far its updates are from those meant."""
+    built = build(model, sites, config)
+    sources = [stored(model, sites, name) for name in asked.names]
+    generator = torch.Generator().manual_seed(asked.seed)
+    farthest = 0.0
+    for place, modules in built.items():
+        for key, module in methods_in(modules):
+            theirs = [source[place].find(key) for source in sources]
+            farthest = max(farthest, combine(asked, theirs, module, generator))  # type: ignore[arg-type]
+    return built, farthest
 
 
 @torch.no_grad()

@@ -8,64 +8,55 @@ runs a forward of the same model.
 
 import logging
 import os
-import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import convert, loading, pretrained, state
+from . import loading, pretrained, saving, setups, state
+from .admission import check_composition, check_name, check_present, check_setup, check_streams, refusal
 from .attach import (
     Removable,
     arm,
     build,
-    check_stream,
     disarm,
     discard,
     graft,
-    methods_in,
     store,
     stored,
     ungraft,
 )
 from .bank import Modules, SiteSlot
-from .check import Data, Report, Stored, Training, difference, examine, report, run_of, unplaced
-from .combine import Combination, combined_config, recipe
-from .combine import combine as combine_modules
-from .compose import Block, Fuse, Setup, Watched, from_data, fusions, last, leaves, names, to_data
-from .core.errors import ConfigError, SetupError, SiteError, StateError, nearest
+from .check import Data, Report, Stored, Training, examine, report, unplaced
+from .combine import Combination, average, combined_config, recipe
+from .compose import Block, Fuse, Setup, Watched, fusions, last, leaves, names
+from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
-from .core.table import render
-from .fingerprint import describe_sites, fingerprint
-from .heads import TrainedHeads, id2label, task_head
+from .heads import TrainedHeads
 from .loading import OtherBase
-from .merge import Merged, check_agreement, check_mergeable, fold, undone_on_error
-from .methods import AbstractMethod, AdapterConfig, ConfigLike, method_of, read_config
-from .plan import Plan, check_setup, plan
+from .merge import Merged, check_mergeable, merge
+from .methods import AdapterConfig, ConfigLike, method_of, read_config
+from .plan import Plan, plan
+from .plan import check_setup as check_blocks
+from .saving import FORMATS as FORMATS
+from .saving import Format
 from .scores import Scores, watched
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
-from .tensors import copy_into, is_quantised
+from .summary import summary
+from .tensors import copy_into
+from .trainable import check_trainable, penalty
 from .trainer_door import TrainerDoor
-from .version import __version__
 from .witness import verify
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_inarch_handle"
 _LOCK = threading.RLock()
-_NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 Unsound = Literal["refuse", "allow"]
-Format = Literal["inarch", "peft", "adapterhub"]
-FORMATS = get_args(Format)
-
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
-"""How far outputs may be apart because weights are rounded with an update in them, relative to their size."""
 
 
 def attach(
@@ -120,6 +111,14 @@ def _verify(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
             "right. Pass `example_inputs`.",
             type(model).__name__,
         )
+
+
+def _batch(model: nn.Module, example_inputs: Any) -> Inputs | None:
+    """The inputs that are given, or such as can be made up; None where they cannot."""
+    if example_inputs is not None:
+        return given_inputs(example_inputs)
+    made = synthesise(model)
+    return Inputs((), made) if made else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -244,30 +243,7 @@ class Adapters:
 
     def summary(self) -> str:
         """A table of the adapters: configuration, parameters, share of the base, state."""
-        own = {id(p) for name in self.names for p in self[name].values()}
-        head = {id(p): p for p in self._heads.parameters(task_head(self.model, self.sites)).values()}
-        rest = [p for p in self.model.parameters() if id(p) not in own and id(p) not in head]
-        base = sum(p.numel() for p in rest)
-        rows: list[tuple[object, ...]] = []
-        for name, config in self._configs.items():
-            parameters = list(self[name].values())
-            count = sum(p.numel() for p in parameters)
-            active = "yes" if self._setup is not None and name in names(self._setup) else "no"
-            rows.append((name, str(config), count, f"{count / base:.2%}", active, _trainable(parameters)))
-        if head:
-            count = sum(p.numel() for p in head.values())
-            rows.append(
-                (
-                    "(head)",
-                    ", ".join(task_head(self.model, self.sites)),
-                    count,
-                    f"{count / base:.2%}",
-                    "",
-                    _trainable(head.values()),
-                )
-            )
-        rows.append(("(base)", type(self.model).__name__, base, "100%", "", _trainable(rest)))
-        return render(("adapter", "configuration", "parameters", "of base", "active", "trainable"), rows)
+        return summary(self)
 
     def __str__(self) -> str:
         return self.summary()
@@ -283,12 +259,7 @@ class Adapters:
     ) -> Report:
         """What `inarch.check` does, for a configuration or, without one, for the active setup or the only adapter."""
         with _LOCK:
-            inputs = None
-            if measure:
-                made = synthesise(self.model) if example_inputs is None else None
-                inputs = (
-                    Inputs((), made) if made else given_inputs(example_inputs) if example_inputs is not None else None
-                )
+            inputs = _batch(self.model, example_inputs) if measure else None
             if config is not None and loading.is_source(config):
                 assert isinstance(config, str | os.PathLike)
                 return self._check_stored(config, inputs, training, data)
@@ -370,7 +341,7 @@ class Adapters:
             parsed = read_config(config)
             verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
-                raise ConfigError(_refusal(verdict))
+                raise ConfigError(refusal(verdict))
             self._store(name, parsed, build(self.model, self.sites, parsed), sound=verdict.sound)
 
     def add_fusion(self, block: Fuse, config: ConfigLike = "dynamic_fusion", *, overwrite: bool = False) -> str:
@@ -392,16 +363,16 @@ class Adapters:
             copied = ("mh_adapter", "output_adapter", "cross_adapter", "leave_out", "leave_out_roles")
             whole = AdapterConfig((parts[0].replace(**{field: given[field] for field in copied}),))
             planned = plan(self.sites, {**{name: self._configs[name] for name in leaves(block)}, block.name: whole})
-            check_setup(block, planned.modules)
+            check_blocks(block, planned.modules)
             self.add(block.name, whole, overwrite=overwrite)
             return block.name
 
     def _judge(self, name: str, config: AdapterConfig) -> Report:
         """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
         verdict = report(self.sites, name, {name: config})
-        _check_streams(verdict)
+        check_streams(verdict)
         if isinstance(self._setup, Block) and name in names(self._setup) and verdict.sound:
-            self._check_composition(self._setup, self._configs | {name: config}, self._unsound - {name})
+            check_composition(self._setup, self.sites, self._configs | {name: config}, self._unsound - {name})
         return verdict
 
     def _store(self, name: str, config: AdapterConfig, built: dict[str, Modules], *, sound: bool) -> None:
@@ -491,14 +462,7 @@ class Adapters:
                 self._require(other)
             self._check_new(name, overwrite)
             config = combined_config(asked, [self._configs[other] for other in asked.names])
-            built = build(self.model, self.sites, config)
-            sources = [stored(self.model, self.sites, other) for other in asked.names]
-            generator = torch.Generator().manual_seed(asked.seed)
-            farthest = 0.0
-            for place, modules in built.items():
-                for key, module in methods_in(modules):
-                    theirs = [source[place].find(key) for source in sources]
-                    farthest = max(farthest, combine_modules(asked, theirs, module, generator))  # type: ignore[arg-type]
+            built, farthest = average(self.model, self.sites, asked, config)
             self._store(name, config, built, sound=not self._unsound & set(asked.names))
             return farthest
 
@@ -524,32 +488,28 @@ class Adapters:
             if name in self._merged.names:
                 raise SetupError(f"An adapter is merged once; got `{name}`, which is in the weights. Call `unmerge()`.")
             check_mergeable(name, self._configs[name], self.sites)
-            made = synthesise(self.model) if example_inputs is None else None
-            if example_inputs is None and not made:
-                raise SetupError(
-                    f"A merged model is compared with the active adapter on one batch; got none for "
-                    f"{type(self.model).__name__}. Pass `example_inputs`."
-                )
-            inputs = Inputs((), made) if made else given_inputs(example_inputs)
-            dtype = next(p.dtype for p in self[name].values())
-            allowed = _ROUNDING.get(dtype, 0.1) if tolerance is None else tolerance
             active = self._setup
 
             @contextmanager
-            def folded() -> Iterator[None]:
+            def alone() -> Iterator[None]:
                 self._arm(None)
-                fold(self.model, self.sites, name, self._configs[name], self._merged)
                 yield
 
             try:
-                with undone_on_error(self._merged):
-                    found = difference(self.model, run_of(self.model, inputs), lambda: self.using(name), folded)
-                    check_agreement(name, found, allowed)
+                return merge(
+                    self.model,
+                    self.sites,
+                    name,
+                    self._configs[name],
+                    self._merged,
+                    inputs=_batch(self.model, example_inputs),
+                    active=lambda: self.using(name),
+                    alone=alone,
+                    tolerance=tolerance,
+                )
             except BaseException:
                 self._arm(active)
                 raise
-            self._merged.names.append(name)
-            return found
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the weights, bit for bit."""
@@ -649,7 +609,8 @@ class Adapters:
             heads = self._heads.find(head)
             layers = tuple(block.name for block in fusions(setup))
             trained = layers if layers and not fused else names(setup)
-            self._check_trainable(trained, heads)
+            own = {key: parameter for name in trained for key, parameter in self[name].items()}
+            check_trainable(self.model, own, self._heads.parameters(heads))
             self._switch(setup)
             self._heads.keep(trained, heads)
             for parameter in self.model.parameters():
@@ -666,14 +627,8 @@ class Adapters:
 
         `AdapterTrainer` adds it by itself.
         """
-        found = torch.zeros(())
-        for name in () if self._setup is None else names(self._setup):
-            for modules in stored(self.model, self.sites, name).values():
-                for _, module in methods_in(modules):
-                    part = module.penalty() if isinstance(module, AbstractMethod) else None
-                    if part is not None and part.requires_grad:
-                        found = found.to(part.device) + part
-        return found
+        chosen = () if self._setup is None else names(self._setup)
+        return penalty([modules for name in chosen for modules in stored(self.model, self.sites, name).values()])
 
     @contextmanager
     def scores(self) -> Iterator[Scores]:
@@ -686,24 +641,6 @@ class Adapters:
         chosen = () if self._setup is None else names(self._setup)
         with watched({name: stored(self.model, self.sites, name) for name in chosen}) as found:
             yield found
-
-    def _check_trainable(self, trained: Iterable[str], heads: tuple[str, ...]) -> None:
-        """Raise for weights that cannot be trained where they are, before anything is frozen."""
-        for key, parameter in self._heads.parameters(heads).items():
-            if is_quantised(parameter):
-                raise SetupError(
-                    f"A task head is trained in floating point; got quantised weights at `{key}` of "
-                    f"{type(self.model).__name__}. Leave it out of the quantisation (`llm_int8_skip_modules`, "
-                    "`modules_to_not_convert`), or pass `head=False`."
-                )
-        own = [(key, parameter) for name in trained for key, parameter in self[name].items()]
-        for key, parameter in (*own, *self._heads.parameters(heads).items()):
-            if parameter.is_meta and not all(other.is_meta for other in self.model.parameters()):
-                raise SetupError(
-                    f"What is trained stays in memory; got offloaded weights at `{key}` of "
-                    f"{type(self.model).__name__}. Add or load adapters after the model is offloaded, and keep the "
-                    "task head in memory, or pass `head=False`."
-                )
 
     def _switch(self, setup: Setup) -> None:
         """Change the hooks to those of a setup; if that fails, what was active stays so."""
@@ -751,57 +688,14 @@ class Adapters:
         """
         self._require(name)
         self._refuse_merged("An adapter is saved beside the base it was trained on")
-        if format not in FORMATS:
-            raise StateError(
-                f"An adapter is written in the format {' or '.join(f'`{known}`' for known in FORMATS)}; got {format!r} "
-                f"for `{name}`. Choose one of them."
-            )
-        tensors: dict[str, Tensor] = dict(self[name])
-        if head:
-            tensors |= self._heads.of(name)
-        if format == "peft":
-            heads = self._heads[name] if head else ()
-            written, settings = convert.write_peft(
-                name, self.config(name), tensors, head=heads, model=self.model, sites=self.sites
-            )
-            state.write(folder, written, settings, state.Files(convert.peft.SAFE, convert.peft.RECORD))
-            return
-        if format == "adapterhub":
-            if head and self._heads[name]:
-                logger.warning("Of `%s` only the adapter is written: the library `adapters` has other heads.", name)
-            own = dict(self[name])
-            written, settings = convert.write_adapterhub(
-                name, self.config(name), own, model=self.model, sites=self.sites
-            )
-            state.write(folder, written, settings, state.Files(convert.adapterhub.SAFE, convert.adapterhub.RECORD))
-            return
-        state.write(folder, tensors, self._record(name, processor, head))
-
-    def _record(self, name: str, processor: Any, head: bool) -> dict[str, Any]:
-        config = getattr(self.model, "config", None)
-        with_head = head and bool(self._heads[name])
-        return {
-            "name": name,
-            "config": self._configs[name].to_dict(),
-            "base": {
-                "id": getattr(config, "_name_or_path", "") or "",
-                "revision": getattr(config, "_commit_hash", None),
-                "model_type": self.sites.model_type,
-                "model_class": self.sites.model_class,
-                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-                "fingerprint": fingerprint(self.model, self.sites, self.heads),
-            },
-            "sites": describe_sites(self.sites),
-            "head": {
-                "modules": list(self._heads[name]),
-                "labels": [label for _, label in sorted(id2label(self.model).items())],
-                "problem_type": getattr(config, "problem_type", None),
-            }
-            if with_head
-            else None,
-            "preprocessing": processor.to_dict() if processor is not None else None,
-            "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": version("transformers")},
-        }
+        adapter = saving.Adapter(
+            name=name,
+            config=self._configs[name],
+            tensors=dict(self[name]),
+            head=self._heads[name] if head else (),
+            head_tensors=self._heads.of(name) if head else {},
+        )
+        saving.write(folder, adapter, self.model, self.sites, self.heads, processor=processor, format_=format)
 
     def load(
         self,
@@ -835,17 +729,8 @@ class Adapters:
             sound = self._judge(chosen, found.config).sound
             if not sound:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
-            built = build(self.model, self.sites, found.config)
-            wanted = {
-                f"{site}.{key}": parameter
-                for site, modules in built.items()
-                for key, parameter in modules.named_parameters()
-            }
             heads = self._heads.tensors(found.head)
-            state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
-            for key, parameter in wanted.items():
-                copy_into(parameter, found.tensors[key])
-                parameter.requires_grad_(False)
+            built = loading.built(found, self.model, self.sites, heads)
             self._store(chosen, found.config, built, sound=sound)
             self._heads.keep([chosen], found.head)
             for key, tensor in heads.items():
@@ -859,13 +744,9 @@ class Adapters:
         It holds `setup.json` and, below `adapters/`, what `save` writes for each of them.
         """
         chosen = self._setup if setup is None else setup
-        if chosen is None:
-            raise SetupError("A setup is saved; got none, and none is active. Pass the setup to `save_setup`.")
-        self._check_setup(chosen)
-        place = Path(folder)
-        for name in names(chosen):
-            self.save(name, place / pretrained.FOLDER / name)
-        state.write_setup(place, to_data(chosen))
+        if chosen is not None:
+            self._check_setup(chosen)
+        setups.save(self, folder, chosen)
 
     def load_setup(self, folder: str | os.PathLike[str], *, overwrite: bool = False, head: bool = True) -> Setup:
         """Read what `save_setup` wrote: its adapters, and the setup, which is returned and not activated.
@@ -873,17 +754,11 @@ class Adapters:
         Raises `StateError` for a folder that cannot be read, or an adapter in it that is missing, damaged or of another
         base; the model is then unchanged.
         """
-        place = Path(folder)
-        setup = from_data(state.read_setup(place))
-        if setup is None:
-            raise StateError(f"A stored setup has adapters; got none in `{place}`. Save it again.")
         with _LOCK:
+            setup = setups.find(folder, self.model, self.sites, self.heads, head=head)
             for name in names(setup):
                 self._check_new(name, overwrite)
-                found = loading.locate(place / pretrained.FOLDER / name)
-                loading.find(found, self.model, self.sites, heads=self.heads, head=head, other_base="refuse")
-            for name in names(setup):
-                self.load(place / pretrained.FOLDER / name, name=name, overwrite=overwrite, head=head)
+            setups.load(self, folder, setup, overwrite=overwrite, head=head)
             self._check_setup(setup)
         return setup
 
@@ -891,10 +766,7 @@ class Adapters:
 
     def _require(self, name: str) -> None:
         self._require_attached()
-        if name not in self._configs:
-            raise SetupError(
-                f"An adapter must be added before it is used; got `{name}`. {nearest(name, self._configs)}"
-            )
+        check_present(name, self._configs)
 
     def _require_attached(self) -> None:
         if self.model.__dict__.get(_ATTRIBUTE) is not self:
@@ -905,11 +777,7 @@ class Adapters:
 
     def _check_new(self, name: str, overwrite: bool) -> None:
         self._require_attached()
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise SetupError(
-                "An adapter's name is text without `.`, `/`, `,`, `|`, brackets, line breaks or null bytes; got "
-                f"{name!r}. Use letters, digits, `-` and `_`."
-            )
+        check_name(name)
         if name in self._configs and not overwrite:
             raise SetupError(
                 f"The adapters of a model have different names; got `{name}` again. Choose another name, `remove` the "
@@ -924,47 +792,11 @@ class Adapters:
             )
 
     def _check_setup(self, setup: Setup) -> None:
-        if not isinstance(setup, str | Block):
-            raise SetupError(
-                f"A setup is the name of an adapter or a block of names; got {setup!r}. Write `Stack('a', 'b')`."
-            )
-        for block in fusions(setup):
-            if block.name not in self:
-                raise SetupError(
-                    f"A `Fuse` has fusion layers of its own; got none named `{block.name}` for {block}. Make them with "
-                    f"`add_fusion({block})`."
-                )
-        for name in names(setup):
-            self._require(name)
-            self._check_unmerged(name)
-        for name in leaves(setup):
-            if any(method_of(part).name == "fusion" for part in self._configs[name].parts):
-                raise SetupError(
-                    f"Fusion layers act where a `Fuse` combines adapters; got `{name}` by itself in {setup!s}. "
-                    f"Activate `Fuse(..., name={name!r})`."
-                )
-        self._check_composition(setup, self._configs, self._unsound)
-
-    def _check_composition(self, setup: Setup, configs: Mapping[str, AdapterConfig], unsound: set[str]) -> None:
-        verdict = report(self.sites, setup, configs)
-        _check_streams(verdict)
-        if not verdict.sound and not unsound & set(names(setup)):
-            raise SetupError(_refusal(verdict))
-
-
-def _check_streams(verdict: Report) -> None:
-    for group in verdict.sites:
-        if group.proof.formula.reads_stream:
-            for site in group.sites:
-                check_stream(site)
-
-
-def _refusal(verdict: Report) -> str:
-    details = "\n".join(f"  {finding}" for finding in verdict.findings if finding.level == "error")
-    return (
-        f"An adapter must keep the pre-trained function when its branch is zero; got {verdict.subject} for "
-        f'{verdict.model_class}.\n{details}\n  For research, pass `unsound="allow"` to `add`.'
-    )
+        self._require_attached()
+        if isinstance(setup, str | Block):
+            for name in names(setup):
+                self._check_unmerged(name)
+        check_setup(setup, self.sites, self._configs, self._unsound)
 
 
 def _is_causal(model: nn.Module, sites: Sites) -> bool:
@@ -977,11 +809,6 @@ def _is_causal(model: nn.Module, sites: Sites) -> bool:
         or (callable(generates) and bool(generates()))
         or any(module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules())
     )
-
-
-def _trainable(parameters: Iterable[nn.Parameter]) -> str:
-    flags = [parameter.requires_grad for parameter in parameters]
-    return "yes" if flags and all(flags) else "partly" if any(flags) else "no"
 
 
 def attached(model: nn.Module) -> "Adapters | None":

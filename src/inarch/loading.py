@@ -15,12 +15,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import convert, state
+from .attach import build
+from .bank import Modules
 from .core.errors import StateError, nearest_place
 from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import id2label
 from .methods import AdapterConfig, presets, read_config, renumber
+from .tensors import copy_into
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +217,25 @@ def find(
             idle=peft.idle,
         )
     raise _unknown(folder)
+
+
+def built(found: Found, model: nn.Module, sites: Sites, heads: Mapping[str, Tensor]) -> dict[str, Modules]:
+    """The modules of a found adapter with their values, by site key, not trainable and not yet in the model.
+
+    `heads` are the tensors of its task head in the model. Raises `StateError` for anything missing, unexpected or of
+    another shape.
+    """
+    modules_by_site = build(model, sites, found.config)
+    wanted = {
+        f"{site}.{key}": parameter
+        for site, modules in modules_by_site.items()
+        for key, parameter in modules.named_parameters()
+    }
+    state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
+    for key, parameter in wanted.items():
+        copy_into(parameter, found.tensors[key])
+        parameter.requires_grad_(False)
+    return modules_by_site
 
 
 def _name_of(folder: Path) -> str:

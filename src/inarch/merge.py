@@ -3,19 +3,24 @@
 What is overwritten is kept, in the memory of the CPU: as much as the adapted matrices and biases of the base take.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .attach import slot_of
+from .attach import slot_of, stored
 from .bank import module_key
+from .check import difference, run_of
 from .core.errors import SetupError
 from .core.site import Projection, Sites
 from .methods import AdapterConfig, LinearMethod, Placement, method_of, placements
+from .sites import Inputs
 from .tensors import is_quantised, is_sharded
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
+"""How far outputs may be apart because weights are rounded with an update in them, relative to their size."""
 
 
 @dataclass(slots=True)
@@ -64,6 +69,45 @@ def check_mergeable(name: str, config: AdapterConfig, sites: Sites) -> None:
                 f"What is merged is a change of weights alone; got {obstacle} in `{name}` for {sites.model_class}. "
                 "Keep the adapter active instead."
             )
+
+
+def merge(
+    model: nn.Module,
+    sites: Sites,
+    name: str,
+    config: AdapterConfig,
+    merged: Merged,
+    *,
+    inputs: Inputs | None,
+    active: Callable[[], AbstractContextManager[None]],
+    alone: Callable[[], AbstractContextManager[None]],
+    tolerance: float | None,
+) -> float:
+    """Write an adapter into the weights, and compare the output on one batch with that of the active adapter.
+
+    Arguments: `active` is a block in which the adapter is active, `alone` one in which none is. Returns the difference.
+    Raises `SetupError` without inputs, for weights that cannot be overwritten, and for outputs that differ by more; the
+    weights are then as they were.
+    """
+    if inputs is None:
+        raise SetupError(
+            f"A merged model is compared with the active adapter on one batch; got none for {type(model).__name__}. "
+            "Pass `example_inputs`."
+        )
+    dtype = next(p.dtype for modules in stored(model, sites, name).values() for p in modules.parameters())
+    allowed = _ROUNDING.get(dtype, 0.1) if tolerance is None else tolerance
+
+    @contextmanager
+    def folded() -> Iterator[None]:
+        with alone():
+            fold(model, sites, name, config, merged)
+            yield
+
+    with undone_on_error(merged):
+        found = difference(model, run_of(model, inputs), active, folded)
+        check_agreement(name, found, allowed)
+    merged.names.append(name)
+    return found
 
 
 def check_agreement(name: str, found: float, allowed: float) -> None:

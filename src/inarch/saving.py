@@ -1,0 +1,99 @@
+"""Writes an adapter, with the task head trained with it, as a folder of inarch, PEFT or the library `adapters`."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import convert, state
+from .core.errors import StateError
+from .core.site import Sites
+from .fingerprint import describe_sites, fingerprint
+from .heads import id2label
+from .methods import AdapterConfig
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["inarch", "peft", "adapterhub"]
+FORMATS = get_args(Format)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """What is written of one adapter."""
+
+    name: str
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    """Its parameters, by their key in an adapter file."""
+    head: tuple[str, ...]
+    """The modules of the task head to be written with it."""
+    head_tensors: Mapping[str, Tensor]
+
+
+def write(
+    folder: str | os.PathLike[str],
+    adapter: Adapter,
+    model: nn.Module,
+    sites: Sites,
+    heads: Sequence[str],
+    *,
+    processor: Any,
+    format_: str,
+) -> None:
+    """Write an adapter. `heads` are all modules of the model that belong to a task.
+
+    Raises `StateError` for a folder that cannot be written, and for what the format does not have.
+    """
+    if format_ not in FORMATS:
+        raise StateError(
+            f"An adapter is written in the format {' or '.join(f'`{known}`' for known in FORMATS)}; got {format_!r} "
+            f"for `{adapter.name}`. Choose one of them."
+        )
+    both = adapter.tensors | dict(adapter.head_tensors)
+    if format_ == "peft":
+        written, settings = convert.write_peft(
+            adapter.name, adapter.config, both, head=adapter.head, model=model, sites=sites
+        )
+        state.write(folder, written, settings, state.Files(convert.peft.SAFE, convert.peft.RECORD))
+    elif format_ == "adapterhub":
+        if adapter.head:
+            logger.warning("Of `%s` only the adapter is written: the library `adapters` has other heads.", adapter.name)
+        written, settings = convert.write_adapterhub(
+            adapter.name, adapter.config, adapter.tensors, model=model, sites=sites
+        )
+        state.write(folder, written, settings, state.Files(convert.adapterhub.SAFE, convert.adapterhub.RECORD))
+    else:
+        state.write(folder, both, _record(adapter, model, sites, heads, processor))
+
+
+def _record(adapter: Adapter, model: nn.Module, sites: Sites, heads: Sequence[str], processor: Any) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {
+        "name": adapter.name,
+        "config": adapter.config.to_dict(),
+        "base": {
+            "id": getattr(config, "_name_or_path", "") or "",
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": sites.model_type,
+            "model_class": sites.model_class,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": fingerprint(model, sites, heads),
+        },
+        "sites": describe_sites(sites),
+        "head": {
+            "modules": list(adapter.head),
+            "labels": [label for _, label in sorted(id2label(model).items())],
+            "problem_type": getattr(config, "problem_type", None),
+        }
+        if adapter.head
+        else None,
+        "preprocessing": processor.to_dict() if processor is not None else None,
+        "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": version("transformers")},
+    }
