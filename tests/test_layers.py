@@ -20,7 +20,7 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"tensors", "bank", "programs", "weight", "plan", "attach"}
+GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "plan", "attach"}
 SERVICES = GRAFT | {
     "check",
     "witness",
@@ -52,10 +52,11 @@ LAYERS: dict[str, set[str]] = {
     "tensors": CORE,
     "undropped": set(),
     "bank": MECHANISM | {"undropped"},
-    "programs": MECHANISM,
-    "weight": MECHANISM | {"bank"},
+    "frozen": MECHANISM | {"tensors"},
+    "programs": MECHANISM | {"frozen", "tensors"},
+    "weight": MECHANISM | {"bank", "frozen"},
     "plan": MECHANISM | {"bank", "programs"},
-    "attach": MECHANISM | {"tensors", "bank", "programs", "weight", "plan"},
+    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
@@ -114,8 +115,8 @@ LAZY = {"cli", PACKAGE}
 """Layers that may import the package inside a function: the command line, to start quickly, and the front door, so that
 `import inarch` does not load the trainer."""
 
-SHARED_BY_METHODS = {"inarch.methods.method"}
-"""What the files of `methods/` may import from their own folder: what a method is."""
+SHARED_BY_METHODS = {"inarch.methods.method", "inarch.methods.low_rank"}
+"""What the files of `methods/` may import from their own folder: what a method is, and what several have in common."""
 
 COLLECT_METHODS = {"inarch.methods", "inarch.methods.registry"}
 """The files of `methods/` that gather the others and are no methods themselves."""

@@ -116,7 +116,7 @@ def test_a_merge_that_computes_something_else_is_undone(monkeypatch):
     adapters.merge("b")
     before = weights(model)
     adapters.activate("a")
-    monkeypatch.setattr("inarch.methods.lora.LoRA.fold", lambda _, weight, bias: (weight + 0.1, bias))
+    monkeypatch.setattr("inarch.methods.lora.LoRA.fold", lambda _, weight, bias, _base: (weight + 0.1, bias))
     with pytest.raises(inarch.SetupError, match=r"within 0.001 of the output; got a difference of .* for `a`"):
         adapters.merge("a")
     assert (adapters.merged, adapters.setup) == (("b",), "a")
@@ -292,8 +292,9 @@ def test_a_learned_bias_is_merged_where_the_projection_has_one():
     model, adapters = grafted("vit", a="lora[bias=True,init_weights=bert]")
     assert adapters.merge("a") < 1e-5
     adapters.unmerge()
+    adapters.add("gated", "lora[use_gating=True]")
     with pytest.raises(inarch.SetupError, match="knows `linear`, `negate_b`"):
-        adapters.average("b", ["a"], combine="svd")
+        adapters.average("b", ["gated"], combine="svd")
     model, adapters = grafted("llama", a="lora[bias=True,init_weights=bert]")
     before = weights(model)
     with pytest.raises(inarch.SetupError, match="got a projection without one at `layers.0.self_attn.q_proj.weight`"):

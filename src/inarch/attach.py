@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .bank import (
@@ -29,6 +29,7 @@ from .bank import (
 from .compose import Batch, Place, Setup, Watched, cuts_rows, fusions, leaves, names, sum_of_rows
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
+from .frozen import Base
 from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
 from .plan import sublayer_part
 from .programs import (
@@ -87,11 +88,15 @@ def slot_of(model: nn.Module, site: Site) -> SiteSlot:
     return found
 
 
-def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, Modules]:
-    """The modules of one adapter, by site key, on each site's device and dtype; not yet in the model."""
+def build(model: nn.Module, sites: Sites, config: AdapterConfig, *, started: bool = True) -> dict[str, Modules]:
+    """The modules of one adapter, by site key, on each site's device and dtype; not yet in the model.
+
+    `started=False` spares initial weights that are made of the base's, where others follow.
+    """
     built: dict[str, Modules] = {}
     for part in config.parts:
         method = method_of(part)
+        shared: dict[Any, Any] = {}
         for number, placement in enumerate(placements(part, sites)):
             slot_of(model, placement.site)  # raises where the model has lost the layer
             seed = getattr(part, "init_weights_seed", None)
@@ -102,7 +107,17 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig) -> dict[str, Mo
             device, dtype = _like(model, placement.site)
             place = built.setdefault(placement.site.key, Modules())
             place.put(module_key(method.name, placement), module.to(device, dtype))
+            module.share(shared)
+            if started and isinstance(module, LinearMethod) and module.starts_from_base(part):
+                projection = placement.site.projections[placement.role][placement.part]
+                module.start(base_of(model, placement.site, projection).read())
     return built
+
+
+def base_of(model: nn.Module, site: Site, projection: Projection) -> Base:
+    """What the base has for a projection of a site."""
+    path = site.absolute(projection.path)
+    return Base(model.get_submodule(path), projection, ".".join(part for part in (path, projection.weight) if part))
 
 
 def _like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
@@ -138,6 +153,15 @@ def stored(model: nn.Module, sites: Sites, name: str) -> dict[str, Modules]:
     """The modules of one adapter in the model, by site key."""
     found = {site.key: modules_at(slot_of(model, site), name) for site in sites}
     return {key: modules for key, modules in found.items() if modules is not None}
+
+
+def tensors_in(adapter: Mapping[str, Modules]) -> dict[str, Tensor]:
+    """Parameters and buffers of one adapter, by their key in an adapter file."""
+    return {
+        f"{site}.{key}": tensor
+        for site, modules in adapter.items()
+        for key, tensor in modules.state_dict(keep_vars=True).items()
+    }
 
 
 def store(model: nn.Module, sites: Sites, name: str, built: Mapping[str, Modules]) -> None:
@@ -312,7 +336,10 @@ def _arm_projections(
     cutter = Place(site.key, site.batch_dim, batch).cut
     for projection, modules in _adapted_projections(model, site, setup, configs):
         if not projection.weight:
-            on_input, on_output = input_program(setup, modules, cutter), linear_program(setup, modules, cutter)
+            on_input, on_output = (
+                input_program(setup, modules, cutter),
+                linear_program(setup, modules, cutter, base_of(model, site, projection)),
+            )
             roles.setdefault(projection.path, []).append(Role(on_input, on_output, projection.rows))
     handles = []
     for path, played in roles.items():
@@ -332,7 +359,9 @@ def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[
             if projection.weight:
                 path = site.absolute(projection.path)
                 _, program = programs.setdefault(model.get_submodule(path), (path, {}))
-                program.setdefault(projection.weight, []).append(WeightRole(projection, setup, modules))
+                program.setdefault(projection.weight, []).append(
+                    WeightRole(projection, setup, modules, base_of(model, site, projection))
+                )
     handles: list[Removable] = []
     for owner, (path, program) in programs.items():
         slot = WeightSlot(path, program)

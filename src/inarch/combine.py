@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .attach import build, methods_in, stored
+from .attach import build, methods_in, stored, tensors_in
 from .bank import Modules
 from .core.config import Config
 from .core.errors import SetupError, nearest
@@ -33,8 +33,8 @@ from .methods import AdapterConfig, LinearMethod, method_of
 Combination = Literal["linear", "negate_b", "cat", "svd", "ties", "dare"]
 
 _INITIAL = ("dropout", "init_weights", "init_weights_seed", "stochastic_depth")
-"""Settings that mean nothing for weights that are there."""
-_SCALES = ("r", "alpha", "rank_pattern", "alpha_pattern")
+"""Settings that mean nothing for weights that are there (but that of PiSSA)."""
+_SCALES = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """Settings that are in an update."""
 
 
@@ -120,9 +120,11 @@ def _combined_part(asked: Recipe, parts: Sequence[Config]) -> Config:
     ignored = {*_INITIAL, *(_SCALES if asked.sums_updates else ())}
     for name, part in zip(asked.names, parts, strict=True):
         other = part.to_dict()
-        different = {field for field in own if own[field] != other[field]} - ignored
+        different = {field for field in own if own[field] != other[field]}
+        is_split = "pissa" in (own.get("init_weights"), other.get("init_weights")) and not asked.sums_updates
+        different -= ignored - ({"init_weights"} if is_split else set())
         if different:
-            is_scale = different <= set(_SCALES)
+            is_scale = different <= {*_SCALES, "init_weights"}
             raise SetupError(
                 f"Adapters of one configuration are averaged; got `{asked.names[0]}` and `{name}`, which differ in "
                 f"{', '.join(f'`{field}`' for field in sorted(different))}. "
@@ -138,15 +140,39 @@ def _combined_part(asked: Recipe, parts: Sequence[Config]) -> Config:
     if not asked.sums_updates or "r" not in own:
         return first
     values = [part.to_dict() for part in parts]
-    ranks = [max(value["r"], *value["rank_pattern"].values(), 1) for value in values]
+    ranks = [
+        max(value["r"], *value["rank_pattern"].values(), 1) * (2 if value["init_weights"] == "pissa" else 1)
+        for value in values
+    ]
     rank = sum(ranks) if asked.combine == "cat" else asked.rank or max(ranks)
-    return first.replace(r=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, dropout=0.0)
+    plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_weights": "lora", "dropout": 0.0}
+    return first.replace(r=rank, alpha=float(rank), **plain)
+
+
+@torch.no_grad()
+def take_frozen(asked: Recipe, sources: Sequence[Mapping[str, Tensor]], target: Mapping[str, Tensor]) -> None:
+    """Give the result what its adapters keep frozen. Raises `SetupError` where that is not the same in all of them.
+
+    Arguments: tensors by their key in an adapter file.
+    """
+    for key, tensor in target.items():
+        if isinstance(tensor, nn.Parameter):
+            continue
+        for name, source in zip(asked.names, sources, strict=True):
+            if not torch.equal(source[key], sources[0][key]):
+                raise SetupError(
+                    f"Adapters are averaged that keep the same values frozen; got `{asked.names[0]}` and `{name}`, "
+                    f"which differ in `{key}`. Sum their updates, with `svd` or `cat`, where the method has them, or "
+                    "train them from one `init_weights_seed`."
+                )
+        tensor.copy_(sources[0][key])
 
 
 def average(model: nn.Module, sites: Sites, asked: Recipe, config: AdapterConfig) -> tuple[dict[str, Modules], float]:
     """The modules of the result by site key, not yet in the model, and how far its updates are from those meant."""
-    built = build(model, sites, config)
+    built = build(model, sites, config, started=False)
     sources = [stored(model, sites, name) for name in asked.names]
+    take_frozen(asked, [tensors_in(source) for source in sources], tensors_in(built))
     generator = torch.Generator().manual_seed(asked.seed)
     farthest = 0.0
     for place, modules in built.items():
@@ -168,16 +194,28 @@ def combine(asked: Recipe, sources: Sequence[nn.Module], target: nn.Module, gene
         assert isinstance(target, LinearMethod)
         meant = _RULES[asked.combine](asked, updates, generator)
         target.put_update(meant)
+        _combine_additive(asked, sources, target, generator)
         return _distance(target, meant)
     if asked.combine == "cat":
         assert isinstance(target, LinearMethod)
         target.put_side_by_side(sources, asked.weights)
+        _combine_additive(asked, sources, target, generator)
     else:
         for name, parameter in target.named_parameters():
             is_signless = asked.combine == "negate_b" and name in getattr(target, "signless", ())
             weights = [abs(weight) if is_signless else weight for weight in asked.weights]
             parameter.copy_(_weighted([source.get_parameter(name) for source in sources], weights))
     return _distance(target, _sum(asked, updates, generator)) if updates else 0.0
+
+
+def _combine_additive(
+    asked: Recipe, sources: Sequence[nn.Module], target: LinearMethod, generator: torch.Generator
+) -> None:
+    """Parameters that are updates themselves, by the rule of updates."""
+    for name, parameter in target.named_parameters():
+        if name in target.additive:
+            rule = _RULES.get(asked.combine, _sum)
+            parameter.copy_(rule(asked, [source.get_parameter(name) for source in sources], generator))
 
 
 def _distance(target: nn.Module, meant: Tensor) -> float:

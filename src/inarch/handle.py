@@ -27,6 +27,7 @@ from .attach import (
     graft,
     store,
     stored,
+    tensors_in,
     ungraft,
 )
 from .bank import Modules, SiteSlot
@@ -226,6 +227,12 @@ class Adapters:
             for key, parameter in modules.named_parameters()
         }
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All that an adapter file holds of one adapter: its parameters, and what it keeps frozen, such as the random
+        matrices of VeRA."""
+        self._require(name)
+        return tensors_in(stored(self.model, self.sites, name))
+
     def head(self, name: str) -> dict[str, Tensor]:
         """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
         self._require(name)
@@ -298,14 +305,14 @@ class Adapters:
         with ExitStack() as trial:
             try:
                 name = trial.enter_context(self._on_trial(found.config))
-                state.check_tensors(found.tensors, self[name], str(folder))
+                state.check_tensors(found.tensors, self.tensors(name), str(folder))
             except (ConfigError, StateError):
                 if not found.difference:
                     raise
                 words = f"{found.difference[0].upper()}{found.difference[1:]}"
                 raise StateError(f"{words}, at `{folder}`. Check it on the base that it was trained on.") from None
-            for key, parameter in self[name].items():
-                copy_into(parameter, found.tensors[key])
+            for key, tensor in self.tensors(name).items():
+                copy_into(tensor, found.tensors[key])
             return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data, stored=known)
 
     @contextmanager
@@ -691,7 +698,7 @@ class Adapters:
         adapter = saving.Adapter(
             name=name,
             config=self._configs[name],
-            tensors=dict(self[name]),
+            tensors=self.tensors(name),
             head=self._heads[name] if head else (),
             head_tensors=self._heads.of(name) if head else {},
         )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import convert, state
-from .attach import build
+from .attach import build, tensors_in
 from .bank import Modules
 from .core.errors import StateError, nearest_place
 from .core.records import RECORD as RUN
@@ -225,16 +225,12 @@ def built(found: Found, model: nn.Module, sites: Sites, heads: Mapping[str, Tens
     `heads` are the tensors of its task head in the model. Raises `StateError` for anything missing, unexpected or of
     another shape.
     """
-    modules_by_site = build(model, sites, found.config)
-    wanted = {
-        f"{site}.{key}": parameter
-        for site, modules in modules_by_site.items()
-        for key, parameter in modules.named_parameters()
-    }
+    modules_by_site = build(model, sites, found.config, started=False)
+    wanted = tensors_in(modules_by_site)
     state.check_tensors(found.tensors, {**wanted, **heads}, str(found.folder))
-    for key, parameter in wanted.items():
-        copy_into(parameter, found.tensors[key])
-        parameter.requires_grad_(False)
+    for key, tensor in wanted.items():
+        copy_into(tensor, found.tensors[key])
+        tensor.requires_grad_(False)
     return modules_by_site
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .attach import slot_of, stored
+from .attach import base_of, slot_of, stored
 from .bank import module_key
 from .check import difference, run_of
 from .core.errors import SetupError
 from .core.site import Projection, Sites
-from .methods import AdapterConfig, LinearMethod, Placement, method_of, placements
+from .frozen import Base
+from .methods import AdapterConfig, Frozen, LinearMethod, Placement, method_of, placements
 from .sites import Inputs
 from .tensors import is_quantised, is_sharded
 
@@ -123,7 +124,7 @@ def check_agreement(name: str, found: float, allowed: float) -> None:
 def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merged: Merged) -> None:
     """Write an adapter into the weights. Raises `SetupError` for weights that cannot be overwritten; then none is."""
     found = list(_projections(model, sites, name, config))
-    for place, parameter, bias, _, module in found:
+    for place, parameter, bias, _, module, _ in found:
         if bias is None and getattr(module, "bias", None) is not None:
             raise SetupError(
                 "An adapter's bias is merged into that of its projection; got a projection without one at "
@@ -136,11 +137,14 @@ def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merge
                 "Keep the adapter active instead, or load the base in full precision."
             )
     with torch.no_grad():
-        for _, parameter, bias, projection, module in found:
+        # Before anything is written: an adapter of several methods is one of the frozen base.
+        frozen = [base.read() if module.reads_base else None for *_, module, base in found]
+        frozen = [None if one is None else Frozen(one.weight.clone(), None) for one in frozen]
+        for (_, parameter, bias, projection, module, _), base in zip(found, frozen, strict=True):
             merged.keep(parameter)
             weight = parameter.mT if projection.transposed else parameter
             rows = _indices(projection, parameter.device)
-            new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows])
+            new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows], base)
             weight[rows] = new.to(weight.dtype)
             if bias is not None and new_bias is not None:
                 merged.keep(bias)
@@ -149,7 +153,7 @@ def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merge
 
 def _projections(
     model: nn.Module, sites: Sites, name: str, config: AdapterConfig
-) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None, Projection, LinearMethod]]:
+) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None, Projection, LinearMethod, Base]]:
     """Every projection of an adapter: its place, weight and bias, what is known of it, and the adapter's module."""
     for part in config.parts:
         method = method_of(part)
@@ -161,7 +165,7 @@ def _projections(
             weight = model.get_parameter(f"{path}.{weight_name}")
             # A module that applies its weight itself keeps no bias that a method could change.
             bias = None if projection.weight else getattr(model.get_submodule(path), "bias", None)
-            yield f"{path}.{weight_name}", weight, bias, projection, module
+            yield f"{path}.{weight_name}", weight, bias, projection, module, base_of(model, placement.site, projection)
 
 
 def _module(model: nn.Module, name: str, method: str, placement: Placement) -> LinearMethod:

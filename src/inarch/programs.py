@@ -15,6 +15,7 @@ from .core.errors import SetupError, SiteError
 from .core.program import Program, Recorder, Register, apply, apply_all
 from .core.site import Site, Sites, Tap
 from .core.wiring import Carry, Circuit, Settled, V, settle
+from .frozen import Base, OnBase
 from .methods import LinearMethod, SublayerMethod, method_of
 
 
@@ -265,11 +266,13 @@ def input_program(setup: Setup, modules: Mapping[str, list[LinearMethod]], cutte
     return recorder.program(run(setup, flow, _InputStep(recorder, modules), cutter).value)
 
 
-def linear_program(setup: Setup, modules: Mapping[str, list[LinearMethod]], cutter: Cutter = uncut) -> Program:
+def linear_program(
+    setup: Setup, modules: Mapping[str, list[LinearMethod]], cutter: Cutter = uncut, base: Base | None = None
+) -> Program:
     """What the linear methods of a setup make of a projection's output, as a program of its input and output."""
     recorder = Recorder(2)
     flow = _LinearFlow(*recorder.arguments)
-    return recorder.program(run(setup, flow, _LinearStep(recorder, modules), cutter).value)
+    return recorder.program(run(setup, flow, _LinearStep(recorder, modules, base), cutter).value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,9 +362,11 @@ class _LinearStep:
 
     recorder: Recorder
     modules: Mapping[str, list[LinearMethod]]
+    base: Base | None
 
     def __call__(self, name: str, flow: _LinearFlow) -> _LinearFlow:
         value = flow.value
         for module in self.modules.get(name, ()):
-            value = self.recorder.call(module, flow.inputs, value)
+            reads = module.reads_base and self.base is not None
+            value = self.recorder.call(OnBase(module, self.base) if reads else module, flow.inputs, value)  # type: ignore[arg-type]
         return replace(flow, value=value)

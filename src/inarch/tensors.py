@@ -37,6 +37,14 @@ def copy_into(target: Tensor, values: Tensor) -> None:
         target.copy_(values)
 
 
+def kept_elsewhere(module: nn.Module, name: str) -> Tensor | None:
+    """The values of a weight that accelerate keeps elsewhere between forwards; None for one without its hook."""
+    hook = getattr(module, "_hf_hook", None)
+    maps = [getattr(part, "weights_map", None) for part in getattr(hook, "hooks", (hook,))]
+    found = next((weights[name] for weights in maps if weights is not None and name in weights), None)
+    return None if found is None else torch.as_tensor(found)
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate runs a module whose weights it keeps elsewhere; None for one without its hook."""
     hook = getattr(module, "_hf_hook", None)

@@ -19,7 +19,8 @@ from .bank import refuse_replica
 from .compose import Cut, Fuse, Setup, run, uncut
 from .core.errors import SiteError
 from .core.site import Projection
-from .methods import LinearMethod
+from .frozen import Base
+from .methods import Frozen, LinearMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,16 @@ class WeightRole:
     projection: Projection
     setup: Setup
     modules: Mapping[str, list[LinearMethod]]
+    base: Base
 
     def apply(self, weight: Tensor) -> Tensor:
         """The parameter with the role's features changed: (out, in), or (in, out) where it is stored so."""
         dim, rows = (-1 if self.projection.transposed else -2), self.projection.rows
         part = weight if rows is None else torch.cat([weight.narrow(dim, a, b - a) for a, b in rows], dim)
         part = part.mT if self.projection.transposed else part
-        part = run(self.setup, _WeightState(part), _WeightStep(self.modules), uncut).weight
+        reads = any(module.reads_base for modules in self.modules.values() for module in modules)
+        step = _WeightStep(self.modules, self.base.read() if reads else None)
+        part = run(self.setup, _WeightState(part), step, uncut).weight
         part = part.mT if self.projection.transposed else part
         if rows is None:
             return part
@@ -52,11 +56,12 @@ class _WeightStep:
     """One adapter of a setup, on the weight the ones before it made."""
 
     modules: Mapping[str, list[LinearMethod]]
+    base: Frozen | None
 
     def __call__(self, name: str, state: "_WeightState") -> "_WeightState":
         weight = state.weight
         for module in self.modules.get(name, ()):
-            weight = module.effective(weight)
+            weight = module.effective(weight, self.base)
         return _WeightState(weight)
 
 

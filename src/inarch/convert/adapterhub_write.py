@@ -24,7 +24,10 @@ from .adapterhub_names import TOWERS, Place
 from .adapterhub_sites import Stack, Stacks, known_towers, match_stacks
 
 VERSION = "adapters.1.3.0"
-_OURS = {"leave_out_roles", "leave_out_projections", "circuits", "rank_pattern", "alpha_pattern", "bias", "gate_lora"}
+_OURS = {
+    *("leave_out_roles", "leave_out_projections", "circuits", "rank_pattern", "alpha_pattern", "bias", "gate_lora"),
+    "use_rslora",
+}
 """Fields that the library does not have."""
 _LEAVES = {"up": "adapter_up", "norm_after": "adapter_norm_after", "gate": "gate", "scale": "scaling"}
 
@@ -39,6 +42,8 @@ def write_adapterhub(
     part = config.parts[0]
     if len(config.parts) > 1 or not isinstance(part, BottleneckConfig | LoRAConfig):
         raise _refusal(name, f"the methods `{'`, `'.join(method_of(one).name for one in config.parts)}`")
+    if isinstance(part, LoRAConfig) and part.init_weights == "pissa":
+        raise _refusal(name, "`init_weights='pissa'`, whose frozen factors have no place there,")
     if sites.model_type not in TOWERS:
         raise _refusal(name, f"the model type `{sites.model_type}`, whose modules have no names there,")
     stacks = match_stacks(known_towers(sites.model_type, name), sites, name)

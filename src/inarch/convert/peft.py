@@ -291,7 +291,7 @@ def _lora(
         rank, alpha = _rank_and_alpha(source, path, parts)
         learned = biases.get(path, torch.zeros(len(parts["B"]), dtype=parts["B"].dtype))
         if "bias" in parts:
-            learned = learned + parts["bias"] * (alpha / rank)
+            learned = learned + parts["bias"] * _scale(source, rank, alpha)
         for placement in places[path]:
             values.append((placement, rank, alpha))
             key = f"{placement.site.key}.{module_key(LoRA.name, placement)}"
@@ -325,9 +325,10 @@ def _merge_outside(source: _Source, maps: Mapping[str, Mapping[str, Tensor]], he
             continue
         rank, alpha = _rank_and_alpha(source, path, parts)
         tensors = {leaf: tensor.detach().clone() for leaf, tensor in module.state_dict().items()}
-        tensors["weight"] += (parts["B"] @ parts["A"] * (alpha / rank)).to(weight)
+        scale = _scale(source, rank, alpha)
+        tensors["weight"] += (parts["B"] @ parts["A"] * scale).to(weight)
         if "bias" in parts:
-            tensors["bias"] += (parts["bias"] * (alpha / rank)).to(weight)
+            tensors["bias"] += (parts["bias"] * scale).to(weight)
         heads[own] = Head(path, tensors)
         found.add(path)
     return found
@@ -339,7 +340,7 @@ def _plain(path: str) -> str:
 
 
 def _rank_and_alpha(source: _Source, path: str, parts: Mapping[str, Tensor]) -> tuple[int, float]:
-    """The rank of one update, and the alpha with which alpha / rank is its scale."""
+    """The rank of one update, and its alpha."""
     missing = next((side for side in ("A", "B") if side not in parts), None)
     if missing is not None or parts["A"].dim() != 2 or parts["B"].dim() != 2:
         got = f"no `lora_{missing}`" if missing is not None else f"tensors of {parts['A'].dim()} dimensions"
@@ -349,7 +350,12 @@ def _rank_and_alpha(source: _Source, path: str, parts: Mapping[str, Tensor]) -> 
         )
     record, rank = source.record, len(parts["A"])
     alpha = float(_by_pattern(record.get("alpha_pattern"), path, record.get("lora_alpha", 8)))
-    return rank, alpha * math.sqrt(rank) if record.get("use_rslora") else alpha
+    return rank, alpha
+
+
+def _scale(source: _Source, rank: int, alpha: float) -> float:
+    """What an update is multiplied by."""
+    return alpha / (math.sqrt(rank) if source.record.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
@@ -396,6 +402,7 @@ def _lora_config(
         **flags,
         r=r,
         alpha=alpha,
+        use_rslora=bool(source.record.get("use_rslora")),
         rank_pattern=_patterns([(place.projection_key, rank) for place, rank, _ in values], r),
         alpha_pattern=_patterns([(place.projection_key, value) for place, _, value in values], alpha),
         bias=with_bias,

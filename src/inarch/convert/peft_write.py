@@ -34,7 +34,7 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class _Map:
-    """The update of one module, as PEFT has it: alpha / rank is its scale."""
+    """The update of one module, as PEFT has it: alpha / rank, or alpha / sqrt(rank), is its scale."""
 
     a: Tensor
     b: Tensor
@@ -63,7 +63,8 @@ def write_peft(
     Raises `StateError` for what PEFT does not have.
     """
     part = _only_lora(name, config)
-    maps = {path: _joined(updates) for path, updates in _updates(name, part, tensors, sites).items()}
+    power = 0.5 if part.use_rslora else 1.0
+    maps = {path: _joined(updates, power) for path, updates in _updates(name, part, tensors, sites).items()}
     rank = Counter(found.rank for found in maps.values()).most_common(1)[0][0]
     alpha = Counter(found.alpha for found in maps.values()).most_common(1)[0][0]
     written: dict[str, Tensor] = {}
@@ -92,6 +93,7 @@ def write_peft(
         "lora_dropout": part.dropout,
         "lora_bias": part.bias,
         "bias": "none",
+        "use_rslora": part.use_rslora,
         "fan_in_fan_out": all(transposed),
         "target_modules": _targets(list(maps), model),
         "modules_to_save": list(head) or None,
@@ -128,8 +130,7 @@ def _updates(name: str, part: LoRAConfig, tensors: Mapping[str, Tensor], sites: 
         found[module_path(site, projection)].append(
             _Update(
                 placement,
-                tensors[f"{key}.A"].detach(),
-                tensors[f"{key}.B"].detach(),
+                *_factors(key, tensors),
                 part.scale(placement),
                 None if bias is None else bias.detach(),
             )
@@ -137,8 +138,16 @@ def _updates(name: str, part: LoRAConfig, tensors: Mapping[str, Tensor], sites: 
     return found
 
 
-def _joined(updates: Sequence[_Update]) -> _Map:
-    """One update of a module out of those of its roles."""
+def _factors(key: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B; those of PiSSA as an update of twice the rank, beside the base as it is."""
+    a, b = tensors[f"{key}.A"].detach(), tensors[f"{key}.B"].detach()
+    if f"{key}.A0" not in tensors:
+        return a, b
+    return torch.cat([a, tensors[f"{key}.A0"]]), torch.cat([b, -tensors[f"{key}.B0"]], dim=1)
+
+
+def _joined(updates: Sequence[_Update], power: float) -> _Map:
+    """One update of a module out of those of its roles; the scale is alpha / rank to that power."""
     first = updates[0]
     scale = first.scale
     same = all(other.scale == scale and torch.equal(other.a, first.a) for other in updates)
@@ -158,7 +167,7 @@ def _joined(updates: Sequence[_Update]) -> _Map:
             row += stop - start
         column += 0 if same else len(update.a)
     a = first.a if same else torch.cat([update.a for update in updates])
-    return _Map(a, b, scale * rank, bias)
+    return _Map(a, b, scale * rank**power, bias)
 
 
 def _targets(paths: list[str], model: nn.Module) -> list[str]:

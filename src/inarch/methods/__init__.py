@@ -1,6 +1,7 @@
 """The adapter methods: one file each."""
 
 from .method import AbstractMethod as AbstractMethod
+from .method import Frozen as Frozen
 from .method import LinearMethod as LinearMethod
 from .method import Placement as Placement
 from .method import SublayerMethod as SublayerMethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import LinearMethod, Placement, projection_placements, sequence_gate
+from .method import Frozen, LinearMethod, Placement, projection_placements, sequence_gate
 
 
 @config_class
@@ -130,7 +130,7 @@ class IA3(LinearMethod):
     def prepare(self, inputs: Tensor) -> Tensor:
         return inputs if self.input_scale is None else self._scaled(inputs, self.input_scale, inputs)
 
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, base: Frozen | None = None) -> Tensor:
         """(..., in), (..., rows) -> (..., rows)."""
         return output if self.scale is None else self._scaled(output, self.scale, inputs)
 
@@ -145,7 +145,7 @@ class IA3(LinearMethod):
     def obstacle_to_merge(cls, config: IA3Config) -> str:
         return "`use_gating=True`, which reads the input," if config.use_gating else ""
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, weight: Tensor, bias: Tensor | None, base: Frozen | None = None) -> tuple[Tensor, Tensor | None]:
         if self.input_scale is not None:
             weight = weight * (self.input_scale * self.alpha)
         if self.scale is None:

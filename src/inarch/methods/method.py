@@ -54,8 +54,16 @@ class Branch(Protocol[V]):
     def norm_branch(self, w: V) -> V: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What the base has for one role of a projection, as plain tensors: `weight` (rows, in) and `bias` (rows,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class AbstractMethod(nn.Module, ABC):
-    """The common part of both ports.
+    """The common part of all ports.
 
     A method is made as `Method(config, placement, layer, generator)`: one module for one placement, where `layer`
     is the layer's number through all stacks and `generator` draws the initial weights (None: the global one).
@@ -101,6 +109,9 @@ class AbstractMethod(nn.Module, ABC):
             return "A weight is one for all rows of a batch"
         return ""
 
+    def share(self, known: dict[Any, Any]) -> None:
+        """Take what all modules of one adapter share from `known`, or put it there: see `Shared`."""
+
     def penalty(self) -> Tensor | None:
         """What is to be added to the loss while the module is trained; None for nothing."""
         return None
@@ -141,12 +152,30 @@ class LinearMethod(AbstractMethod):
     changes_input: bool = False
     """Whether `prepare` does anything."""
 
+    reads_base: ClassVar[bool] = False
+    """Whether `forward`, `effective` and `fold` are given what the base has; others get None."""
+
+    signless: ClassVar[frozenset[str]] = frozenset()
+    """The parameters that a negation leaves as they are."""
+
+    additive: ClassVar[frozenset[str]] = frozenset()
+    """The parameters that are updates themselves, such as a bias that is added to the base's."""
+
+    @classmethod
+    def starts_from_base(cls, config: Any) -> bool:  # noqa: ARG003  overriding methods read it
+        """Whether the initial weights are made of the base's, by `start`."""
+        return False
+
+    def start(self, base: Frozen) -> None:
+        """Take the initial weights from the base."""
+        raise TypeError(f"`{self.name}` does not start from the base")
+
     def prepare(self, inputs: Tensor) -> Tensor:
         """What a projection gets for its input (..., in)."""
         return inputs
 
     @abstractmethod
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, base: Frozen | None = None) -> Tensor:
         """The new output (..., rows) of a projection, from its input (..., in) and its output (..., rows)."""
 
     @classmethod
@@ -164,13 +193,14 @@ class LinearMethod(AbstractMethod):
         """What of a configuration needs the input or the output of a projection; empty if `effective` does it all."""
         return f"the method `{cls.name}`"
 
-    def effective(self, weight: Tensor) -> Tensor:
-        """The new weight (rows, in) of a projection that a module applies itself, from its frozen one."""
+    def effective(self, weight: Tensor, base: Frozen | None = None) -> Tensor:
+        """The new weight (rows, in) of a projection that a module applies itself, from the one that adapters before
+        made of the frozen one."""
         raise TypeError(f"`{self.name}` has an obstacle on weights")
 
     # What is asked where adapters are merged into the base, or combined
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, weight: Tensor, bias: Tensor | None, base: Frozen | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight (rows, in) and bias (rows,) of the projection with the adapter in them."""
         raise TypeError(f"`{self.name}` has an obstacle to merging")
 

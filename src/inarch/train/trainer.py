@@ -240,7 +240,7 @@ class AdapterTrainer(Trainer):
                 raise StateError(
                     f"{difference[0].upper()}{difference[1:]}, at `{stored.folder}`. Load the base it was trained on."
                 )
-            _copy(stored.tensors, {**handle[name], **handle.head(name)}, str(stored.folder))
+            _copy(stored.tensors, {**handle.tensors(name), **handle.head(name)}, str(stored.folder))
         others = self._others(handle)
         if others:
             _copy(state.read_tensors(folder / resume.TRAINABLE), others, str(folder / resume.TRAINABLE))

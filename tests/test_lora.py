@@ -1,0 +1,194 @@
+"""rsLoRA and PiSSA against their formulas in float64, on every port, and through merging, averages and files."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import inarch
+from inarch.testing import tiny, tiny_inputs
+
+EVERY = "attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True"
+
+
+def grafted(name, **configs):
+    """A tiny model in float64 with adapters moved off their initial weights."""
+    model = tiny(name).double()
+    adapters = inarch.attach(model)
+    for key, config in configs.items():
+        adapters.add(key, config)
+        awake(adapters, key)
+    return model, adapters
+
+
+def awake(adapters, name):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters[name].values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+
+
+@torch.no_grad()
+def output(model, name):
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(name).items()}
+    return model(**inputs).last_hidden_state
+
+
+def rows_of(model, site, projection):
+    """The weight (rows, in) of a projection, as a view or a copy, and how to write it back."""
+    weight = model.get_submodule(site.absolute(projection.path)).get_parameter(projection.weight or "weight")
+    view = weight.mT if projection.transposed else weight
+    rows = projection.rows or ((0, projection.out_features),)
+    return view, torch.cat([torch.arange(*pair) for pair in rows])
+
+
+def by_hand(model, adapters, method, change):
+    """A copy of the base with `change(weight, tensors, role)` in the place of every adapted weight."""
+    twin = copy.deepcopy(model)
+    inarch.attach(twin).detach()
+    found: dict = {}
+    for key, tensor in adapters.tensors("a").items():
+        place, _, rest = key.partition(f".{method}.")
+        role, _, leaf = rest.partition(".")
+        found.setdefault((place, role), {})[leaf] = tensor.detach()
+    with torch.no_grad():
+        for (place, role), tensors in found.items():
+            site = adapters.sites[place]
+            view, rows = rows_of(twin, site, site.projections[role][0])
+            view[rows] = change(view[rows], tensors, role)
+    return twin
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_rslora_is_scaled_by_the_root_of_its_rank(name):
+    """Kalajdzievski 2023, theorem 3.2: alpha / sqrt(r), of each rank."""
+    config = f"lora[r=3,alpha=5,use_rslora=True,{EVERY},rank_pattern={{'*.q':7}},alpha_pattern={{'*.v':2}}]"
+    model, adapters = grafted(name, a=config)
+    adapters.activate("a")
+    found = output(model, name)
+    scales = {key.split(".")[4]: 5 / math.sqrt(3) for key in adapters["a"]} | {
+        "q": 5 / math.sqrt(7),
+        "v": 2 / math.sqrt(3),
+    }
+    for role, scale in scales.items():
+        module = next(m for key, m in model.named_modules() if key.endswith(f".a.lora.{role}"))
+        assert module.scaling == pytest.approx(scale)
+    twin = by_hand(model, adapters, "lora", lambda w, t, role: w + scales[role] * t["B"] @ t["A"])
+    assert torch.allclose(output(twin, name), found, atol=1e-10)
+    assert adapters.merge("a") < 1e-9
+    assert torch.allclose(output(model, name), found, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_pissa_starts_at_the_base_and_trains_its_principal_part(name, tmp_path):
+    """Meng et al. 2024, section 3: A = S_r^1/2 V_r^T, B = U_r S_r^1/2, beside the residual."""
+    model = tiny(name).double()
+    base = output(model, name)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    adapters = inarch.attach(model)
+    adapters.add("a", f"lora[r=3,alpha=6,init_weights=pissa,{EVERY}]")
+    adapters.activate("a")
+    assert torch.equal(output(model, name), base)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    start = {key: tensor.detach().clone() for key, tensor in adapters.tensors("a").items()}
+    for key in [key for key in start if key.endswith(".A")]:
+        site = adapters.sites[key.split(".lora.")[0]]
+        view, rows = rows_of(model, site, site.projections[key.split(".")[-2]][0])
+        u, s, vh = torch.linalg.svd(view[rows].detach(), full_matrices=False)
+        A, B = start[key], start[f"{key[:-1]}B"]
+        assert torch.allclose(2 * B @ A, u[:, :3] @ s[:3].diag() @ vh[:3], atol=1e-10)
+        assert torch.allclose(A @ A.T, (s[:3] / 2).diag(), atol=1e-10)  # half of each singular value in each factor
+        assert torch.equal(start[f"{key}0"], A)
+    awake(adapters, "a")
+    found = output(model, name)
+    assert all(torch.equal(t, start[k]) for k, t in adapters.tensors("a").items() if k.endswith("0"))
+
+    def residual(weight, t, _role):
+        return (weight - 2 * t["B0"] @ t["A0"]) + 2 * t["B"] @ t["A"]
+
+    assert torch.allclose(output(by_hand(model, adapters, "lora", residual), name), found, atol=1e-10)
+    adapters.save("a", tmp_path / "a")
+    adapters.deactivate()
+    adapters.load(tmp_path / "a", name="b")
+    adapters.activate("b")
+    assert torch.equal(output(model, name), found)
+    assert adapters.merge("a") < 1e-9
+    assert torch.allclose(output(model, name), found, atol=1e-10)
+    adapters.unmerge()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+def test_only_the_trained_factors_of_pissa_are_parameters():
+    model, adapters = grafted("vit", a="lora[r=2,init_weights=pissa]")
+    adapters.train("a")
+    assert {key.rpartition(".")[2] for key in adapters["a"]} == {"A", "B"}
+    assert {key.rpartition(".")[2] for key in adapters.tensors("a")} == {"A", "B", "A0", "B0"}
+    assert not any(tensor.requires_grad for key, tensor in adapters.tensors("a").items() if key.endswith("0"))
+    assert model.state_dict().keys() >= {key for key, _ in model.named_buffers() if key.endswith("A0")}
+
+
+def test_pissa_reads_a_weight_that_its_module_applies_itself():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).double().eval()
+    x = torch.randn(2, 5, 16).double()
+    base = model(x)
+    adapters = inarch.attach(model, example_inputs=x)
+    adapters.add("a", f"lora[r=3,init_weights=pissa,{EVERY}]")
+    adapters.activate("a")
+    assert torch.allclose(model(x), base, atol=1e-12)
+    q = adapters["a"]["data0.0.self_attention.lora.q.A"]
+    weight = model.layers[0].self_attn._parameters["in_proj_weight"][:16]
+    s = torch.linalg.svdvals(weight.detach())[:3]
+    assert torch.allclose((q @ q.T).diagonal(), s * 3 / 8, atol=1e-10)
+
+
+def test_gates_and_pissa_exclude_each_other():
+    with pytest.raises(inarch.ConfigError, match="PiSSA splits the base by a fixed scale; got .*`use_gating=True`"):
+        inarch.attach(tiny("vit")).add("a", "lora[init_weights=pissa,use_gating=True]")
+
+
+def updates(adapters, name, scale):
+    tensors = adapters.tensors(name)
+    found = {}
+    for key in [key for key in tensors if key.endswith(".A")]:
+        product = tensors[f"{key[:-1]}B"] @ tensors[key]
+        if f"{key}0" in tensors:
+            product = product - tensors[f"{key[:-1]}B0"] @ tensors[f"{key}0"]
+        found[key] = (scale * product).detach()
+    return found
+
+
+@pytest.mark.parametrize(("combine", "options"), [("cat", {}), ("svd", {"rank": 32})])
+def test_sums_of_updates_know_scales_splits_and_biases(combine, options):
+    """What PEFT's `add_weighted_adapter` gets wrong: alpha / sqrt(r), learned biases, other starts."""
+    model, adapters = grafted(
+        "vit",
+        a="lora[r=4,alpha=6,use_rslora=True,bias=True]",
+        b="lora[r=2,alpha=3,init_weights=pissa,bias=True]",
+    )
+    assert adapters.average("m", ["a", "b"], [1, 3], combine=combine, **options) < 1e-8
+    a, b, m = updates(adapters, "a", 3), updates(adapters, "b", 1.5), updates(adapters, "m", 1)
+    assert all(torch.allclose(m[key], 0.25 * a[key] + 0.75 * b[key], atol=1e-8) for key in a)
+    for key in [key for key in adapters["m"] if key.endswith("bias")]:
+        assert torch.allclose(adapters["m"][key], 0.25 * adapters["a"][key] + 0.75 * adapters["b"][key])
+    adapters.activate("m")
+    outputs = output(model, "vit")
+    adapters.merge("m")
+    assert torch.allclose(output(model, "vit"), outputs, atol=1e-10)
+
+
+def test_linear_averages_of_other_starts_and_scales_are_refused():
+    _, adapters = grafted("vit", a="lora[init_weights=pissa]", b="lora", c="lora[use_rslora=True]")
+    with pytest.raises(inarch.SetupError, match="differ in `init_weights`. Sum their updates, with `svd`"):
+        adapters.average("m", ["a", "b"])
+    with pytest.raises(inarch.SetupError, match="differ in `use_rslora`. Sum their updates, with `svd`"):
+        adapters.average("m", ["b", "c"])
+    adapters.add("d", "lora[init_weights=pissa]")
+    adapters.average("m", ["a", "d"])
+    with torch.no_grad():
+        next(t for k, t in adapters.tensors("d").items() if k.endswith("A0")).add_(1)
+    with pytest.raises(
+        inarch.SetupError, match=r"keep the same values frozen; got `a` and `d`, which differ in `.*A0`"
+    ):
+        adapters.average("m", ["a", "d"], overwrite=True)
