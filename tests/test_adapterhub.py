@@ -596,7 +596,7 @@ def test_layers_in_groups_are_told_apart(tmp_path):
     ("case", "edit", "message"),
     [
         ("bn_leave_out", settings(phm_layer=True), r"Compacter \(`phm_layer=True`\)"),
-        ("bn_leave_out", settings(inv_adapter="nice"), r"an invertible adapter \(`inv_adapter='nice'`\)"),
+        ("bn_leave_out", settings(inv_adapter="glow"), r"a coupling .* cannot run \(`inv_adapter=.glow.`\)"),
         ("lora_gate", settings(use_dora=True), r"DoRA \(`use_dora=True`\)"),
         ("lora_gate", settings(composition_mode="mean"), r"another composition \(`composition_mode='mean'`\)"),
         ("lora_gate", settings(vera_d=0.1), r"VeRA \(`vera_d=0.1`\)"),

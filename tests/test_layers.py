@@ -20,7 +20,7 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "plan", "attach"}
+GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "plan", "attach"}
 SERVICES = GRAFT | {
     "check",
     "witness",
@@ -55,8 +55,9 @@ LAYERS: dict[str, set[str]] = {
     "frozen": MECHANISM | {"tensors"},
     "programs": MECHANISM | {"frozen", "tensors"},
     "weight": MECHANISM | {"bank", "frozen"},
+    "inputs": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank", "programs"},
-    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "plan"},
+    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
@@ -115,7 +116,7 @@ LAZY = {"cli", PACKAGE}
 """Layers that may import the package inside a function: the command line, to start quickly, and the front door, so that
 `import inarch` does not load the trainer."""
 
-SHARED_BY_METHODS = {"inarch.methods.method", "inarch.methods.low_rank"}
+SHARED_BY_METHODS = {"inarch.methods.method", "inarch.methods.low_rank", "inarch.methods.ports_input"}
 """What the files of `methods/` may import from their own folder: what a method is, and what several have in common."""
 
 COLLECT_METHODS = {"inarch.methods", "inarch.methods.registry"}

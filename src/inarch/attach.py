@@ -30,7 +30,8 @@ from .compose import Batch, Place, Setup, Watched, cuts_rows, fusions, leaves, n
 from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .frozen import Base
-from .methods import AdapterConfig, LinearMethod, layer_number, method_of, placements
+from .inputs import Armed, arm_inputs
+from .methods import AdapterConfig, InputMethod, LinearMethod, layer_number, method_of, placements
 from .plan import sublayer_part
 from .programs import (
     WiredAdapter,
@@ -208,6 +209,7 @@ def arm(
     # After the projections': where both hook one module, the projection is part of the branch.
     for site in sites:
         handles += _arm_sum(model, site, sites, setup, configs, batch=batch)
+    handles += arm_inputs(model, sites, setup, _input_modules(model, sites, setup, configs), batch)
     if cuts_rows(setup):
         handles.append(Watched(batch, model))
     handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]
@@ -284,6 +286,23 @@ def _arm_sum(
             hook = partial(slot.hold_other, other.output.key, number == 0)
             handles.append(tap_module(model, other, other.output).register_forward_hook(hook))
     return handles
+
+
+def _input_modules(
+    model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> dict[str, dict[str, list[Armed]]]:
+    """By site key and adapter, the modules of the input port, in the order of the adapter's methods."""
+    found: dict[str, dict[str, list[Armed]]] = {}
+    for name in leaves(setup):
+        parts = [part for part in configs[name].parts if issubclass(method_of(part), InputMethod)]
+        for part in parts:
+            for placement in placements(part, sites):
+                modules = modules_at(slot_of(model, placement.site), name)
+                module = None if modules is None else modules.find(method_of(part).name)
+                if isinstance(module, InputMethod):
+                    armed = Armed(part, placement.entry, module)
+                    found.setdefault(placement.site.key, {}).setdefault(name, []).append(armed)
+    return found
 
 
 def _fusion(slot: SiteSlot, name: str) -> nn.Module | None:

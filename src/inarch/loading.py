@@ -22,7 +22,7 @@ from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import id2label
-from .methods import AdapterConfig, presets, read_config, renumber
+from .methods import AdapterConfig, preset_names, read_config, renumber
 from .tensors import copy_into
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def is_source(text: object) -> bool:
     if not isinstance(text, str | os.PathLike):
         return False
     words = os.fspath(text)
-    if not words or words in presets():  # a preset stays one, whatever lies in the working directory
+    if not words or words in preset_names():  # a preset stays one, whatever lies in the working directory
         return False
     return Path(words).expanduser().is_dir() or ("/" in words and "[" not in words and not words.endswith(".json"))
 

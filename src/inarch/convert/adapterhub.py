@@ -31,6 +31,7 @@ from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from .adapterhub_config import translate
 from .adapterhub_fused import asked_thirds, thirds_of_roles, widened
+from .adapterhub_inputs import input_key
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .weights import read_weights
@@ -268,6 +269,10 @@ def _convert(source: _Source, stored: Mapping[str, Tensor]) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     strange: list[str] = []
     for key, tensor in stored.items():
+        at_input = input_key(key, source.name, source.stacks)
+        if at_input is not None:
+            found[at_input] = tensor
+            continue
         module = _module(key, source.name, source.stacks)
         pieces = _pieces(module, tensor, source) if module is not None else {}
         for ours, piece in pieces.items():

@@ -16,6 +16,7 @@ from ..methods.bottleneck import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRAConfig
 from ..methods.mute import MuteConfig
+from .adapterhub_inputs import invertible_part, invertible_reasons
 from .adapterhub_names import Place
 from .adapterhub_sites import Stack, Stacks
 
@@ -58,20 +59,22 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
     if problems:
         raise StateError(join_problems(problems))
     try:
-        parts: list[Config] = [_part(row, stacks) for row in rows]
+        parts: list[Config] = [part for row in rows for part in _parts(row, stacks)]
         if deleted := stacks.deleted():
-            parts = [part.replace(leave_out_roles=deleted) for part in parts] + [MuteConfig(roles=deleted)]
+            sited = [part.replace(leave_out_roles=deleted) for part in parts if hasattr(part, "leave_out_roles")]
+            parts = [*sited, *(part for part in parts if not hasattr(part, "leave_out_roles"))]
+            parts.append(MuteConfig(roles=deleted))
         return AdapterConfig(tuple(parts))
     except (ConfigError, TypeError, ValueError) as error:  # the latter two where a value is of another type altogether
         raise StateError(f"The configuration of an adapter must be valid here too; got `{place}`: {error}") from None
 
 
-def _part(row: Mapping[str, Any], stacks: Stacks) -> Config:
+def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
     if row.get("architecture") != "lora":
-        return _bottleneck(row, stacks)
+        return [_bottleneck(row, stacks), *invertible_part(row)]
     if row.get("composition_mode") != "scale":
-        return _linear(row, stacks, LoRAConfig())
-    return _linear(row, stacks, IA3Config(after_activation=False))
+        return [_linear(row, stacks, LoRAConfig())]
+    return [_linear(row, stacks, IA3Config(after_activation=False))]
 
 
 def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
@@ -143,7 +146,7 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
     kind = row.get("architecture")
     if kind not in (None, "bottleneck", "lora"):
         return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
-    reasons = _lora_reasons(row, stacks) if kind == "lora" else _bottleneck_reasons(row)
+    reasons = _lora_reasons(row, stacks) if kind == "lora" else _bottleneck_reasons(row, stacks)
     if later:
         ours = LoRAConfig if kind == "lora" else BottleneckConfig
         known = {field.name for field in dataclasses.fields(ours)} | _IDLE  # type: ignore[arg-type]
@@ -161,14 +164,11 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
     return found + (missing or _hook_problems(row, stacks, place))
 
 
-def _bottleneck_reasons(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+def _bottleneck_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any, str]]:
     reasons = []
     if row.get("phm_layer"):
         reasons.append(("phm_layer", True, "Compacter"))
-    inverse = row.get("inv_adapter") or row.get("invertible_adapter")
-    if inverse:
-        reasons.append(("inv_adapter", inverse, "an invertible adapter"))
-    return reasons
+    return reasons + invertible_reasons(row, stacks)
 
 
 def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any, str]]:

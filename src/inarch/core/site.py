@@ -1,8 +1,9 @@
-"""What is known of a model's residual branches, as plain data: the four records that everything else reads.
+"""What is known of a model's residual branches, as plain data: the records that everything else reads.
 
     Tap         one place where a tensor can be read or replaced: a side of a module, and which of its values
     Projection  one linear map inside a branch, or some output features of a fused one
     Site        one residual branch of one layer
+    Entry       where one stack of layers gets its tokens from
     Sites       all of them, with where the knowledge comes from
 
 No torch here: a `Sites` can be printed, stored as JSON, compared and shipped.
@@ -131,6 +132,26 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """Where one stack of layers gets its tokens from. All paths are absolute.
+
+    `caller` is the module that is called with the tokens, `runner` the one that runs the layers: the same, or a part
+    of it. `words` embeds token ids; `embedding` is the module whose result is the embedded sequence, None where
+    nothing but the first layer sees it; `width` is the width of that sequence. `fan_in` counts the numbers of which
+    one token is made: pixels of a patch, or `width` where that is not known.
+    """
+
+    caller: str | None
+    runner: str
+    words: str | None
+    embedding: str | None
+    width: int
+    fan_in: int
+    takes_embeddings: bool = False
+    """Whether the caller takes `inputs_embeds` in the place of `input_ids`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sites:
     """The residual sites of one model, in the order in which they run."""
 
@@ -141,6 +162,8 @@ class Sites:
     """Where the knowledge comes from: the user's layout, a shipped one, a probe without weights, or a real forward."""
     refused: tuple[str, ...] = ()
     """What looks like a residual branch but cannot be adapted, each with its reason."""
+    entries: Mapping[str, Entry] = dataclasses.field(default_factory=dict, compare=False)
+    """By stack. Read off the model whatever the source of the sites is, so no layout holds them."""
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

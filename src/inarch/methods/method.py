@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..core.config import Config
 from ..core.errors import ConfigError
-from ..core.site import Kind, Site, Sites
+from ..core.site import Entry, Kind, Site, Sites
 from ..core.wiring import Carry, Circuit, Summable
 
 V = TypeVar("V", bound=Summable)
@@ -40,6 +40,8 @@ class Placement:
     role: str = ""
     part: int = 0
     """Which of the projections that share the role (an attention may compute k in two steps)."""
+    entry: Entry | None = None
+    """Where the stack gets its tokens from, for the input port."""
 
     @property
     def projection_key(self) -> str:

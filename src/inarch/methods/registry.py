@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..core.config import Config, shown
 from ..core.errors import ConfigError, join_problems, nearest
 from ..core.site import Sites
 from .method import AbstractMethod, LinearMethod, Placement
+from .unions import JOINING, OLDER_NAMES, UNIONS, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,11 @@ def presets() -> dict[str, Config]:
     return found
 
 
+def preset_names() -> frozenset[str]:
+    """Every name with which a configuration may begin."""
+    return frozenset({*presets(), *UNIONS, *OLDER_NAMES})
+
+
 def method_of(config: Config) -> type[AbstractMethod]:
     """The method a configuration configures."""
     for method in methods().values():
@@ -163,14 +169,19 @@ def read_config(config: ConfigLike) -> AdapterConfig:
                 "or the path of such a file."
             ) from None
         return _from_mapping(data)
-    return AdapterConfig(_collect(grammar.parse(config), _from_phrase))
+    return AdapterConfig(_from_text(config))
 
 
-def _collect(items: list[Any], read: Any) -> tuple[Config, ...]:
-    parts, problems = [], []
+def _from_text(text: str) -> tuple[Config, ...]:
+    return _collect(grammar.parse(text), _from_phrase)
+
+
+def _collect(items: list[Any], read: Callable[[Any], tuple[Config, ...]]) -> tuple[Config, ...]:
+    parts: list[Config] = []
+    problems = []
     for item in items:
         try:
-            parts.append(read(item))
+            parts += read(item)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -178,13 +189,22 @@ def _collect(items: list[Any], read: Any) -> tuple[Config, ...]:
     return tuple(parts)
 
 
-def _from_phrase(phrase: grammar.Phrase) -> Config:
-    known = presets()
-    if phrase.name not in known:
+def _from_phrase(phrase: grammar.Phrase) -> tuple[Config, ...]:
+    known, name = presets(), OLDER_NAMES.get(phrase.name, phrase.name)
+    if name in UNIONS:
+        return spread(name, _from_text(UNIONS[name]), phrase.values)
+    if name not in known:
         raise ConfigError(
-            f"A configuration begins with a preset or a method; got `{phrase.name}`. {nearest(phrase.name, known)}"
+            f"A configuration begins with a preset or a method; got `{name}`. {nearest(name, [*known, *UNIONS])}"
         )
-    return known[phrase.name].replace(**phrase.values)
+    preset = known[name]
+    joined = {JOINING[key] for key in phrase.values if key in JOINING and not hasattr(preset, key)}
+    if not joined:
+        return (preset.replace(**phrase.values),)
+    shared = preset.to_dict()
+    others = [known[other] for other in sorted(joined)]
+    others = [other.replace(**{k: v for k, v in shared.items() if k in other.to_dict()}) for other in others]
+    return spread(name, (preset, *others), phrase.values)
 
 
 def _from_mapping(data: Any) -> AdapterConfig:
@@ -197,7 +217,7 @@ def _from_mapping(data: Any) -> AdapterConfig:
     return AdapterConfig(_collect(list(rows), _from_row))
 
 
-def _from_row(row: Mapping[str, Any]) -> Config:
+def _from_row(row: Mapping[str, Any]) -> tuple[Config, ...]:
     values = dict(row)
     name = values.pop("method", None)
     if not isinstance(name, str) or name not in methods():
@@ -205,4 +225,4 @@ def _from_row(row: Mapping[str, Any]) -> Config:
             f"`method` must name a method; got {shown(name)}. "
             f"{nearest(name if isinstance(name, str) else '', methods())}"
         )
-    return methods()[name].config_class.from_dict(values)
+    return (methods()[name].config_class.from_dict(values),)

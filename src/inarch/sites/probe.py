@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.errors import SiteError, join_problems
 from ..core.site import Sites
+from .entries import with_entries
 from .golden import find as find_shipped
 from .graph import Graph
 from .inputs import Inputs, given_inputs, made_inputs, with_small_image
@@ -51,9 +52,9 @@ def probe(model: nn.Module, *, layout: Layout | None = None, example_inputs: Any
     found so far in `found`, where there is no residual branch, one cannot be reached, or layers disagree.
     """
     if layout is not None:
-        return resolve(model, layout)
+        return with_entries(model, resolve(model, layout))
     shipped = find_shipped(model) if example_inputs is None else None
-    return probe_now(model, example_inputs=example_inputs) if shipped is None else shipped
+    return with_entries(model, probe_now(model, example_inputs=example_inputs) if shipped is None else shipped)
 
 
 def probe_now(model: nn.Module, *, example_inputs: Any = None) -> Sites:
