@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,16 @@ from .core.site import Site, Sites
 from .core.symbols import Expr, symbol
 from .core.table import render
 from .core.wiring import Settled, layer_output
-from .methods import AdapterConfig, LinearMethod, Placement, SublayerMethod, layer_number, method_of, placements
+from .methods import (
+    AbstractMethod,
+    AdapterConfig,
+    LinearMethod,
+    Placement,
+    SublayerMethod,
+    layer_number,
+    method_of,
+    placements,
+)
 from .programs import check_circuits, circuit_of, circuit_site, rewire, wired_adapter
 
 X, H, OTHERS = symbol("x"), symbol("h"), symbol("g")
@@ -100,14 +110,25 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        return sum(module.num_parameters for module in self.modules)
+        return sum(self._counts())
 
     def __str__(self) -> str:
         rows = [
-            (module.adapter, module.key, module.placement.port, module.num_parameters, self._formulas_of(module))
-            for module in self.modules
+            (module.adapter, module.key, module.placement.port, count, self._formulas_of(module))
+            for module, count in zip(self.modules, self._counts(), strict=True)
         ]
         return render(("adapter", "module", "port", "parameters", "formula"), rows)
+
+    def _counts(self) -> list[int]:
+        """The parameters of each module; those that an adapter's modules share count at the first."""
+        known: dict[tuple[str, str], dict[Any, Any]] = {}
+        counts = []
+        for module in self.modules:
+            sketch = module.sketch()
+            if isinstance(sketch, AbstractMethod):
+                sketch.share(known.setdefault((module.adapter, module.method), {}))
+            counts.append(sum(parameter.numel() for parameter in sketch.parameters()))
+        return counts
 
     def _formulas_of(self, module: PlannedModule) -> str:
         """What its site computes, in the cases in which its adapter acts."""

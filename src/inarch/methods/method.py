@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Config
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, SiteError
 from ..core.site import Entry, Kind, Site, Sites
 from ..core.wiring import Carry, Circuit, Summable
 
@@ -112,7 +112,33 @@ class AbstractMethod(nn.Module, ABC):
         return ""
 
     def share(self, known: dict[Any, Any]) -> None:
-        """Take what all modules of one adapter share from `known`, or put it there: see `Shared`."""
+        """Share parameters or buffers with the other modules of the adapter: a call of `tie` for each.
+
+        Called once for every module of an adapter, in their order, with one mapping, empty at first.
+        """
+
+    def tie(self, name: str, known: dict[Any, Any], kind: Any = None) -> None:
+        """Share one parameter or buffer with those modules that share the same `kind` of it.
+
+        The first module keeps it, and saves it; the others hold none, and find it by `tied`.
+        """
+        first = known.setdefault((name, kind), self)
+        if first is not self:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            self.__dict__.setdefault("_first", {})[name] = first  # not as a child: it is one already, elsewhere
+
+    def tied(self, name: str, like: Tensor) -> Tensor:
+        """What `tie` shares, where `like` is. Raises `SiteError` where it is a trained one that is spread out."""
+        first = self.__dict__.get("_first", {}).get(name)
+        found: Tensor = getattr(self if first is None else first, name)
+        if first is not None and hasattr(found, "full_tensor"):
+            raise SiteError(
+                f"Parameters that layers share are whole in each of them; got `{name}` of the method `{self.name}`, "
+                "spread over processes with the layer that keeps it. Train this adapter without `fully_shard`, or one "
+                "that shares none."
+            )
+        return found if found.device == like.device else found.to(like.device)
 
     def penalty(self) -> Tensor | None:
         """What is to be added to the loss while the module is trained; None for nothing."""
