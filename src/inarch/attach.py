@@ -31,8 +31,9 @@ from .core.errors import SiteError
 from .core.site import Projection, Site, Sites, Tap
 from .frozen import Base
 from .inputs import Armed, arm_inputs
-from .methods import AdapterConfig, InputMethod, LinearMethod, layer_number, method_of, placements
+from .methods import AdapterConfig, InputMethod, LinearMethod, PrefixMethod, layer_number, method_of, placements
 from .plan import sublayer_part
+from .prefixes import PrefixSlot, attention_of, check_shares
 from .programs import (
     WiredAdapter,
     circuit_norm,
@@ -100,6 +101,8 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig, *, started: boo
         shared: dict[Any, Any] = {}
         for number, placement in enumerate(placements(part, sites)):
             slot_of(model, placement.site)  # raises where the model has lost the layer
+            if placement.port == "prefix":
+                attention_of(model, placement.site)  # raises where no prefix can be had
             seed = getattr(part, "init_weights_seed", None)
             # One stream of random numbers for each module: equal weights in every layer would be no random start.
             generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
@@ -203,6 +206,8 @@ def arm(
 ) -> None:
     """Register the hooks a setup needs, adding what removes them to `handles`."""
     batch = Batch(setup, sum_of_rows(setup), _batch_dim(model, sites))
+    for site in sites:
+        handles.extend(_arm_prefix(model, site, setup, configs, batch))
     for site in sites:
         handles += _arm_projections(model, site, setup, configs, batch)
     handles += _arm_weights(model, sites, setup, configs)
@@ -346,6 +351,27 @@ def watch_stream(model: nn.Module, site: Site, tap: Tap, slot: SiteSlot) -> Remo
         return module.register_forward_hook(slot.hold_result)
     slot.watch(module)
     return module.register_forward_pre_hook(slot.hold_argument, with_kwargs=True)
+
+
+def _arm_prefix(
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig], batch: Batch
+) -> Iterator[Removable]:
+    slot = slot_of(model, site)
+    modules: dict[str, PrefixMethod] = {}
+    for name in names(setup):
+        found = modules_at(slot, name)
+        for part in configs[name].parts if found is not None else ():
+            module = found.find(method_of(part).name)  # type: ignore[union-attr]
+            if isinstance(module, PrefixMethod):
+                modules[name] = module
+    if not modules:
+        return
+    check_shares(setup)
+    attention = attention_of(model, site)
+    queries = site.projections.get("q", ())
+    query = model.get_submodule(site.absolute(queries[0].path)) if len(queries) == 1 else None
+    armed = PrefixSlot(site, attention.way, setup, modules, Place(site.key, 0, batch).cut)
+    yield from armed.arm(model.get_submodule(attention.path), query)
 
 
 def _arm_projections(

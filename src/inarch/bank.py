@@ -29,7 +29,7 @@ CHILD = "inarch"
 
 def module_key(method: str, placement: Placement) -> str:
     """The place of a module among those of one adapter at one site, as in the state dict and on disk."""
-    if placement.port in ("sublayer", "fusion", "input"):
+    if placement.port in ("sublayer", "fusion", "input", "prefix"):
         return method
     return f"{method}.{placement.role}{placement.part or ''}"
 

@@ -132,7 +132,7 @@ class Plan:
 
     def _formulas_of(self, module: PlannedModule) -> str:
         """What its site computes, in the cases in which its adapter acts."""
-        if module.placement.port in ("linear", "weight", "input"):
+        if module.placement.port not in ("sublayer", "fusion"):
             return ""
         at = self.formulas.get(module.placement.site.key, {})
         return "; ".join(f"y = {formula.adapted}" for case, formula in at.items() if module.adapter in names(case))

@@ -4,6 +4,7 @@ from .method import AbstractMethod as AbstractMethod
 from .method import Frozen as Frozen
 from .method import LinearMethod as LinearMethod
 from .method import Placement as Placement
+from .method import PrefixMethod as PrefixMethod
 from .method import SublayerMethod as SublayerMethod
 from .method import layer_number as layer_number
 from .method import renumber as renumber

@@ -5,6 +5,7 @@ A method is one file of this folder with one leaf class. Its port says where it 
     SublayerMethod   receives the stream x and the branch output h of a site, gives a new site output
     LinearMethod     receives the input and the output of one projection, gives a new output; where no hook can see
                      these, because a module applies the weight itself, it gives a new weight, if it can
+    PrefixMethod     gives keys and values that stand before those of one attention
 
 Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
@@ -248,6 +249,27 @@ class LinearMethod(AbstractMethod):
     def put_side_by_side(self, sources: Sequence[Any], weights: Sequence[float]) -> None:
         """Make the adapter, of at least the sum of their ranks, add the weighted sum of what others of its kind add."""
         raise TypeError(f"`{self.name}` has no rank")
+
+
+class PrefixMethod(AbstractMethod):
+    """A method that plugs into `PrefixPort`: keys and values that every query of one attention sees, whatever its
+    position, beside those of the sequence."""
+
+    reads_input: bool = False
+    """Whether `forward` reads what the attention's queries are made of."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The keys and the values, (1, P, features of all heads) each, or (B, P, ...) where samples differ.
+
+        Argument: the input of the query projection, (B, L, D), for methods that read it.
+        """
+
+    @classmethod
+    def obstacle_to_block(cls, config: Any, placement: Placement, block: str) -> str:
+        if block == "Split":
+            return "A prefix is seen by whole sequences, of which a `Split` has none"
+        return super().obstacle_to_block(config, placement, block)
 
 
 def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:

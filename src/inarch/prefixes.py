@@ -1,0 +1,475 @@
+"""The port for prefixes: keys and values before those of an attention, put there where it attends.
+
+An attention hands queries, keys and values to one function, after rotary embeddings, caches and all else that knows of
+positions. That call is met there, for the attentions that a setup adapts and for no other:
+
+    interface   most models of transformers get the function from `AttentionInterface.get_interface`. While a prefix is
+                active in the process, what that returns asks the attention for its prefix first.
+    fused       other modules call `scaled_dot_product_attention`; a function mode, of the running thread alone and for
+                the length of the attention's forward, meets the call.
+    method      an attention with a method `_attn(query, key, value, attention_mask)`, as GPT-J's, has ours in its place.
+
+Nothing is written into a cache: every call puts the prefix before all keys that there are, so a decoding step sees what a
+whole forward sees. An attention whose forward never makes the call is an error, not an attention without a prefix.
+
+Tensors: B batch, N heads of keys and values, L queries, S keys, H features of a head, P length of the prefix.
+"""
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from types import CodeType
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .bank import argument_of, refuse_replica
+from .compose import Average, Cut, Cutter, Fuse, Setup, Take, run, walk
+from .core.errors import SetupError, SiteError
+from .core.site import Site
+from .methods import PrefixMethod
+
+ATTRIBUTE = "_inarch_prefix"
+"""Where an attention has its slot, while a setup with prefixes is active."""
+
+Way = Literal["interface", "fused", "method"]
+
+_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The module that attends at a site, and the way in which it does."""
+
+    path: str
+    way: Way
+
+
+def attention_of(model: nn.Module, site: Site) -> Attention:
+    """Where the attention of a site can be given a prefix. Raises `SiteError` where it cannot."""
+    path = site.absolute(site.projections["k"][0].path)
+    below: list[tuple[str, nn.Module]] = []
+    while len(path) > len(site.layer_path):
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        way = _way_of(module)
+        if way is not None:
+            return Attention(path, way)
+        if not below:  # a part of it that has no projections may attend
+            below = [(f"{path}.{name}", part) for name, part in module.named_modules() if name]
+    ways = [(place, way) for place, part in below if (way := _way_of(part)) is not None]
+    if len(ways) == 1:
+        return Attention(*ways[0])
+    raise SiteError(
+        "A prefix needs an attention of transformers' attention interface, or one that calls "
+        f"`scaled_dot_product_attention`; got {_class_of_parent(model, site)} at site `{site.key}` "
+        f"(`{site.layer_path}`). Leave the site out with `leave_out` or `leave_out_roles`, or use another method."
+    )
+
+
+def _class_of_parent(model: nn.Module, site: Site) -> str:
+    parent = site.absolute(site.projections["k"][0].path).rpartition(".")[0]
+    return f"`{type(model.get_submodule(parent)).__name__}`"
+
+
+def _way_of(module: nn.Module) -> Way | None:
+    names = set(_names_in(type(module)))
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        return "interface"
+    attend = getattr(type(module), "_attn", None)
+    # A buffer `bias` is a causal mask that the method applies by itself, to keys counted from the first one.
+    if attend is not None and "bias" not in module._buffers:
+        arguments = attend.__code__.co_varnames[: attend.__code__.co_argcount]
+        if arguments == ("self", "query", "key", "value", "attention_mask"):
+            return "method"
+    return "fused" if "scaled_dot_product_attention" in names else None
+
+
+def _names_in(cls: type) -> Iterator[str]:
+    """Every global name and attribute that the methods of a module's class read."""
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for function in vars(base).values():
+            while hasattr(function, "__wrapped__"):
+                function = function.__wrapped__
+            code = getattr(function, "__code__", None)
+            if isinstance(code, CodeType):
+                yield from code.co_names
+
+
+# What a setup puts before the keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixed:
+    """The prefix so far, on its way through a setup."""
+
+    rows: Tensor
+    """(B, N), of no other meaning than its number of rows."""
+    inputs: Tensor | None
+    """(B, L, D), what the queries are made of."""
+    keys: Tensor | None = None
+    """(1 or B, P, features of all heads)."""
+    values: Tensor | None = None
+    bias: Tensor | None = None
+    """(1 or B, P), what is added to the scores; None for nothing."""
+
+    def before(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> "Prefixed":
+        """With more keys and values in front."""
+        if self.keys is None or self.values is None:
+            return replace(self, keys=keys, values=values, bias=bias)
+        if bias is not None or self.bias is not None:
+            bias = _joined(_bias(bias, keys), _bias(self.bias, self.keys), 1)
+        return replace(
+            self, keys=_joined(keys, self.keys, 1), values=_joined(values, self.values, 1), bias=bias
+        )
+
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[1]
+
+    def part(self, cut: Cut, child: int) -> "Prefixed":
+        take = Take(cut, child)
+
+        def share(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or len(tensor) == 1 < len(self.rows) else take(tensor)
+
+        parts = (share(tensor) for tensor in (self.inputs, self.keys, self.values, self.bias))
+        return Prefixed(take(self.rows), *parts)
+
+    def joined(self, cut: Cut, parts: Sequence["Prefixed"]) -> "Prefixed":
+        """Rows with prefixes of several lengths: the shorter ones are filled up with keys that nobody sees."""
+        longest = max(part.length() for part in parts)
+        if not longest:
+            return self
+        known = next(part for part in parts if part.keys is not None)
+        filled = [part._filled(longest, known) for part in parts]
+        keys, values, bias = (cut.whole(tensors) for tensors in zip(*filled, strict=True))
+        return replace(self, keys=keys, values=values, bias=bias if bias.any() else None)
+
+    def _filled(self, longest: int, like: "Prefixed") -> tuple[Tensor, Tensor, Tensor]:
+        assert like.keys is not None
+        assert like.values is not None
+        size, missing = len(self.rows), longest - self.length()
+        keys = like.keys.new_zeros(1, 0, like.keys.shape[-1]) if self.keys is None else self.keys
+        values = like.values.new_zeros(1, 0, like.values.shape[-1]) if self.values is None else self.values
+        bias = F.pad(_bias(self.bias, keys), (missing, 0), value=-math.inf)
+        spread = (F.pad(part, (0, 0, missing, 0)).expand(size, -1, -1) for part in (keys, values))
+        return (*spread, bias.expand(size, -1))  # type: ignore[return-value]
+
+    def mean(self, results: Sequence["Prefixed"], shares: Sequence[Fraction]) -> "Prefixed":
+        """All prefixes, each with its share of the attention that it would get alone."""
+        whole = self
+        for result, share in zip(results, shares, strict=True):
+            new = result.length() - self.length()
+            if new:
+                assert result.keys is not None
+                assert result.values is not None
+                bias = _bias(result.bias, result.keys)[:, :new] + math.log(share)
+                whole = whole.before(result.keys[:, :new], result.values[:, :new], bias)
+        return whole
+
+    def fused(self, block: Fuse, through: Any) -> "Prefixed":
+        return self  # what is fused has no prefixes
+
+
+def _bias(bias: Tensor | None, keys: Tensor) -> Tensor:
+    return keys.new_zeros(keys.shape[:2]) if bias is None else bias
+
+
+def _joined(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Two tensors in a row, where one may be for all samples."""
+    size = max(len(first), len(second))
+    return torch.cat([part.expand(size, *part.shape[1:]) for part in (first, second)], dim)
+
+
+def check_shares(setup: Setup) -> None:
+    """Raise `SetupError` for a share that no attention can have."""
+    for block in walk(setup):
+        if isinstance(block, Average) and min(block.weights) < 0:
+            raise SetupError(
+                "Prefixes in an `Average` have shares of the attention, so no weight below zero; got "
+                f"{list(block.weights)} in {block}. Give weights from zero."
+            )
+
+
+class PrefixSlot:
+    """The prefix of one attention under one setup, and the hooks that put it there."""
+
+    def __init__(
+        self, site: Site, way: Way, setup: Setup, modules: Mapping[str, PrefixMethod], cutter: Cutter
+    ) -> None:
+        self.site = site
+        self.way = way
+        self._setup = setup
+        self._modules = dict(modules)
+        self._cutter = cutter
+        self._input_name = ""
+        self._reads_input = any(module.reads_input for module in modules.values())
+        self._inputs: dict[int, Tensor] = {}
+        self._calls: dict[int, list[int]] = {}
+        self._modes: dict[int, list[_Attending]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running forward."""
+        return self.__dict__ | {"_inputs": {}, "_calls": {}, "_modes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.way == "interface":
+            _open(self)
+
+    def arm(self, attention: nn.Module, projection: nn.Module | None) -> Iterator[Any]:
+        """Register what puts the prefix there. Gives what removes it."""
+        yield _Armed(attention, self)
+        if self.way == "interface":
+            _open(self)
+        elif self.way == "method":
+            attention.__dict__["_attn"] = partial(self.attend_by_method, attention)
+        if projection is not None and self._reads_input:
+            self._input_name = argument_of(projection, (0,)).name
+            yield projection.register_forward_pre_hook(self.hold_input, with_kwargs=True, prepend=True)
+        attention.__dict__[ATTRIBUTE] = self
+        yield attention.register_forward_pre_hook(self.enter)
+        yield attention.register_forward_hook(self.leave, always_call=True)
+
+    # Hooks
+
+    def hold_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook on the query projection: keep what the gates read."""
+        inputs = args[0] if args else kwargs[self._input_name]
+        self._inputs[_thread()] = inputs.movedim(self.site.batch_dim, 0) if inputs.dim() == 3 else inputs
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook on the attention."""
+        refuse_replica(module)
+        if not torch.compiler.is_compiling():
+            self._calls.setdefault(_thread(), []).append(0)
+        if self.way == "fused":
+            mode = _Attending(self)
+            self._modes.setdefault(_thread(), []).append(mode)
+            mode.__enter__()
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook on the attention, also called after an exception."""
+        if self.way == "fused":
+            self._modes[_thread()].pop().__exit__(None, None, None)
+        self._inputs.pop(_thread(), None)
+        if torch.compiler.is_compiling():
+            return
+        calls = self._calls.get(_thread())
+        if calls and not calls.pop() and output is not None:
+            raise SiteError(
+                f"A prefix is put before the keys where the attention attends; got a forward of `{type(module).__name__}` "
+                f"that did so nowhere that can be seen, at site `{self.site.key}` (`{self.site.layer_path}`). Load the "
+                'model with `attn_implementation="sdpa"` or `"eager"`, or leave the site out.'
+            )
+
+    # The calls
+
+    def attend_by_interface(
+        self,
+        function: Callable[..., Any],
+        implementation: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The call of a function of transformers' attention interface."""
+        if implementation not in _IMPLEMENTATIONS or kwargs.get("cache") is not None:
+            raise SiteError(
+                f"A prefix goes to attentions that are computed by `eager` or `sdpa`; got `{implementation}` at "
+                f"`{self.site.key}` (`{self.site.layer_path}`). Load the model with "
+                '`attn_implementation="sdpa"`, or call `model.set_attn_implementation("sdpa")`.'
+            )
+        is_causal = False
+        if implementation == "sdpa":
+            given = kwargs.get("is_causal")
+            is_causal = bool(getattr(module, "is_causal", True) if given is None else given)
+        key, value, attention_mask = self._extended(query, key, value, attention_mask, is_causal=is_causal)
+        bias = kwargs.get("position_bias")
+        if isinstance(bias, Tensor):
+            kwargs["position_bias"] = F.pad(bias, (key.shape[-2] - bias.shape[-1], 0))
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    def attend_by_method(self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+        """The call of the attention's own method `_attn`."""
+        key, value, attention_mask = self._extended(query, key, value, attention_mask, is_causal=False)
+        return type(module)._attn(module, query, key, value, attention_mask)
+
+    def attend_fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The call of `scaled_dot_product_attention`."""
+        key, value, attn_mask = self._extended(query, key, value, attn_mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+
+    def _extended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask with the prefix in front."""
+        if not torch.compiler.is_compiling() and self._calls.get(_thread()):
+            self._calls[_thread()][-1] += 1
+        if key.dim() != 4 or not (mask is None or (isinstance(mask, Tensor) and mask.dim() >= 2)):
+            raise SiteError(
+                "A prefix goes before keys (B, heads, S, features) under a mask of the scores, if any; got keys of shape "
+                f"{tuple(key.shape)} and {_described(mask)} at `{self.site.key}` (`{self.site.layer_path}`). Leave the "
+                "site out, or pass the model a mask of shape (B, L)."
+            )
+        found = run(self._setup, Prefixed(key[:, :, 0, 0], self._read_inputs(key)), self._step, self._cutter)
+        if found.keys is None or found.values is None:
+            return key, value, mask
+        keys, values = self._in_heads(found.keys, key), self._in_heads(found.values, value)
+        if mask is None and is_causal and query.shape[-2] > 1:
+            # As `scaled_dot_product_attention` has it: queries and keys are counted from the first ones.
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()[None, None]
+        return (
+            torch.cat([keys, key], -2),
+            torch.cat([values, value], -2),
+            _extended_mask(mask, found.bias, keys, key.shape[-2]),
+        )
+
+    def _read_inputs(self, key: Tensor) -> Tensor | None:
+        if not self._reads_input:
+            return None
+        inputs = self._inputs.get(_thread())
+        if inputs is None or inputs.dim() != 3 or len(inputs) != len(key):
+            raise SiteError(
+                "A gate of a prefix reads the input of the query projection, (B, L, D); got "
+                f"{'none' if inputs is None else f'one of shape {tuple(inputs.shape)}'} for keys of {len(key)} samples "
+                f"at `{self.site.key}` (`{self.site.layer_path}`). Use `use_gating=False`."
+            )
+        return inputs
+
+    def _step(self, name: str, state: Prefixed) -> Prefixed:
+        module = self._modules.get(name)
+        return state if module is None else state.before(*module(state.inputs))
+
+    def _in_heads(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """(1 or B, P, features of all heads) -> (B, N, P, H), for keys or values (B, N, S, H)."""
+        size, heads, _, features = own.shape
+        if prefix.shape[-1] != heads * features:
+            raise SiteError(
+                "A prefix has the heads that its attention's projections make; got keys or values of "
+                f"{heads} heads of {features} features, and {prefix.shape[-1]} projected ones, at `{self.site.key}` "
+                f"(`{self.site.layer_path}`). Leave the site out, or use another method."
+            )
+        return prefix.to(own).unflatten(-1, (heads, features)).transpose(1, 2).expand(size, -1, -1, -1)
+
+
+def _extended_mask(mask: Tensor | None, bias: Tensor | None, prefix: Tensor, length: int) -> Tensor | None:
+    """The mask of the scores, (..., L, S), with columns for the prefix, which all queries see but for its bias."""
+    width = prefix.shape[-2]
+    if bias is not None:  # (1 or B, P)
+        bias = bias.clamp(min=torch.finfo(prefix.dtype).min).to(prefix.dtype)[:, None, None, :]
+        mask = prefix.new_zeros(1, 1, 1, length) if mask is None else _additive(mask, prefix.dtype)
+    if mask is None:
+        return None
+    if mask.shape[-1] == 1 != length:
+        mask = mask.expand(*mask.shape[:-1], length)
+    if bias is None:
+        return F.pad(mask, (width, 0), value=mask.dtype == torch.bool)
+    mask = mask.expand(max(len(mask), len(bias)), *mask.shape[1:])
+    return torch.cat([bias.expand(*mask.shape[:-1], width).to(mask), mask], -1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = mask[(None,) * (4 - mask.dim())]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
+
+
+def _described(mask: Any) -> str:
+    return f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"`{type(mask).__name__}`"
+
+
+class _Attending(TorchFunctionMode):
+    """Meets the calls of `scaled_dot_product_attention` of one thread."""
+
+    def __init__(self, slot: PrefixSlot) -> None:
+        super().__init__()
+        self._slot = slot
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._slot.attend_fused(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Armed:
+    """An attention with a slot."""
+
+    attention: nn.Module
+    slot: PrefixSlot
+
+    def remove(self) -> None:
+        """Take the slot away."""
+        if self.attention.__dict__.get(ATTRIBUTE) is self.slot:
+            del self.attention.__dict__[ATTRIBUTE]
+            self.attention.__dict__.pop("_attn", None)
+        _close(self.slot)
+
+
+# The attention interface of transformers, which every model of the process shares
+
+_LOCK = threading.RLock()
+_OPENED: "WeakSet[PrefixSlot]" = WeakSet()
+_BEFORE: list[Any] = [None]
+"""The `get_interface` in whose place ours stands, or stood."""
+
+
+def _open(slot: PrefixSlot) -> None:
+    with _LOCK:
+        _OPENED.add(slot)
+        interface = _interface()
+        if interface.get_interface is not _get_interface:
+            _BEFORE[0] = interface.get_interface
+            interface.get_interface = _get_interface
+
+
+def _close(slot: PrefixSlot) -> None:
+    with _LOCK:
+        _OPENED.discard(slot)
+        if slot.way == "interface" and not _OPENED and _interface().get_interface is _get_interface:
+            _interface().get_interface = _BEFORE[0]
+
+
+def _interface() -> Any:
+    """The class of the interfaces, which a model that uses one has imported."""
+    return sys.modules["transformers.modeling_utils"].AttentionInterface
+
+
+def _get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that the interface would give, with a look at the attention that calls it."""
+    function = _BEFORE[0](self, attn_implementation, default)
+    return partial(_attend, function, attn_implementation)
+
+
+def _attend(function: Callable[..., Any], implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    slot = module.__dict__.get(ATTRIBUTE)
+    if slot is None:
+        return function(module, *args, **kwargs)
+    return slot.attend_by_interface(function, implementation, module, *args, **kwargs)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
