@@ -20,7 +20,7 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "plan", "attach"}
+GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "prefixes", "plan", "attach"}
 SERVICES = GRAFT | {
     "check",
     "witness",
@@ -56,8 +56,9 @@ LAYERS: dict[str, set[str]] = {
     "programs": MECHANISM | {"frozen", "tensors"},
     "weight": MECHANISM | {"bank", "frozen"},
     "inputs": MECHANISM | {"bank"},
+    "prefixes": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank", "programs"},
-    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "plan"},
+    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "prefixes", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,

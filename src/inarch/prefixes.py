@@ -7,14 +7,16 @@ positions. That call is met there, for the attentions that a setup adapts and fo
                 active in the process, what that returns asks the attention for its prefix first.
     fused       other modules call `scaled_dot_product_attention`; a function mode, of the running thread alone and for
                 the length of the attention's forward, meets the call.
-    method      an attention with a method `_attn(query, key, value, attention_mask)`, as GPT-J's, has ours in its place.
+    method      an attention with a method `_attn(query, key, value, attention_mask)`, as GPT-J's, has ours in its
+                place.
 
-Nothing is written into a cache: every call puts the prefix before all keys that there are, so a decoding step sees what a
-whole forward sees. An attention whose forward never makes the call is an error, not an attention without a prefix.
+Nothing is written into a cache: every call puts the prefix before all keys that there are, so a decoding step sees what
+a whole forward sees. An attention whose forward never makes the call is an error, not an attention without a prefix.
 
 Tensors: B batch, N heads of keys and values, L queries, S keys, H features of a head, P length of the prefix.
 """
 
+import inspect
 import math
 import sys
 import threading
@@ -24,7 +26,7 @@ from fractions import Fraction
 from functools import partial
 from types import CodeType
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +101,7 @@ def _names_in(cls: type) -> Iterator[str]:
         if base in (nn.Module, object):
             continue
         for function in vars(base).values():
-            while hasattr(function, "__wrapped__"):
-                function = function.__wrapped__
-            code = getattr(function, "__code__", None)
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if isinstance(code, CodeType):
                 yield from code.co_names
 
@@ -129,9 +129,7 @@ class Prefixed:
             return replace(self, keys=keys, values=values, bias=bias)
         if bias is not None or self.bias is not None:
             bias = _joined(_bias(bias, keys), _bias(self.bias, self.keys), 1)
-        return replace(
-            self, keys=_joined(keys, self.keys, 1), values=_joined(values, self.values, 1), bias=bias
-        )
+        return replace(self, keys=_joined(keys, self.keys, 1), values=_joined(values, self.values, 1), bias=bias)
 
     def length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[1]
@@ -151,11 +149,11 @@ class Prefixed:
         if not longest:
             return self
         known = next(part for part in parts if part.keys is not None)
-        filled = [part._filled(longest, known) for part in parts]
+        filled = [part.filled(longest, known) for part in parts]
         keys, values, bias = (cut.whole(tensors) for tensors in zip(*filled, strict=True))
         return replace(self, keys=keys, values=values, bias=bias if bias.any() else None)
 
-    def _filled(self, longest: int, like: "Prefixed") -> tuple[Tensor, Tensor, Tensor]:
+    def filled(self, longest: int, like: "Prefixed") -> tuple[Tensor, Tensor, Tensor]:
         assert like.keys is not None
         assert like.values is not None
         size, missing = len(self.rows), longest - self.length()
@@ -204,9 +202,7 @@ def check_shares(setup: Setup) -> None:
 class PrefixSlot:
     """The prefix of one attention under one setup, and the hooks that put it there."""
 
-    def __init__(
-        self, site: Site, way: Way, setup: Setup, modules: Mapping[str, PrefixMethod], cutter: Cutter
-    ) -> None:
+    def __init__(self, site: Site, way: Way, setup: Setup, modules: Mapping[str, PrefixMethod], cutter: Cutter) -> None:
         self.site = site
         self.way = way
         self._setup = setup
@@ -229,6 +225,12 @@ class PrefixSlot:
 
     def arm(self, attention: nn.Module, projection: nn.Module | None) -> Iterator[Any]:
         """Register what puts the prefix there. Gives what removes it."""
+        if ATTRIBUTE in attention.__dict__:
+            raise SiteError(
+                "An attention that is given a prefix belongs to one site; got "
+                f"`{type(attention).__name__}`, which attends at another one too, for `{self.site.key}` "
+                f"(`{self.site.layer_path}`). Leave one of them out with `leave_out` or `leave_out_roles`."
+            )
         yield _Armed(attention, self)
         if self.way == "interface":
             _open(self)
@@ -256,26 +258,27 @@ class PrefixSlot:
         if self.way == "fused":
             mode = _Attending(self)
             self._modes.setdefault(_thread(), []).append(mode)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation there
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the attention, also called after an exception."""
         if self.way == "fused":
-            self._modes[_thread()].pop().__exit__(None, None, None)
+            self._modes[_thread()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
         self._inputs.pop(_thread(), None)
         if torch.compiler.is_compiling():
             return
         calls = self._calls.get(_thread())
         if calls and not calls.pop() and output is not None:
             raise SiteError(
-                f"A prefix is put before the keys where the attention attends; got a forward of `{type(module).__name__}` "
-                f"that did so nowhere that can be seen, at site `{self.site.key}` (`{self.site.layer_path}`). Load the "
+                "A prefix is put before the keys where the attention attends; got a forward of "
+                f"`{type(module).__name__}` that did so nowhere that can be seen, at site "
+                f"`{self.site.key}` (`{self.site.layer_path}`). Load the "
                 'model with `attn_implementation="sdpa"` or `"eager"`, or leave the site out.'
             )
 
     # The calls
 
-    def attend_by_interface(
+    def attend_by_interface(  # noqa: PLR0917  the call of every attention of transformers
         self,
         function: Callable[..., Any],
         implementation: str,
@@ -304,12 +307,14 @@ class PrefixSlot:
             kwargs["position_bias"] = F.pad(bias, (key.shape[-2] - bias.shape[-1], 0))
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
-    def attend_by_method(self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+    def attend_by_method(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> Any:
         """The call of the attention's own method `_attn`."""
         key, value, attention_mask = self._extended(query, key, value, attention_mask, is_causal=False)
-        return type(module)._attn(module, query, key, value, attention_mask)
+        return type(module)._attn(module, query, key, value, attention_mask)  # noqa: SLF001  it stands before this
 
-    def attend_fused(
+    def attend_fused(  # noqa: PLR0917  the call of torch's function
         self,
         query: Tensor,
         key: Tensor,
@@ -331,9 +336,9 @@ class PrefixSlot:
             self._calls[_thread()][-1] += 1
         if key.dim() != 4 or not (mask is None or (isinstance(mask, Tensor) and mask.dim() >= 2)):
             raise SiteError(
-                "A prefix goes before keys (B, heads, S, features) under a mask of the scores, if any; got keys of shape "
-                f"{tuple(key.shape)} and {_described(mask)} at `{self.site.key}` (`{self.site.layer_path}`). Leave the "
-                "site out, or pass the model a mask of shape (B, L)."
+                "A prefix goes before keys (B, heads, S, features) under a mask of the scores, if any; got keys of "
+                f"shape {tuple(key.shape)} and {_described(mask)} at `{self.site.key}` (`{self.site.layer_path}`). "
+                "Leave the site out, or pass the model a mask of shape (B, L)."
             )
         found = run(self._setup, Prefixed(key[:, :, 0, 0], self._read_inputs(key)), self._step, self._cutter)
         if found.keys is None or found.values is None:
@@ -373,7 +378,7 @@ class PrefixSlot:
                 f"{heads} heads of {features} features, and {prefix.shape[-1]} projected ones, at `{self.site.key}` "
                 f"(`{self.site.layer_path}`). Leave the site out, or use another method."
             )
-        return prefix.to(own).unflatten(-1, (heads, features)).transpose(1, 2).expand(size, -1, -1, -1)
+        return prefix.to(own).view(*prefix.shape[:2], heads, features).transpose(1, 2).expand(size, -1, -1, -1)
 
 
 def _extended_mask(mask: Tensor | None, bias: Tensor | None, prefix: Tensor, length: int) -> Tensor | None:
@@ -394,7 +399,9 @@ def _extended_mask(mask: Tensor | None, bias: Tensor | None, prefix: Tensor, len
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     mask = mask[(None,) * (4 - mask.dim())]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _described(mask: Any) -> str:
@@ -426,30 +433,36 @@ class _Armed:
         if self.attention.__dict__.get(ATTRIBUTE) is self.slot:
             del self.attention.__dict__[ATTRIBUTE]
             self.attention.__dict__.pop("_attn", None)
-        _close(self.slot)
+        _close(id(self.slot))
 
 
 # The attention interface of transformers, which every model of the process shares
 
 _LOCK = threading.RLock()
-_OPENED: "WeakSet[PrefixSlot]" = WeakSet()
+_OPENED: "dict[int, finalize[..., Any]]" = {}
+"""The slots that ask for it, by identity; one that is forgotten without a word is taken off by its finaliser."""
 _BEFORE: list[Any] = [None]
 """The `get_interface` in whose place ours stands, or stood."""
 
 
 def _open(slot: PrefixSlot) -> None:
     with _LOCK:
-        _OPENED.add(slot)
         interface = _interface()
         if interface.get_interface is not _get_interface:
             _BEFORE[0] = interface.get_interface
             interface.get_interface = _get_interface
+        ending = finalize(slot, _close, id(slot))
+        ending.atexit = False
+        _OPENED[id(slot)] = ending
 
 
-def _close(slot: PrefixSlot) -> None:
+def _close(slot: int) -> None:
     with _LOCK:
-        _OPENED.discard(slot)
-        if slot.way == "interface" and not _OPENED and _interface().get_interface is _get_interface:
+        ending = _OPENED.pop(slot, None)
+        if ending is None:
+            return
+        ending.detach()
+        if not _OPENED and _interface().get_interface is _get_interface:
             _interface().get_interface = _BEFORE[0]
 
 

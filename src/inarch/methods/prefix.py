@@ -1,12 +1,12 @@
 """Prefix tuning: learned keys and values before those of every attention.
 
-Li and Liang 2021 (arXiv 2101.00190), section 4.2 and 4.3; gates as in Mao et al. 2022 (UniPELT, arXiv 2110.07577), section 3:
+Li and Liang 2021 (arXiv 2101.00190), sections 4.2 and 4.3; gates as in UniPELT (Mao et al. 2022), section 3:
 
-    y = softmax(q [g P_K; K]ᵀ / √d) [g P_V; V]        P_K, P_V of [P_K; P_V] = W₂ act(W₁ E + b₁) + b₂ [, g = mean σ(W_g x)]
+    y = softmax(q [g P_K; K]ᵀ / √d) [g P_V; V]        [P_K; P_V] = W₂ act(W₁ E + b₁) + b₂        g = 1 or mean σ(W_g x)
 
 E is a table of P vectors; it and W₁ are one for all attentions of a kind in a stack, W₂ is each attention's own. With
 `flat`, P_K and P_V are parameters themselves. A prefix has no position: no rotary embedding turns its keys, no relative
-bias is added to its scores, no window hides it. It starts at random keys and values, as in the paper, so not at the base.
+bias is added to its scores, no window hides it. It starts at random keys and values, as in the paper, not at the base.
 
 Tensors: B batch, L tokens, P length of the prefix, D width; K and V features of all heads of a key and of a value.
 """
@@ -102,13 +102,16 @@ class Prefix(PrefixMethod):
             self.gate = nn.Linear(site.projections["q"][0].in_features, 1 if config.shared_gating else 2)
             nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
             nn.init.zeros_(self.gate.bias)
-        self._flat, self._shared = config.flat, ()
+        self._flat = config.flat
+        self._shared: tuple[_Source, ...] = ()
 
     def share(self, known: dict[Any, Any]) -> None:
         """The first attention of a kind in a stack holds E and W₁ for those after it."""
         if not self._flat:
             # In a tuple, so that it is no child of this module: the first one saves, trains and counts it.
-            self._shared = (known.setdefault(self._group, self.source),)
+            source = known.setdefault(self._group, self.source)
+            assert source is not None, "the first attention of a kind comes first"
+            self._shared = (source,)
 
     def flattened(self) -> tuple[Tensor, Tensor]:
         """Keys and values without dropout and gates, (P, K) and (P, V)."""

@@ -10,6 +10,9 @@ UNIONS: dict[str, str] = {
     # Pfeiffer et al. 2020 (MAD-X): a language adapter, with an invertible one at the embeddings.
     "seq_bn_inv": "seq_bn|invertible",
     "double_seq_bn_inv": "double_seq_bn|invertible[non_linearity=swish]",
+    # He et al. 2022 (MAM, arXiv 2110.04366), and Mao et al. 2022 (UniPELT, arXiv 2110.07577).
+    "mam": "prefix_tuning[bottleneck_size=800]|par_bn",
+    "unipelt": "prefix_tuning[prefix_length=10,use_gating=True]|seq_bn[use_gating=True]|lora[alpha=2,use_gating=True]",
 }
 OLDER_NAMES = {"pfeiffer+inv": "seq_bn_inv", "houlsby+inv": "double_seq_bn_inv"}
 """Names found in existing configurations."""

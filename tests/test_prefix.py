@@ -1,0 +1,300 @@
+"""Prefixes against the formula of attention, in float64, on the queries, keys and values of the base model."""
+
+import copy
+import gc
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.modeling_utils import AttentionInterface
+
+import inarch
+from inarch.attach import stored
+from inarch.methods import layer_number, read_config
+from inarch.methods.prefix import PrefixConfig
+from inarch.plan import plan
+from inarch.testing import PlainTransformer, tiny, tiny_inputs
+
+SMALL = "prefix_length=3,bottleneck_size=6"
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+def padded(name):
+    inputs = tiny_inputs(name)
+    return inputs | {"attention_mask": PADDED}
+
+
+def grafted(name, config, **kwargs):
+    model = tiny(name, **kwargs)
+    adapters = inarch.attach(model)
+    adapters.add("a", config)
+    adapters.activate("a")
+    return model, adapters
+
+
+class Recorded:
+    """Calls of the attention interface, as the base model makes them."""
+
+    def __init__(self, monkeypatch, implementation):
+        self.calls = []
+        self.function = AttentionInterface._global_mapping.get(implementation)
+        monkeypatch.setitem(AttentionInterface._global_mapping, implementation, self)
+
+    def __call__(self, module, query, key, value, mask, **kwargs):
+        self.calls.append((module, query, key, value, mask, kwargs))
+        return self.function(module, query, key, value, mask, **kwargs)
+
+
+def expected(call, keys, values):
+    """What the attention gives with a prefix, (B, L, N, H), by the formula."""
+    module, q, k, v, mask, kwargs = call
+    q, k, v = q.double(), k.double(), v.double()
+    size, heads, length, _ = q.shape
+    split = [part.detach().double().view(1, -1, k.shape[1], k.shape[-1]).transpose(1, 2) for part in (keys, values)]
+    k, v = (torch.cat([part.expand(size, -1, -1, -1), own], 2) for part, own in zip(split, (k, v), strict=True))
+    k, v = (part.repeat_interleave(heads // part.shape[1], 1) for part in (k, v))
+    scores = q @ k.mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
+    own = scores[..., keys.shape[0] :]
+    if kwargs.get("position_bias") is not None:
+        own += kwargs["position_bias"]
+    if mask is not None:
+        own += mask if mask.dtype != torch.bool else torch.where(mask, 0.0, -torch.inf)
+    elif kwargs.get("is_causal", getattr(module, "is_causal", True)) and length > 1:
+        own += torch.full((length, length), -torch.inf).triu(1)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "site"),
+    [
+        ("bert", padded, "text0.0.self_attention"),
+        ("vit", tiny_inputs, "image0.0.self_attention"),
+        ("llama", tiny_inputs, "text0.0.self_attention"),
+        ("llama", padded, "text0.0.self_attention"),
+        ("gpt2", tiny_inputs, "text0.0.self_attention"),
+        ("t5", padded, "text0.0.self_attention"),
+        ("t5", padded, "text1.0.cross_attention"),
+        ("bart", tiny_inputs, "text1.0.self_attention"),
+    ],
+)
+def test_an_attention_sees_its_prefix_and_what_it_saw(name, inputs, site, monkeypatch):
+    """Under padding, causal without a mask, with fewer heads of keys, with a bias of positions, across."""
+    model = tiny(name)
+    adapters = inarch.attach(model)
+    given = inputs(name)
+    recorded = Recorded(monkeypatch, "sdpa")
+    model(**given)
+    base = recorded.calls
+    parts = adapters.sites[site]
+    others = [n for n in range(sum(adapters.sites.num_layers.values())) if n != layer_number(parts, adapters.sites)]
+    roles = [r for r in ("self_attention", "cross_attention") if r in {s.role for s in adapters.sites} - {parts.role}]
+    adapters.add("a", PrefixConfig(prefix_length=3, bottleneck_size=6, leave_out=others, leave_out_roles=roles))
+    attention = model.get_submodule(parts.absolute(parts.projections["k"][0].path)[:-1].rpartition(".")[0])
+    call = next(call for call in base if call[0] is attention)
+    module = _module(model, adapters, site)
+    seen = []
+    parent, _, leaf = parts.absolute(parts.projections["o"][0].path).rpartition(".")
+    hook = getattr(model.get_submodule(parent), leaf).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    adapters.activate("a")
+    model(**given)
+    hook.remove()
+    found = seen[0].double()
+    assert (found.flatten() - expected(call, *module.flattened()).flatten()).abs().max() < 1e-5
+    model.set_attn_implementation("eager")
+    eager = model(**given).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    real = (
+        PADDED.bool() if inputs is padded and name == "llama" else ...
+    )  # a token of padding sees nothing, and each way something else
+    assert (eager - model(**given).last_hidden_state)[real].abs().max() < 1e-5
+
+
+def _module(model, adapters, site):
+    return stored(model, adapters.sites, "a")[site].find("prefix")
+
+
+def test_the_mlp_is_one_for_the_attentions_of_a_kind():
+    """Section 4.3: a table and a hidden map that all layers share, and an output map for each."""
+    model, adapters = grafted("bart", f"prefix_tuning[{SMALL}]")
+    shapes = {key: tuple(parameter.shape) for key, parameter in adapters["a"].items()}
+    own = {f"text{s}.{n}.{role}" for s, n, role in [(0, 0, "self"), (0, 1, "self"), (1, 0, "self"), (1, 1, "self")]}
+    attentions = {f"{key}_attention" for key in own} | {"text1.0.cross_attention", "text1.1.cross_attention"}
+    first = {key for key in attentions if ".0." in key}
+    assert shapes == (
+        {f"{key}.prefix.out.weight": (64, 6) for key in attentions}
+        | {f"{key}.prefix.out.bias": (64,) for key in attentions}
+        | {f"{key}.prefix.source.embedding": (3, 32) for key in first}
+        | {f"{key}.prefix.source.hidden.weight": (6, 32) for key in first}
+        | {f"{key}.prefix.source.hidden.bias": (6,) for key in first}
+    )
+    assert adapters.plan().num_parameters == sum(parameter.numel() for parameter in adapters["a"].values())
+    module = _module(model, adapters, "text0.1.self_attention")
+    start, out = (adapters["a"].__getitem__, adapters["a"].__getitem__)
+    key = "text0.0.self_attention.prefix.source."
+    hidden = torch.tanh(start(key + "embedding") @ start(key + "hidden.weight").T + start(key + "hidden.bias"))
+    key = "text0.1.self_attention.prefix.out."
+    whole = hidden @ out(key + "weight").T + out(key + "bias")
+    torch.testing.assert_close(torch.cat(module.flattened(), -1), whole)
+
+
+def test_the_size_of_the_known_models():
+    """9,872,384 and 552,960 parameters on BERT-base, as in the library `adapters`."""
+    with torch.device("meta"):
+        model = BertModel(BertConfig())
+    sites = inarch.probe(model)
+    assert plan(sites, {"a": read_config("prefix_tuning")}).num_parameters == 9_872_384
+    assert plan(sites, {"a": read_config("prefix_tuning_flat")}).num_parameters == 552_960
+    assert plan(sites, {"a": read_config("mam")}).num_parameters == 22_493_984
+    assert plan(sites, {"a": read_config("unipelt")}).num_parameters == 11_083_376
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "t5-lm", "gptj"])
+def test_a_decoding_step_sees_the_prefix(name):
+    """With a cache and without, also behind padding."""
+    model, _ = grafted(name, "prefix_tuning_flat[prefix_length=3]")
+    ids = tiny_inputs(name)["input_ids"]
+    if name == "t5-lm":
+        tokens, mask = {"input_ids": ids, "attention_mask": PADDED}, {}
+        word = "decoder_input_ids"
+    else:
+        tokens, mask = {}, {"attention_mask": PADDED, "position_ids": (PADDED.cumsum(1) - 1).clamp(min=0)}
+        word = "input_ids"
+    whole = model(**tokens, **mask, **{word: ids})[0]
+    cache, steps = None, []
+    for place in range(ids.shape[1]):
+        now = (
+            {"attention_mask": PADDED[:, : place + 1], "position_ids": mask["position_ids"][:, place, None]}
+            if mask
+            else {}
+        )
+        step = model(**tokens, **now, **{word: ids[:, place, None]}, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        steps.append(step[0])
+    real = PADDED.bool() if mask else torch.ones_like(ids).bool()
+    assert (torch.cat(steps, 1) - whole)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_a_batch_have_prefixes_of_their_own(attention):
+    """Of other lengths too; each row gets what its adapter gives alone."""
+    model = tiny("llama")
+    model.set_attn_implementation(attention)
+    adapters = inarch.attach(model)
+    adapters.add("a", f"prefix_tuning[{SMALL},use_gating=True]")
+    adapters.add("b", "prefix_tuning_flat[prefix_length=5]")
+    adapters.add("none", "lora")
+    inputs = padded("llama")
+    alone = {}
+    for name in ("a", "b"):
+        adapters.activate(name)
+        alone[name] = model(**inputs).last_hidden_state
+    adapters.activate(inarch.BatchSplit("a", "b", batch_sizes=[1, 1]))
+    found = model(**inputs).last_hidden_state
+    real = PADDED.bool()
+    assert (found[0] - alone["a"][0])[real[0]].abs().max() < 1e-5
+    assert (found[1] - alone["b"][1]).abs().max() < 1e-5
+    adapters.activate(inarch.Parallel("a", "b"))
+    both = model(**inputs).last_hidden_state
+    assert (both - torch.cat([alone["a"], alone["b"]]))[torch.cat([real, real])].abs().max() < 1e-5
+    adapters.activate(inarch.Stack("b", inarch.BatchSplit("none", "a", batch_sizes=[1, 1])))
+    assert (model(**inputs).last_hidden_state[0] - alone["b"][0])[real[0]].abs().max() < 1e-5
+
+
+def test_shares_of_an_average_are_shares_of_the_attention():
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    inputs = tiny_inputs("vit")
+    adapters.add("a", f"prefix_tuning[{SMALL}]")
+    adapters.add("b", "prefix_tuning_flat[prefix_length=5]")
+    adapters.activate("a")
+    alone = model(**inputs).last_hidden_state
+    for setup in (inarch.Average("a", "a"), inarch.Average("a", "b", weights=[1, 0])):
+        adapters.activate(setup)
+        assert (model(**inputs).last_hidden_state - alone).abs().max() < 1e-5
+    adapters.activate(inarch.Average("a", "b"))
+    assert (model(**inputs).last_hidden_state - alone).abs().max() > 1e-2
+    with pytest.raises(inarch.SetupError, match="shares of the attention, so no weight below zero"):
+        adapters.activate(inarch.Average("a", "b", weights=[2, -1]))
+    with pytest.raises(inarch.SetupError, match="seen by whole sequences"):
+        adapters.activate(inarch.Split("a", "b", splits=[8, 9]))
+
+
+def test_the_gate_is_a_mean_over_the_tokens(monkeypatch):
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    recorded = Recorded(monkeypatch, "sdpa")
+    inputs = tiny_inputs("bert")
+    seen, layer = [], model.encoder.layer[0].attention
+    layer.self.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    layer.output.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**inputs)
+    adapters.add("a", f"prefix_tuning[{SMALL},use_gating=True,shared_gating=False]")
+    module = _module(model, adapters, "text0.0.self_attention")
+    with torch.no_grad():
+        module.gate.weight.mul_(30)
+    gates = (seen[0] @ module.gate.weight.T + module.gate.bias).sigmoid().mean(1)
+    assert gates.std(0).min() > 1e-3
+    keys, values = module.flattened()
+    call = recorded.calls[0]
+    seen.clear()
+    adapters.activate("a")
+    model(**inputs)
+    for row, (of_keys, of_values) in enumerate(gates):
+        one = (call[0], *(part[row : row + 1] for part in call[1:4]), None, call[5])
+        result = expected(one, keys * of_keys, values * of_values)
+        assert (seen[1][row].double().flatten() - result.flatten()).abs().max() < 1e-5
+
+
+def test_other_models_and_copies_are_left_alone():
+    """What meets the call is there only while a prefix is active, asks only adapted attentions, and copies have it."""
+    gc.collect()  # models of other tests
+    before = AttentionInterface.get_interface
+    model, adapters = grafted("vit", "prefix_tuning_flat[prefix_length=3]")
+    inputs, other = tiny_inputs("vit"), tiny("vit", seed=1)
+    prefixed, plain = model(**inputs).last_hidden_state, other(**inputs).last_hidden_state
+    assert AttentionInterface.get_interface is not before
+    copied, pickled = copy.deepcopy(model), pickle.dumps(model)
+    adapters.detach()
+    assert (copied(**inputs).last_hidden_state == prefixed).all()
+    inarch.attach(copied).detach()
+    assert AttentionInterface.get_interface is before
+    assert (other(**inputs).last_hidden_state == plain).all()
+    again = pickle.loads(pickled)
+    assert (again(**inputs).last_hidden_state == prefixed).all()
+    del again
+    gc.collect()
+    assert AttentionInterface.get_interface is before
+
+
+def test_a_model_of_the_users_own_that_calls_the_fused_attention():
+    model = PlainTransformer()
+    x = torch.randn(2, 6, 32)
+    adapters = inarch.attach(model, example_inputs=x)
+    base = model(x)
+    adapters.add("a", "prefix_tuning_flat[prefix_length=3,leave_out=[1]]")
+    adapters.activate("a")
+    module = _module(model, adapters, next(site.key for site in adapters.sites if "attention" in site.key))
+    block, seen = model.blocks[0], []
+    block.out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert (model(x) - base).abs().max() > 1e-4
+    q, k, v = block.qkv(block.norm_1(x)).view(2, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    result = expected((nn.Module(), q, k, v, None, {"is_causal": False}), module.keys, module.values)
+    assert (seen[0].double().flatten() - result.flatten()).abs().max() < 1e-5
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 6, 31))
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_what_cannot_be_had_is_refused():
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    adapters.add("a", "prefix_tuning_flat[prefix_length=2]")
+    adapters.activate("a")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(inarch.SiteError, match="computed by `eager` or `sdpa`; got `flex_attention`"):
+        model.encoder.layer[0].attention.self(torch.randn(2, 3, 32))
+    with pytest.raises(inarch.ConfigError, match=re.escape("must reach at least one attention")):
+        adapters.add("b", "prefix_tuning[leave_out=[0,1]]")
