@@ -35,6 +35,7 @@ SERVICES = GRAFT | {
     "combine",
     "merge",
     "scores",
+    "sharing",
     "admission",
     "saving",
     "setups",
@@ -69,6 +70,7 @@ LAYERS: dict[str, set[str]] = {
     "trainer_door": GRAFT,
     "combine": GRAFT,
     "scores": GRAFT,
+    "sharing": GRAFT,
     "trainable": GRAFT,
     "summary": GRAFT | {"heads"},
     "admission": GRAFT | {"check"},
@@ -117,7 +119,12 @@ LAZY = {"cli", PACKAGE}
 """Layers that may import the package inside a function: the command line, to start quickly, and the front door, so that
 `import inarch` does not load the trainer."""
 
-SHARED_BY_METHODS = {"inarch.methods.method", "inarch.methods.low_rank", "inarch.methods.ports_input"}
+SHARED_BY_METHODS = {
+    "inarch.methods.method",
+    "inarch.methods.low_rank",
+    "inarch.methods.phm",
+    "inarch.methods.ports_input",
+}
 """What the files of `methods/` may import from their own folder: what a method is, and what several have in common."""
 
 COLLECT_METHODS = {"inarch.methods", "inarch.methods.registry"}

@@ -45,6 +45,7 @@ from .plan import check_setup as check_blocks
 from .saving import FORMATS as FORMATS
 from .saving import Format
 from .scores import Scores, watched
+from .sharing import share, unshare
 from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
 from .summary import summary
 from .tensors import copy_into
@@ -472,6 +473,23 @@ class Adapters:
             built, farthest = average(self.model, self.sites, asked, config)
             self._store(name, config, built, sound=not self._unsound & set(asked.names))
             return farthest
+
+    def share(self, adapters: Sequence[str]) -> None:
+        """Let adapters of several tasks have the shared parameters of the first, trained by all of them (MTL-LoRA).
+
+        Each is saved whole; adapters that were loaded share again after a call of this.
+        """
+        with _LOCK:
+            for name in adapters:
+                self._require(name)
+            share(self.model, self.sites, adapters, self._configs)
+
+    def unshare(self, adapters: Sequence[str]) -> None:
+        """Give adapters parameters of their own again, of the same values."""
+        with _LOCK:
+            for name in adapters:
+                self._require(name)
+            unshare(self.model, self.sites, adapters)
 
     @property
     def merged(self) -> tuple[str, ...]:

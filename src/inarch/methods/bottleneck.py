@@ -1,7 +1,8 @@
 """Bottleneck adapters: down-projection, activation, up-projection, beside or after a residual branch.
 
 Houlsby et al. 2019 (arXiv 1902.00751), Pfeiffer et al. 2020 (arXiv 2005.00247), He et al. 2022 (parallel and scaled
-parallel, arXiv 2110.04366), Steitz and Roth 2024 (Adapter+, arXiv 2406.06820).
+parallel, arXiv 2110.04366), Steitz and Roth 2024 (Adapter+, arXiv 2406.06820), Mahabadi et al. 2021 (Compacter, arXiv
+2106.04647: `phm_layer`, whose weights are sums of Kronecker products, see `phm.py`).
 
     A(z) = s · drop(W_up · act(W_down · z + b_down) + b_up)
 
@@ -10,6 +11,7 @@ Tensors: B batch, L tokens, D width of the site, R bottleneck.
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +32,7 @@ from .method import (
     layer_number,
     sequence_gate,
 )
+from .phm import PHMLinear
 
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 _WIDEST = 2**20
@@ -75,6 +78,26 @@ class BottleneckConfig(Config):
     init_weights_seed: int | None = option(
         None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
     )
+    phm_layer: bool = option(False, "Make both projections of sums of Kronecker products, as Compacter does.")
+    phm_dim: int = option(4, "Number of the products; divides the width of the site and of the bottleneck.", at_least=1)
+    phm_rank: int = option(1, "Rank of the second factors, where `factorized_phm_W` holds.", at_least=1)
+    factorized_phm_W: bool = option(  # noqa: N815  its name in checkpoints
+        True, "Make the second factors of two matrices of rank `phm_rank`."
+    )
+    shared_W_phm: bool = option(  # noqa: N815  its name in checkpoints
+        False, "Share the second factors between all down-, and all up-projections."
+    )
+    shared_phm_rule: bool = option(True, "Share the first factors, the rule, between all projections of a stack.")
+    factorized_phm_rule: bool = option(False, "Make the rule of two matrices of rank one.")
+    learn_phm: bool = option(True, "Train the rule.")
+    phm_c_init: Literal["normal", "uniform"] = option(
+        "normal", "Initial rule: normal with `phm_init_range`, or uniform between -1 and 1."
+    )
+    phm_init_range: float = option(1e-4, "Standard deviation of the initial rule.", more_than=0)
+    hypercomplex_nonlinearity: Literal["glorot-uniform", "glorot-normal", "normal"] = option(
+        "glorot-uniform", "Initial second factors: Glorot's uniform or normal distribution, or normal 0.01."
+    )
+    phm_bias: bool = option(True, "Give both projections a bias.")
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without an adapter, counted from 0.")
     leave_out_roles: tuple[str, ...] = option(
         (), "Sites without an adapter in any layer, by their role, such as `mlp_2`."
@@ -99,6 +122,11 @@ class BottleneckConfig(Config):
                     f"The keys of `BottleneckConfig.reduction_factor` are layer numbers or `default`; got "
                     f"{', '.join(map(repr, wrong))}. Write {{'0': 8, 'default': 16}}."
                 )
+        if self.phm_layer and self.init_weights == "houlsby":
+            found.append(
+                "Sums of products have initial weights of their own, or a zero up-projection; got "
+                "`init_weights='houlsby'` with `phm_layer=True` at `BottleneckConfig`. Set `bert` or `mam_adapter`."
+            )
         unknown = [key for key in self.circuits if key not in ("mh_adapter", "output_adapter", "cross_adapter")]
         if unknown:
             found.append(
@@ -149,6 +177,10 @@ class Bottleneck(SublayerMethod):
         "scaled_par_bn": BottleneckConfig(
             reduction_factor=2.0, init_weights="mam_adapter", is_parallel=True, scaling="learned"
         ),
+        "compacter": BottleneckConfig(mh_adapter=True, reduction_factor=32.0, non_linearity="gelu", phm_layer=True),
+        "compacter++": BottleneckConfig(
+            original_ln_before=True, reduction_factor=32.0, non_linearity="gelu", phm_layer=True
+        ),
         "adapter_plus": BottleneckConfig(
             original_ln_before=True,
             original_ln_after=False,
@@ -197,7 +229,14 @@ class Bottleneck(SublayerMethod):
                 f"layer of {sites.model_class}. Leave fewer layers out."
             )
         for placement in found:
-            config.bottleneck_width(placement.site.width, layer_number(placement.site, sites))
+            site = placement.site
+            bottleneck = config.bottleneck_width(site.width, layer_number(site, sites))
+            if config.phm_layer and (site.width % config.phm_dim or bottleneck % config.phm_dim):
+                raise ConfigError(
+                    "`BottleneckConfig.phm_dim` divides the width of the site and of the bottleneck; got "
+                    f"{config.phm_dim} for {site.width} and {bottleneck} at `{site.key}`. Choose another `phm_dim` or "
+                    "`reduction_factor`."
+                )
         return found
 
     @classmethod
@@ -244,9 +283,10 @@ class Bottleneck(SublayerMethod):
         width = placement.site.width
         bottleneck = config.bottleneck_width(width, layer)
         self.norm_before = nn.LayerNorm(width) if config.ln_before else None
-        self.down = nn.Linear(width, bottleneck)
+        kind = partial(PHMLinear, config, generator=generator) if config.phm_layer else nn.Linear
+        self.down = kind(width, bottleneck)
         self.activation = activation(config.non_linearity)
-        self.up = nn.Linear(bottleneck, width)
+        self.up = kind(bottleneck, width)
         self.norm_after = nn.LayerNorm(width) if config.ln_after else None
         self.gate = nn.Linear(width, 1) if config.use_gating else None
         self.scaling = config.scaling if not isinstance(config.scaling, str) else 1.0
@@ -254,16 +294,22 @@ class Bottleneck(SublayerMethod):
         self.scale = nn.Parameter(torch.ones(shape)) if shape else None
         self.dropout = config.dropout
         self.batch_dim = placement.site.batch_dim
+        self.stack = placement.site.stack
         # Only sequential adapters of the reference drop whole samples; a parallel one ignores the field.
         self.stochastic_depth = 0.0 if config.is_parallel else config.stochastic_depth
         _initialise(self, config.init_weights, generator)
+
+    def share(self, known: dict[Any, Any]) -> None:
+        for side, projection in (("down", self.down), ("up", self.up)):
+            if isinstance(projection, PHMLinear):
+                projection.share(known, (self.stack, side))
 
     def branch(self, z: Tensor) -> Tensor:
         """A(z), (B, L, D) -> (B, L, D)."""
         # Not `self.down`: to look a module up as an attribute costs as much as to add two tensors of a small model.
         modules: Mapping[str, Any] = self._modules
         down = modules["down"]
-        u = in_dtype(z, down.weight.dtype)
+        u = z if isinstance(down, PHMLinear) else in_dtype(z, down.weight.dtype)
         if self.norm_before is not None:
             u = self.norm_before(u)
         w: Tensor = modules["up"](self.activation(down(u)))
@@ -295,14 +341,16 @@ def _drop_samples(w: Tensor, probability: float, batch_dim: int) -> Tensor:
 
 
 def _initialise(module: Bottleneck, scheme: str, generator: torch.Generator | None) -> None:
-    linears = [module.down, module.up] + ([module.gate] if module.gate is not None else [])
+    if isinstance(module.up, PHMLinear) and scheme == "mam_adapter":
+        module.up.zero()
+    linears = [linear for linear in (module.down, module.up, module.gate) if isinstance(linear, nn.Linear)]
     for linear in linears:
         nn.init.zeros_(linear.bias)
         if scheme == "houlsby":
             nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02, generator=generator)
         else:
             nn.init.normal_(linear.weight, std=0.02, generator=generator)
-    if scheme == "mam_adapter":
+    if scheme == "mam_adapter" and isinstance(module.up, nn.Linear) and isinstance(module.down, nn.Linear):
         # LoRA's scheme: a random down-projection and a zero up-projection, so that training starts at the base model.
         nn.init.kaiming_uniform_(module.down.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(module.up.weight)

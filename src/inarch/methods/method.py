@@ -65,7 +65,34 @@ class Frozen:
     bias: Tensor | None
 
 
-class AbstractMethod(nn.Module, ABC):
+class Sharing(nn.Module):
+    """A module that may share parameters and buffers with others of the same adapter."""
+
+    def tie(self, name: str, known: dict[Any, Any], kind: Any = None) -> None:
+        """Share one parameter or buffer with those modules that share the same `kind` of it.
+
+        The first module keeps it, and saves it; the others hold none, and find it by `tied`.
+        """
+        first = known.setdefault((name, kind), self)
+        if first is not self:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            self.__dict__.setdefault("_first", {})[name] = first  # not as a child: it is one already, elsewhere
+
+    def tied(self, name: str, like: Tensor) -> Tensor:
+        """What `tie` shares, where `like` is. Raises `SiteError` where it is a trained one that is spread out."""
+        first = self.__dict__.get("_first", {}).get(name)
+        found: Tensor = getattr(self if first is None else first, name)
+        if first is not None and hasattr(found, "full_tensor"):
+            raise SiteError(
+                f"Parameters that layers share are whole in each of them; got `{name}` of `{type(self).__name__}`, "
+                "spread over processes with the layer that keeps it. Train this adapter without `fully_shard`, or one "
+                "that shares none."
+            )
+        return found if found.device == like.device else found.to(like.device)
+
+
+class AbstractMethod(Sharing, ABC):
     """The common part of all ports.
 
     A method is made as `Method(config, placement, layer, generator)`: one module for one placement, where `layer`
@@ -118,29 +145,6 @@ class AbstractMethod(nn.Module, ABC):
         Called once for every module of an adapter, in their order, with one mapping, empty at first.
         """
 
-    def tie(self, name: str, known: dict[Any, Any], kind: Any = None) -> None:
-        """Share one parameter or buffer with those modules that share the same `kind` of it.
-
-        The first module keeps it, and saves it; the others hold none, and find it by `tied`.
-        """
-        first = known.setdefault((name, kind), self)
-        if first is not self:
-            self._parameters.pop(name, None)
-            self._buffers.pop(name, None)
-            self.__dict__.setdefault("_first", {})[name] = first  # not as a child: it is one already, elsewhere
-
-    def tied(self, name: str, like: Tensor) -> Tensor:
-        """What `tie` shares, where `like` is. Raises `SiteError` where it is a trained one that is spread out."""
-        first = self.__dict__.get("_first", {}).get(name)
-        found: Tensor = getattr(self if first is None else first, name)
-        if first is not None and hasattr(found, "full_tensor"):
-            raise SiteError(
-                f"Parameters that layers share are whole in each of them; got `{name}` of the method `{self.name}`, "
-                "spread over processes with the layer that keeps it. Train this adapter without `fully_shard`, or one "
-                "that shares none."
-            )
-        return found if found.device == like.device else found.to(like.device)
-
     def penalty(self) -> Tensor | None:
         """What is to be added to the loss while the module is trained; None for nothing."""
         return None
@@ -186,6 +190,9 @@ class LinearMethod(AbstractMethod):
 
     signless: ClassVar[frozenset[str]] = frozenset()
     """The parameters that a negation leaves as they are."""
+
+    shareable: ClassVar[frozenset[str]] = frozenset()
+    """The parameters that several adapters may share, as those of several tasks do."""
 
     additive: ClassVar[frozenset[str]] = frozenset()
     """The parameters that are updates themselves, such as a bias that is added to the base's."""
