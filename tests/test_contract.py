@@ -235,7 +235,12 @@ def merge_and_back(adapters, config, expected, inputs, place):
             adapters.merge("a", example_inputs=inputs)
         return
     before = {key: value.clone() for key, value in base_tensors(adapters.model).items()}
-    adapters.merge("a", example_inputs=inputs)
+    try:
+        adapters.merge("a", example_inputs=inputs)
+    except SetupError as error:
+        if "a projection without one" in str(error):  # an adapter's bias needs that of its projection
+            return
+        raise
     assert torch.allclose(still(adapters.model, inputs), expected, rtol=0, atol=CLOSE), place
     assert adapters.setup is None, place
     adapters.unmerge()
@@ -307,12 +312,6 @@ def setups_of(block, tokens):
     }[block]
 
 
-@torch.no_grad()
-def same_values(source, target):
-    for key, parameter in target.items():
-        parameter.copy_(source[key])
-
-
 def fusion_for(adapters, config):
     """Static fusion layers for `a` and `b`, or such for others where these have none."""
     try:
@@ -324,7 +323,7 @@ def fusion_for(adapters, config):
 
 
 @pytest.mark.parametrize("preset", [preset for preset in first_presets() if preset not in ("dynamic_fusion", "mute")])
-def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_rule(preset):
+def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_rule(preset, tmp_path):
     """Against the adapters alone. Of equal adapters, a mean, a fusion and a split of tokens are one of them."""
     config = asked(preset)
     for name in {*some(config), *[name for name in taken(config) if name == "torch"]}:
@@ -357,7 +356,8 @@ def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_ru
                     continue
                 works_as_alone(adapters, setup, alone, inputs, f"{block}: {where}")
                 if block in ("Fuse", "Average", "Split") and not any(claims(config, "sees_whole_sequences")):
-                    is_one_of_equals(adapters, setup, alone["a"], inputs, f"{block}: {where}")
+                    found = of_equals(adapters, setup, inputs, tmp_path)
+                    assert torch.allclose(found, alone["a"], rtol=0, atol=CLOSE), f"{block}: {where}"
 
 
 def works_as_alone(adapters, setup, alone, inputs, where):
@@ -382,14 +382,15 @@ def works_as_alone(adapters, setup, alone, inputs, where):
         close(still(model, inputs), alone["a"])
 
 
-def is_one_of_equals(adapters, setup, expected, inputs, where):
-    """What the block makes of two equal adapters is what one of them does."""
-    kept = {key: value.detach().clone() for key, value in adapters["b"].items()}
-    same_values(adapters["a"], adapters["b"])
+def of_equals(adapters, setup, inputs, folder):
+    """What a setup gives while `b` is what `a` is."""
     with adapters.using(setup):
+        adapters.save("b", folder / "b")
+        adapters.save("a", folder / "a")
+        adapters.load(folder / "a", name="b", overwrite=True)
         found = still(adapters.model, inputs)
-        assert torch.allclose(found, expected, rtol=0, atol=CLOSE), (where, (found - expected).abs().max())
-    same_values(kept, adapters["b"])
+        adapters.load(folder / "b", overwrite=True)
+    return found
 
 
 def test_fusion_layers_are_no_adapter_by_themselves():

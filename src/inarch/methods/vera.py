@@ -88,7 +88,10 @@ class VeRA(LinearMethod):
         x = in_dtype(inputs, self.d.dtype)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        delta = F.linear(F.linear(x, self.tied("A", x)) * self.d, self.tied("B", x)) * self.b
+        delta = (
+            F.linear(F.linear(x, in_dtype(self.tied("A", x), x.dtype)) * self.d, in_dtype(self.tied("B", x), x.dtype))
+            * self.b
+        )
         return output + in_dtype(delta, output.dtype)
 
     def effective(self, weight: Tensor, base: Frozen | None = None) -> Tensor:
@@ -99,4 +102,8 @@ class VeRA(LinearMethod):
         return self.effective(weight), bias
 
     def update(self) -> Tensor:
-        return (self.b[:, None] * self.tied("B", self.b) * self.d) @ self.tied("A", self.b)
+        return (self.b[:, None] * self._frozen("B", self.b) * self.d) @ self._frozen("A", self.b)
+
+    def _frozen(self, name: str, like: Tensor) -> Tensor:
+        """A or B, in the type that the trained vectors may have been given since."""
+        return in_dtype(self.tied(name, like), like.dtype)
