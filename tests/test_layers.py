@@ -56,10 +56,11 @@ LAYERS: dict[str, set[str]] = {
     "frozen": MECHANISM | {"tensors"},
     "programs": MECHANISM | {"frozen", "tensors"},
     "weight": MECHANISM | {"bank", "frozen"},
+    "vectors": MECHANISM | {"bank", "weight"},
     "inputs": MECHANISM | {"bank"},
     "prefixes": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank", "programs"},
-    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "prefixes", "plan"},
+    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "vectors", "inputs", "prefixes", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
@@ -122,6 +123,7 @@ LAZY = {"cli", PACKAGE}
 SHARED_BY_METHODS = {
     "inarch.methods.method",
     "inarch.methods.low_rank",
+    "inarch.methods.parameters",
     "inarch.methods.phm",
     "inarch.methods.ports_input",
 }

@@ -28,10 +28,20 @@ from .bank import (
 )
 from .compose import Batch, Place, Setup, Watched, cuts_rows, fusions, leaves, names, sum_of_rows
 from .core.errors import SiteError
-from .core.site import Projection, Site, Sites, Tap
+from .core.site import Affine, Projection, Site, Sites, Tap
 from .frozen import Base
 from .inputs import Armed, arm_inputs
-from .methods import AdapterConfig, InputMethod, LinearMethod, PrefixMethod, layer_number, method_of, placements
+from .methods import (
+    AdapterConfig,
+    InputMethod,
+    LinearMethod,
+    ParameterMethod,
+    Placement,
+    PrefixMethod,
+    layer_number,
+    method_of,
+    placements,
+)
 from .plan import sublayer_part
 from .prefixes import PrefixSlot, attention_of, check_shares
 from .programs import (
@@ -46,7 +56,8 @@ from .programs import (
 )
 from .sites import Unnested, nesting_encoders
 from .tensors import TRAINABLE, execution_device, is_sharded
-from .weight import Shadows, WeightRole, WeightSlot
+from .vectors import Slots, VectorRole
+from .weight import ParameterRole, Shadows, WeightRole, WeightSlot
 
 
 class Removable(Protocol):
@@ -206,14 +217,15 @@ def arm(
 ) -> None:
     """Register the hooks a setup needs, adding what removes them to `handles`."""
     batch = Batch(setup, sum_of_rows(setup), _batch_dim(model, sites))
+    slots = Slots()
     for site in sites:
         handles.extend(_arm_prefix(model, site, setup, configs, batch))
     for site in sites:
-        handles += _arm_projections(model, site, setup, configs, batch)
-    handles += _arm_weights(model, sites, setup, configs)
+        handles += _arm_projections(model, site, setup, configs, batch=batch, slots=slots)
+    handles += _arm_weights(model, sites, setup, configs, slots)
     # After the projections': where both hook one module, the projection is part of the branch.
     for site in sites:
-        handles += _arm_sum(model, site, sites, setup, configs, batch=batch)
+        handles += _arm_sum(model, site, sites, setup, configs, batch=batch, slots=slots)
     handles += arm_inputs(model, sites, setup, _input_modules(model, sites, setup, configs), batch)
     if cuts_rows(setup):
         handles.append(Watched(batch, model))
@@ -247,7 +259,14 @@ def forget_compiled() -> None:
 
 
 def _arm_sum(
-    model: nn.Module, site: Site, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig], *, batch: Batch
+    model: nn.Module,
+    site: Site,
+    sites: Sites,
+    setup: Setup,
+    configs: Mapping[str, AdapterConfig],
+    *,
+    batch: Batch,
+    slots: Slots,
 ) -> list[RemovableHandle]:
     slot = slot_of(model, site)
     wired: dict[str, WiredAdapter] = {}
@@ -266,7 +285,7 @@ def _arm_sum(
     program = sum_program(
         setup,
         wired,
-        norm,
+        None if norm is None else slots.adapted(norm),
         joins_others=bool(others),
         fusions=fused,
         cutter=cutter,
@@ -375,7 +394,7 @@ def _arm_prefix(
 
 
 def _arm_projections(
-    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig], batch: Batch
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig], *, batch: Batch, slots: Slots
 ) -> list[RemovableHandle]:
     roles: dict[str, list[Role]] = {}
     cutter = Place(site.key, site.batch_dim, batch).cut
@@ -389,16 +408,18 @@ def _arm_projections(
     handles = []
     for path, played in roles.items():
         module = model.get_submodule(site.absolute(path))
-        hook = ProjectionSlot(module, played)
+        hook = slots.outputs[module] = ProjectionSlot(module, played)
         if hook.changes_input:
             handles.append(module.register_forward_pre_hook(hook.prepare, with_kwargs=True))
         handles.append(module.register_forward_hook(hook.adapt, with_kwargs=True))
     return handles
 
 
-def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> list[Removable]:
+def _arm_weights(
+    model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig], slots: Slots
+) -> list[Removable]:
     # By module through all sites: two slots on one module would not know of each other.
-    programs: dict[nn.Module, tuple[str, dict[str, list[WeightRole]]]] = {}
+    programs: dict[nn.Module, tuple[str, dict[str, list[ParameterRole]]]] = {}
     for site in sites:
         for projection, modules in _adapted_projections(model, site, setup, configs):
             if projection.weight:
@@ -407,9 +428,13 @@ def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[
                 program.setdefault(projection.weight, []).append(
                     WeightRole(projection, setup, modules, base_of(model, site, projection))
                 )
+        for vectors, leaf, changing in _adapted_vectors(model, site, setup, configs):
+            path = site.absolute(vectors.path)
+            _, program = programs.setdefault(model.get_submodule(path), (path, {}))
+            program.setdefault(vectors.names[leaf], []).append(VectorRole(vectors, leaf, setup, changing))
     handles: list[Removable] = []
     for owner, (path, program) in programs.items():
-        slot = WeightSlot(path, program)
+        slot = slots.parameters[owner] = WeightSlot(path, program)
         handles += [
             owner.register_forward_pre_hook(slot.enter, prepend=True),
             owner.register_forward_hook(slot.leave, always_call=True),
@@ -421,23 +446,38 @@ def _arm_weights(model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[
 def _adapted_projections(
     model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
 ) -> Iterator[tuple[Projection, dict[str, list[LinearMethod]]]]:
-    """The projections of a site that adapters of the setup act on, with those adapters."""
+    """The projections and norms of a site that adapters of the setup act on, with those adapters."""
     slot = slot_of(model, site)
-    for role, projections in site.projections.items():
-        for part, projection in enumerate(projections):
-            modules = _linear_modules(slot, names(setup), configs, f"{role}{part or ''}")
-            if modules:
-                yield projection, modules
+    places = [(role, part) for role, projections in site.projections.items() for part in range(len(projections))]
+    places += [(role, 0) for role, vectors in site.affine.items() if vectors.is_norm]
+    for role, part in places:
+        modules = _modules_in_role(slot, names(setup), configs, f"{role}{part or ''}", LinearMethod)
+        if modules:
+            yield Placement(site=site, port="linear", role=role, part=part).projection, modules
 
 
-def _linear_modules(
-    slot: SiteSlot, order: tuple[str, ...], configs: Mapping[str, AdapterConfig], role: str
-) -> dict[str, list[LinearMethod]]:
-    found: dict[str, list[LinearMethod]] = {}
+def _adapted_vectors(
+    model: nn.Module, site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]
+) -> Iterator[tuple[Affine, str, dict[str, list[ParameterMethod]]]]:
+    """The weights and biases of a site that adapters of the setup act on, with those adapters."""
+    slot = slot_of(model, site)
+    for role, vectors in site.affine.items():
+        found = _modules_in_role(slot, names(setup), configs, role, ParameterMethod)
+        for leaf in vectors.names:
+            changing = {name: [one for one in modules if one.changes(leaf)] for name, modules in found.items()}
+            if any(changing.values()):
+                yield vectors, leaf, {name: modules for name, modules in changing.items() if modules}
+
+
+def _modules_in_role(
+    slot: SiteSlot, order: tuple[str, ...], configs: Mapping[str, AdapterConfig], role: str, kind: Any
+) -> dict[str, list[Any]]:
+    """The modules of a class of methods that adapters have in one role, by adapter."""
+    found: dict[str, list[Any]] = {}
     for name in order:
         modules = modules_at(slot, name)
         for config in configs[name].parts if modules is not None else ():
             module = modules.find(f"{method_of(config).name}.{role}")  # type: ignore[union-attr]
-            if isinstance(module, LinearMethod):
+            if isinstance(module, kind):
                 found.setdefault(name, []).append(module)
     return found

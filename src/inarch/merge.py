@@ -14,9 +14,9 @@ from .attach import base_of, slot_of, stored
 from .bank import module_key
 from .check import difference, run_of
 from .core.errors import SetupError
-from .core.site import Projection, Sites
+from .core.site import Affine, Projection, Sites
 from .frozen import Base
-from .methods import AdapterConfig, Frozen, LinearMethod, Placement, method_of, placements
+from .methods import AdapterConfig, Frozen, LinearMethod, ParameterMethod, Placement, method_of, placements
 from .sites import Inputs
 from .tensors import is_quantised, is_sharded
 
@@ -124,31 +124,57 @@ def check_agreement(name: str, found: float, allowed: float) -> None:
 def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merged: Merged) -> None:
     """Write an adapter into the weights. Raises `SetupError` for weights that cannot be overwritten; then none is."""
     found = list(_projections(model, sites, name, config))
-    for place, parameter, bias, _, module, _ in found:
+    vectors = list(_vectors(model, sites, name, config))
+    for place, parameter in [row[:2] for row in found] + [row[:2] for row in vectors]:
+        _check_whole(place, parameter)
+    for place, _, bias, _, module, _ in found:
         if bias is None and getattr(module, "bias", None) is not None:
             raise SetupError(
                 "An adapter's bias is merged into that of its projection; got a projection without one at "
                 f"`{place}`. Keep the adapter active instead."
             )
-        if is_sharded(parameter) or is_quantised(parameter) or parameter.is_meta:
-            state = "sharded" if is_sharded(parameter) else "offloaded" if parameter.is_meta else "quantised"
-            raise SetupError(
-                f"An adapter is merged into whole weights in floating point, in memory; got {state} ones at `{place}`. "
-                "Keep the adapter active instead, or load the base in full precision."
-            )
     with torch.no_grad():
         # Before anything is written: an adapter of several methods is one of the frozen base.
         frozen = [base.read() if module.reads_base else None for *_, module, base in found]
         frozen = [None if one is None else Frozen(one.weight.clone(), None) for one in frozen]
+        # Then vectors: what adapters make of an output, they make of one with the effective bias.
+        for _, parameter, part, leaf, changing in vectors:
+            merged.keep(parameter)
+            rows = _indices(part.rows, parameter.device)
+            parameter[rows] = changing.effective(leaf, parameter[rows])
         for (_, parameter, bias, projection, module, _), base in zip(found, frozen, strict=True):
             merged.keep(parameter)
             weight = parameter.mT if projection.transposed else parameter
-            rows = _indices(projection, parameter.device)
+            rows = _indices(projection.rows, parameter.device)
             new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows], base)
             weight[rows] = new.to(weight.dtype)
             if bias is not None and new_bias is not None:
                 merged.keep(bias)
                 bias[rows] = new_bias.to(bias.dtype)
+
+
+def _check_whole(place: str, parameter: nn.Parameter) -> None:
+    if is_sharded(parameter) or is_quantised(parameter) or parameter.is_meta:
+        state = "sharded" if is_sharded(parameter) else "offloaded" if parameter.is_meta else "quantised"
+        raise SetupError(
+            f"An adapter is merged into whole weights in floating point, in memory; got {state} ones at `{place}`. "
+            "Keep the adapter active instead, or load the base in full precision."
+        )
+
+
+def _vectors(
+    model: nn.Module, sites: Sites, name: str, config: AdapterConfig
+) -> Iterator[tuple[str, nn.Parameter, Affine, str, ParameterMethod]]:
+    """Every vector of an adapter: its place and parameter, what is known of it, and the adapter's module."""
+    for part in config.parts:
+        method = method_of(part)
+        for placement in placements(part, sites) if issubclass(method, ParameterMethod) else ():
+            module = _module(model, name, method.name, placement)
+            assert isinstance(module, ParameterMethod)
+            for leaf, own in placement.vectors.names.items():
+                if module.changes(leaf):
+                    path = f"{placement.site.absolute(placement.vectors.path)}.{own}"
+                    yield path, model.get_parameter(path), placement.vectors, leaf, module
 
 
 def _projections(
@@ -157,9 +183,10 @@ def _projections(
     """Every projection of an adapter: its place, weight and bias, what is known of it, and the adapter's module."""
     for part in config.parts:
         method = method_of(part)
-        for placement in placements(part, sites):
+        for placement in placements(part, sites) if issubclass(method, LinearMethod) else ():
             module = _module(model, name, method.name, placement)
-            projection = placement.site.projections[placement.role][placement.part]
+            assert isinstance(module, LinearMethod)
+            projection = placement.projection
             path = placement.site.absolute(projection.path)
             weight_name = projection.weight or "weight"
             weight = model.get_parameter(f"{path}.{weight_name}")
@@ -168,15 +195,15 @@ def _projections(
             yield f"{path}.{weight_name}", weight, bias, projection, module, base_of(model, placement.site, projection)
 
 
-def _module(model: nn.Module, name: str, method: str, placement: Placement) -> LinearMethod:
+def _module(model: nn.Module, name: str, method: str, placement: Placement) -> nn.Module:
     modules = slot_of(model, placement.site).adapters.find(name)
     found = modules.find(module_key(method, placement))  # type: ignore[union-attr, operator]
-    assert isinstance(found, LinearMethod)
+    assert isinstance(found, nn.Module)
     return found
 
 
-def _indices(projection: Projection, device: torch.device) -> Tensor | slice:
-    """The rows of the weight that play the role."""
-    if projection.rows is None:
+def _indices(rows: tuple[tuple[int, int], ...] | None, device: torch.device) -> Tensor | slice:
+    """The rows of a parameter that play the role."""
+    if rows is None:
         return slice(None)
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in projection.rows])
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])

@@ -36,6 +36,7 @@ from .methods import (
     AbstractMethod,
     AdapterConfig,
     LinearMethod,
+    ParameterMethod,
     Placement,
     SublayerMethod,
     layer_number,
@@ -79,9 +80,9 @@ class PlannedModule:
         return method_of(self.config).name
 
     def formula(self) -> str:
-        """What the projection computes with it, where it acts on one."""
+        """What the projection computes with it, or becomes of a vector, where it acts on one."""
         method = method_of(self.config)
-        assert issubclass(method, LinearMethod)
+        assert issubclass(method, LinearMethod | ParameterMethod)
         return method.formula(self.config, self.placement)
 
     @property
@@ -211,7 +212,7 @@ def _check_experts(block: Block, module: PlannedModule) -> None:
     placement = module.placement
     if placement.port != "linear":
         return
-    path = placement.site.projections[placement.role][placement.part].path
+    path = placement.projection.path
     if any("expert" in part for part in path.split(".")):
         raise SetupError(
             f"A `{type(block).__name__}` cuts what holds whole samples; got `{path}` for `{module.key}` of "

@@ -6,9 +6,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .compose import Cut, Cutter, Fuse, Setup, Take, last, leaves, run, uncut
 from .core.errors import SetupError, SiteError
@@ -238,7 +238,7 @@ def check_circuits(setup: Setup, adapters: Mapping[str, WiredAdapter], site: Sit
 def sum_program(
     setup: Setup,
     adapters: Mapping[str, WiredAdapter],
-    norm: nn.Module | None,
+    norm: "Forward | None",
     *,
     joins_others: bool,
     fusions: Mapping[str, Any] | None = None,
@@ -328,11 +328,18 @@ class _Recording:
         return self.recorder.call(self.function, value)
 
 
+class Forward(Protocol):
+    """What has the forward of a norm."""
+
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _ForwardOf:
     """The forward that a module has when it is called; not the module, which would run hooks, ours among them."""
 
-    module: nn.Module
+    module: Forward
     feature_dim: int = -1
 
     def __call__(self, value: Tensor) -> Tensor:

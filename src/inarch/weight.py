@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from .core.errors import SiteError
 from .core.site import Projection
 from .frozen import Base
 from .methods import Frozen, LinearMethod
+
+
+class ParameterRole(Protocol):
+    """What adapters make of a parameter, or of the part of it that plays a role."""
+
+    @property
+    def modules(self) -> Mapping[str, Sequence[nn.Module]]: ...
+    def apply(self, weight: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class WeightRole:
         part = part.mT if self.projection.transposed else part
         reads = any(module.reads_base for modules in self.modules.values() for module in modules)
         step = _WeightStep(self.modules, self.base.read() if reads else None)
-        part = run(self.setup, _WeightState(part), step, uncut).weight
+        part = run(self.setup, WeightState(part), step, uncut).weight
         part = part.mT if self.projection.transposed else part
         if rows is None:
             return part
@@ -58,30 +66,30 @@ class _WeightStep:
     modules: Mapping[str, list[LinearMethod]]
     base: Frozen | None
 
-    def __call__(self, name: str, state: "_WeightState") -> "_WeightState":
+    def __call__(self, name: str, state: "WeightState") -> "WeightState":
         weight = state.weight
         for module in self.modules.get(name, ()):
             weight = module.effective(weight, self.base)
-        return _WeightState(weight)
+        return WeightState(weight)
 
 
 @dataclass(frozen=True, slots=True)
-class _WeightState:
-    """A weight on its way through a setup. It has no rows of a batch to be cut."""
+class WeightState:
+    """A parameter on its way through a setup. It has no rows of a batch to be cut."""
 
     weight: Tensor
 
-    def part(self, cut: Cut, child: int) -> "_WeightState":
+    def part(self, cut: Cut, child: int) -> "WeightState":
         raise AssertionError(f"{cut} was let through to a weight, for child {child}")
 
-    def joined(self, cut: Cut, parts: Sequence["_WeightState"]) -> "_WeightState":
+    def joined(self, cut: Cut, parts: Sequence["WeightState"]) -> "WeightState":
         raise AssertionError(f"{cut} was let through to a weight, of {len(parts)} children")
 
-    def mean(self, results: Sequence["_WeightState"], shares: Sequence[Fraction]) -> "_WeightState":
+    def mean(self, results: Sequence["WeightState"], shares: Sequence[Fraction]) -> "WeightState":
         first, *others = [result.weight * float(share) for result, share in zip(results, shares, strict=True)]
-        return _WeightState(sum(others, start=first))
+        return WeightState(sum(others, start=first))
 
-    def fused(self, block: Fuse, through: Any) -> "_WeightState":
+    def fused(self, block: Fuse, through: Any) -> "WeightState":
         return self  # what is fused has nothing at weights
 
 
@@ -92,7 +100,7 @@ class WeightSlot(nn.Module):
     module, and belongs to the autograd graph of the thread that made it.
     """
 
-    def __init__(self, owner: str, program: Mapping[str, list[WeightRole]]) -> None:
+    def __init__(self, owner: str, program: Mapping[str, Sequence[ParameterRole]]) -> None:
         """`owner`: the module's path, for messages; `program`: by parameter, its name relative to the module."""
         super().__init__()
         self._owner = owner

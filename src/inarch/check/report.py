@@ -84,7 +84,7 @@ def projection_rows(report: Report) -> list[tuple[str, ...]]:
     layers: dict[tuple[str, str, str, str, str], list[Site]] = defaultdict(list)
     for module in report.plan.modules:
         found = module.placement
-        if found.port in ("linear", "weight"):
+        if found.port in ("linear", "weight", "parameter"):
             layers[module.adapter, found.site.stack, found.site.role, module.formula(), found.role].append(found.site)
     roles: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     sites: dict[tuple[str, tuple[str, ...]], list[Site]] = {}

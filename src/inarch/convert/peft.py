@@ -368,7 +368,7 @@ def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
 
 def _rows(placement: Placement, tensor: Tensor) -> Tensor:
     """What a tensor of the output features of a module has for one of the roles that it plays."""
-    projection = placement.site.projections[placement.role][placement.part]
+    projection = placement.projection
     if projection.rows is None or len(tensor) != projection.out_features:
         return tensor.clone()
     return torch.cat([tensor[start:stop] for start, stop in projection.rows])

@@ -2,6 +2,7 @@
 
     Tap         one place where a tensor can be read or replaced: a side of a module, and which of its values
     Projection  one linear map inside a branch, or some output features of a fused one
+    Affine      the vectors of a norm or of a projection: a weight, a bias, or both
     Site        one residual branch of one layer
     Entry       where one stack of layers gets its tokens from
     Sites       all of them, with where the knowledge comes from
@@ -71,6 +72,27 @@ class Projection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Affine:
+    """The vectors that a module applies to features: the weight and the bias of a norm, or the bias of a projection.
+
+    `path` is the module that reads them, for `Site.absolute`; `weight` and `bias` are their names in it, empty for what
+    there is none of. Each has `size` numbers that play the role: all of them, or those of `rows`.
+    """
+
+    path: str
+    size: int
+    weight: str = ""
+    bias: str = ""
+    rows: tuple[tuple[int, int], ...] | None = None
+    is_norm: bool = False
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The vectors there are: what each is, and its name in the module."""
+        return {leaf: name for leaf, name in (("weight", self.weight), ("bias", self.bias)) if name}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
     """One residual branch: the stream `x` enters, the branch gives `h`, and the layer adds them.
 
@@ -112,13 +134,19 @@ class Site:
     projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)
     """By role: q, k, v, o of an attention; up, gate, down of an MLP."""
     notes: tuple[str, ...] = ()
+    affine: Mapping[str, Affine] = dataclasses.field(default_factory=dict, compare=False)
+    """The vectors of norms and projections, by role: those of projections by theirs, `pre_norm`, `post_norm` and
+    `branch_norm`, and numbered from the second, `inner_norm` for other norms of the branch and, at the first site of a
+    stack, `outer_norm` for norms outside the layers. Read off a model, so no part of a layout."""
 
     @property
     def key(self) -> str:
         return f"{self.stack}.{self.layer}.{self.role}"
 
     def absolute(self, path: str) -> str:
-        """A path inside the layer, from the root of the model."""
+        """A path inside the layer, from the root of the model; one that begins with `/` is from there already."""
+        if path.startswith("/"):
+            return path[1:]
         return ".".join(part for part in (self.layer_path, path) if part)
 
     def signature(self) -> tuple[Any, ...]:
@@ -126,7 +154,7 @@ class Site:
         return tuple(
             tuple(sorted((k, v) for k, v in value.items())) if isinstance(value, Mapping) else value
             for field in dataclasses.fields(self)
-            if field.name not in ("layer", "layer_path")
+            if field.name not in ("layer", "layer_path", "affine")
             for value in (getattr(self, field.name),)
         )
 
@@ -196,7 +224,7 @@ class Sites:
         """A layout: JSON data that `from_dict` and `inarch.attach(layout=...)` read."""
         rows = []
         for group in self.groups():
-            row = {k: v for k, v in dataclasses.asdict(group[0]).items() if k not in ("layer", "layer_path")}
+            row = {k: v for k, v in dataclasses.asdict(group[0]).items() if k not in ("layer", "layer_path", "affine")}
             row["layers"] = {str(site.layer): site.layer_path for site in group}
             rows.append(row)
         return {

@@ -8,6 +8,7 @@ from .method import PrefixMethod as PrefixMethod
 from .method import SublayerMethod as SublayerMethod
 from .method import layer_number as layer_number
 from .method import renumber as renumber
+from .parameters import ParameterMethod as ParameterMethod
 from .ports_input import InputMethod as InputMethod
 from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike

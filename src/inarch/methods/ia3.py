@@ -91,7 +91,7 @@ class IA3(LinearMethod):
             config.roles(), config.leave_out, config.leave_out_roles, config.leave_out_projections, sites
         )
         for placement in found:
-            projection = placement.site.projections[placement.role][placement.part]
+            projection = placement.projection
             if placement.role in config.input_matrices and projection.rows is not None:
                 raise ConfigError(
                     "The input of a projection is scaled where it has one role; got `input_matrices` with "
@@ -114,7 +114,7 @@ class IA3(LinearMethod):
 
     def __init__(self, config: IA3Config, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
-        projection = placement.site.projections[placement.role][placement.part]
+        projection = placement.projection
         changes = self.changes(config, placement)
         at_input = "input" in changes
         self.input_scale = nn.Parameter(torch.ones(projection.in_features)) if at_input else None

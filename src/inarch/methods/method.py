@@ -7,6 +7,8 @@ A method is one file of this folder with one leaf class. Its port says where it 
                      these, because a module applies the weight itself, it gives a new weight, if it can
     PrefixMethod     gives keys and values that stand before those of one attention
 
+`parameters.py` has another, for the vectors of norms and the biases of projections.
+
 Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 
 from ..core.config import Config
 from ..core.errors import ConfigError, SiteError
-from ..core.site import Entry, Kind, Site, Sites
+from ..core.site import Affine, Entry, Kind, Projection, Site, Sites
 from ..core.wiring import Carry, Circuit, Summable
 
 V = TypeVar("V", bound=Summable)
@@ -48,6 +50,20 @@ class Placement:
     def projection_key(self) -> str:
         """The place of a projection in the architecture, such as `image0.3.self_attention.q`, which patterns match."""
         return f"{self.site.key}.{self.role}{self.part or ''}"
+
+    @property
+    def projection(self) -> Projection:
+        """What is known of the projection; of a norm, which computes its outputs from as many inputs, as of one."""
+        known = self.site.projections.get(self.role)
+        if known is not None:
+            return known[self.part]
+        norm = self.vectors
+        return Projection(path=norm.path, in_features=norm.size, out_features=norm.size)
+
+    @property
+    def vectors(self) -> Affine:
+        """The vectors of the norm, or the bias of the projection."""
+        return self.site.affine[f"{self.role}{self.part or ''}"]
 
 
 class Branch(Protocol[V]):

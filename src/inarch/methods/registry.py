@@ -80,7 +80,7 @@ def _through_its_port(method: type[AbstractMethod], part: Config, placement: Pla
     if placement.port != "linear":
         return placement
     site = placement.site
-    projection = site.projections[placement.role][placement.part]
+    projection = placement.projection
     if not projection.weight:
         return placement
     assert issubclass(method, LinearMethod)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.errors import SiteError, join_problems
 from ..core.site import Sites
+from .affine import with_affine
 from .entries import with_entries
 from .golden import find as find_shipped
 from .graph import Graph
@@ -52,9 +53,14 @@ def probe(model: nn.Module, *, layout: Layout | None = None, example_inputs: Any
     found so far in `found`, where there is no residual branch, one cannot be reached, or layers disagree.
     """
     if layout is not None:
-        return with_entries(model, resolve(model, layout))
+        return _completed(model, resolve(model, layout))
     shipped = find_shipped(model) if example_inputs is None else None
-    return with_entries(model, probe_now(model, example_inputs=example_inputs) if shipped is None else shipped)
+    return _completed(model, probe_now(model, example_inputs=example_inputs) if shipped is None else shipped)
+
+
+def _completed(model: nn.Module, sites: Sites) -> Sites:
+    """The sites with what is read off the modules, which no layout has."""
+    return with_affine(model, with_entries(model, sites))
 
 
 def probe_now(model: nn.Module, *, example_inputs: Any = None) -> Sites:

@@ -30,7 +30,7 @@ from ..core.records import (
 from ..core.site import Sites
 from ..data.examples import ImageData
 from ..handle import Adapters
-from ..methods import LinearMethod, method_of
+from ..methods import LinearMethod, ParameterMethod, method_of
 from .callbacks import epochs_of
 from .folder import RunFolder
 from .processes import Processes
@@ -177,7 +177,7 @@ def describe_sites(sites: Sites, report: Report) -> tuple[SiteRecord, ...]:
             port=place.port,
             role=place.role,
             parameters=sizes[kind],
-            formula=method.formula(module.config, place) if issubclass(method, LinearMethod) else "",
+            formula=method.formula(module.config, place) if issubclass(method, LinearMethod | ParameterMethod) else "",
         )
         grafts.setdefault(place.site.key, []).append(made)
     found: dict[SiteRecord, list[int]] = {}

@@ -94,7 +94,7 @@ def _widths(facts: Facts, part: Config) -> Iterator[tuple[Any, int, int]]:
         if hasattr(part, "bottleneck_width"):
             yield placement, site.width, part.bottleneck_width(site.width, layer_number(site, facts.sites))
         elif hasattr(part, "rank") and placement.port == "linear":
-            projection = site.projections[placement.role][placement.part]
+            projection = placement.projection
             yield placement, min(projection.in_features, projection.num_rows), part.rank(placement)
 
 
