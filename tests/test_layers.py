@@ -20,7 +20,18 @@ PACKAGE = "inarch"
 
 CORE = {"core", "version"}
 MECHANISM = CORE | {"methods", "compose", "sites"}
-GRAFT = MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "inputs", "prefixes", "plan", "attach"}
+GRAFT = MECHANISM | {
+    "tensors",
+    "bank",
+    "frozen",
+    "programs",
+    "weight",
+    "inputs",
+    "prefixes",
+    "streams",
+    "plan",
+    "attach",
+}
 SERVICES = GRAFT | {
     "check",
     "witness",
@@ -60,7 +71,9 @@ LAYERS: dict[str, set[str]] = {
     "inputs": MECHANISM | {"bank"},
     "prefixes": MECHANISM | {"bank"},
     "plan": MECHANISM | {"bank", "programs"},
-    "attach": MECHANISM | {"tensors", "bank", "frozen", "programs", "weight", "vectors", "inputs", "prefixes", "plan"},
+    "streams": MECHANISM | {"bank"},
+    "attach": MECHANISM
+    | {"tensors", "bank", "frozen", "programs", "weight", "vectors", "inputs", "prefixes", "streams", "plan"},
     "check": GRAFT | {"heads"},
     "witness": GRAFT,
     "state": GRAFT,
@@ -126,6 +139,7 @@ SHARED_BY_METHODS = {
     "inarch.methods.parameters",
     "inarch.methods.phm",
     "inarch.methods.ports_input",
+    "inarch.methods.ports_stream",
 }
 """What the files of `methods/` may import from their own folder: what a method is, and what several have in common."""
 

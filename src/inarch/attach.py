@@ -38,6 +38,7 @@ from .methods import (
     ParameterMethod,
     Placement,
     PrefixMethod,
+    StreamMethod,
     layer_number,
     method_of,
     placements,
@@ -55,6 +56,7 @@ from .programs import (
     wired_adapter,
 )
 from .sites import Unnested, nesting_encoders
+from .streams import Calls, Generating, StreamSlot, stream_program
 from .tensors import TRAINABLE, execution_device, is_sharded
 from .vectors import Slots, VectorRole
 from .weight import ParameterRole, Shadows, WeightRole, WeightSlot
@@ -227,10 +229,46 @@ def arm(
     for site in sites:
         handles += _arm_sum(model, site, sites, setup, configs, batch=batch, slots=slots)
     handles += arm_inputs(model, sites, setup, _input_modules(model, sites, setup, configs), batch)
+    handles += _arm_streams(model, sites, setup, configs, batch)
     if cuts_rows(setup):
         handles.append(Watched(batch, model))
     handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]
     forget_compiled()
+
+
+def _arm_streams(
+    model: nn.Module, sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig], batch: Batch
+) -> list[Removable]:
+    found = [(site, _stream_modules(slot_of(model, site), leaves(setup), configs)) for site in sites]
+    minds_end = any(module.minds_end for _, modules in found for module in modules.values())
+    stacks: dict[str, Calls] = {}
+    handles: list[Removable] = []
+    for site, modules in found:
+        if not modules:
+            continue
+        if site.stack not in stacks:
+            stacks[site.stack] = Calls(site, wants_tensors=cuts_rows(setup), minds_end=minds_end)
+            handles += stacks[site.stack].watch(model)
+        program = stream_program(setup, modules, Place(site.key, site.batch_dim, batch).cut)
+        slot = StreamSlot(site, program, stacks[site.stack])
+        # First, so that whoever records what layers give records this.
+        handles.append(model.get_submodule(site.layer_path).register_forward_hook(slot.rewrite, prepend=True))
+    if minds_end and callable(getattr(model, "generate", None)):
+        handles.append(Generating(model, list(stacks.values())))
+    return handles
+
+
+def _stream_modules(
+    slot: SiteSlot, order: tuple[str, ...], configs: Mapping[str, AdapterConfig]
+) -> dict[str, StreamMethod]:
+    found: dict[str, StreamMethod] = {}
+    for name in order:
+        modules = modules_at(slot, name)
+        for config in configs[name].parts if modules is not None else ():
+            module = modules.find(method_of(config).name)  # type: ignore[union-attr]
+            if isinstance(module, StreamMethod):
+                found[name] = module
+    return found
 
 
 def _batch_dim(model: nn.Module, sites: Sites) -> int:
@@ -243,7 +281,7 @@ def disarm(model: nn.Module, handles: list[Removable]) -> None:
     """Remove hooks, and what they hold."""
     if not handles:
         return
-    for handle in handles:
+    for handle in reversed(handles):  # what stands in for something was put there last
         handle.remove()
     handles.clear()
     for module in model.modules():

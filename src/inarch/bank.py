@@ -29,7 +29,7 @@ CHILD = "inarch"
 
 def module_key(method: str, placement: Placement) -> str:
     """The place of a module among those of one adapter at one site, as in the state dict and on disk."""
-    if placement.port in ("sublayer", "fusion", "input", "prefix"):
+    if not placement.role:
         return method
     return f"{method}.{placement.role}{placement.part or ''}"
 
@@ -119,17 +119,17 @@ class SiteSlot(nn.Module):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook on the module since whose call those of the output's module are counted."""
-        self._calls[_thread()] = 0
+        self._calls[thread()] = 0
 
     def is_meant(self) -> bool:
         """Whether the call of the output's module that just ended is the one that gives the branch output."""
         if not self._is_counted:
             return True
-        number = self._calls.pop(_thread(), None)
+        number = self._calls.pop(thread(), None)
         if number is None:  # it has been
             return False
         if number + 1 < self._output.call:
-            self._calls[_thread()] = number + 1
+            self._calls[thread()] = number + 1
             return False
         return True
 
@@ -138,12 +138,12 @@ class SiteSlot(nn.Module):
         at = self._stream_at
         value = args[at.position] if at.position < len(args) else kwargs.get(at.name)
         if value is not None:  # else the branch output says that there was no stream
-            self._held[_thread()] = pick(value, at.key) if at.key else value
+            self._held[thread()] = pick(value, at.key) if at.key else value
 
     def hold_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook where the stream is the result of a module."""
         assert self.site.stream is not None
-        self._held[_thread()] = pick(output, self.site.stream.key)
+        self._held[thread()] = pick(output, self.site.stream.key)
 
     def hold_other(
         self, key: tuple[int | str, ...], is_first: bool, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -153,8 +153,8 @@ class SiteSlot(nn.Module):
         With the first of them a new sum begins, whatever a forward that did not end has left.
         """
         other = pick(output, key)
-        before = None if is_first else self._others.get(_thread())
-        self._others[_thread()] = other if before is None else before + other
+        before = None if is_first else self._others.get(thread())
+        self._others[thread()] = other if before is None else before + other
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
@@ -164,10 +164,10 @@ class SiteSlot(nn.Module):
         key, x = self._output.key, None
         h = pick(output, key) if key else output
         if self._reads_stream:
-            x = self._held.pop(_thread(), None)
+            x = self._held.pop(thread(), None)
             if x is None or x.shape != h.shape:
                 raise _stream_error(self.site, x, h)
-        others = self._others.pop(_thread(), None) if self._reads_others else None
+        others = self._others.pop(thread(), None) if self._reads_others else None
         if self._reads_others and others is None:
             raise SiteError(
                 "An adapter that reads the other branches of its sum runs after them; got none before the output of "
@@ -178,7 +178,7 @@ class SiteSlot(nn.Module):
             return _replace(output, key, waiting) if key else waiting
         branch, final = self._program(x, h, others)
         if final is not None:
-            self._final[_thread()] = final
+            self._final[thread()] = final
             return output
         return _replace(output, key, branch) if key else branch
 
@@ -188,12 +188,12 @@ class SiteSlot(nn.Module):
         if final is None:
             assert branch is not None
             return branch
-        self._final[_thread()] = final
+        self._final[thread()] = final
         return h
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the norm after the sum, for adapters that end after it."""
-        final = self._final.pop(_thread(), None)
+        final = self._final.pop(thread(), None)
         return output if final is None else final
 
 
@@ -290,7 +290,7 @@ def refuse_replica(module: nn.Module) -> None:
         )
 
 
-def _thread() -> int:
+def thread() -> int:
     """What a held tensor belongs to: the calling thread, so that forwards may run side by side.
 
     A compiled graph has no threads inside it; there the tensor is an ordinary intermediate value.

@@ -36,7 +36,6 @@ from .methods import (
     AbstractMethod,
     AdapterConfig,
     LinearMethod,
-    ParameterMethod,
     Placement,
     SublayerMethod,
     layer_number,
@@ -80,10 +79,8 @@ class PlannedModule:
         return method_of(self.config).name
 
     def formula(self) -> str:
-        """What the projection computes with it, or becomes of a vector, where it acts on one."""
-        method = method_of(self.config)
-        assert issubclass(method, LinearMethod | ParameterMethod)
-        return method.formula(self.config, self.placement)
+        """What its place computes with it, where that is no sum."""
+        return method_of(self.config).formula(self.config, self.placement)
 
     @property
     def key(self) -> str:
@@ -133,6 +130,8 @@ class Plan:
 
     def _formulas_of(self, module: PlannedModule) -> str:
         """What its site computes, in the cases in which its adapter acts."""
+        if module.placement.port == "stream":
+            return module.formula()
         if module.placement.port not in ("sublayer", "fusion"):
             return ""
         at = self.formulas.get(module.placement.site.key, {})

@@ -76,7 +76,7 @@ def site_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-PROJECTION_HEADERS = ("projections", "with the adapter")
+PROJECTION_HEADERS = ("places", "with the adapter")
 
 
 def projection_rows(report: Report) -> list[tuple[str, ...]]:
@@ -84,8 +84,10 @@ def projection_rows(report: Report) -> list[tuple[str, ...]]:
     layers: dict[tuple[str, str, str, str, str], list[Site]] = defaultdict(list)
     for module in report.plan.modules:
         found = module.placement
-        if found.port in ("linear", "weight", "parameter"):
-            layers[module.adapter, found.site.stack, found.site.role, module.formula(), found.role].append(found.site)
+        if found.port in ("linear", "weight", "parameter", "stream"):
+            layers[
+                module.adapter, found.site.stack, found.site.role, module.formula(), found.role or found.port
+            ].append(found.site)
     roles: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     sites: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
     for (adapter, _, _, formula, role), reached in layers.items():

@@ -10,6 +10,9 @@ from .method import layer_number as layer_number
 from .method import renumber as renumber
 from .parameters import ParameterMethod as ParameterMethod
 from .ports_input import InputMethod as InputMethod
+from .ports_stream import Span as Span
+from .ports_stream import StreamMethod as StreamMethod
+from .ports_stream import Tokens as Tokens
 from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike
 from .registry import method_of as method_of

@@ -155,6 +155,11 @@ class AbstractMethod(Sharing, ABC):
             return "A weight is one for all rows of a batch"
         return ""
 
+    @classmethod
+    def formula(cls, config: Any, placement: Placement) -> str:  # noqa: ARG003  as above
+        """What a module makes of what its port gives it, for people to read; empty where the proof of a sum says it."""
+        return ""
+
     def share(self, known: dict[Any, Any]) -> None:
         """Share parameters or buffers with the other modules of the adapter: a call of `tie` for each.
 
