@@ -192,3 +192,27 @@ def test_a_network_of_convolutions_is_refused_by_name(timm):
         model = timm.create_model("darknet17")
     with pytest.raises(ProbeError, match=r"got none in CspNet \(.*: a sum of feature maps that convolutions make"):
         inarch.probe(model)
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "EVA", "BEiT", "Swin"])
+def test_visual_prompts_on_plain_sequences_alone(timm, family):
+    """Those of timm without positions inside the attention take prompts; the others are refused by name."""
+    model, image = build(timm, family)
+    adapters = inarch.attach(model, example_inputs=image)
+    base = model(image)
+    if family in ("ViT", "DeiT"):
+        adapters.add("a", "vpt_shallow[prompt_length=3]")
+        adapters.activate("a")
+        (vectors,) = adapters["a"].values()
+        features = model.forward_features(image)
+        blocks, tokens = model.blocks, []
+        handle = blocks.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+        assert not torch.allclose(model(image), base, atol=1e-4)
+        handle.remove()
+        adapters.deactivate()
+        whole = blocks(torch.cat((tokens[0], vectors.expand(2, -1, -1)), dim=1))  # in whatever order
+        assert torch.allclose(features, model.norm(whole[:, :-3]), atol=1e-5)
+        return
+    with pytest.raises(inarch.InarchError, match="needs a model that takes others|one sequence of tokens"):
+        adapters.add("a", "vpt_shallow[prompt_length=3]")
+    assert torch.equal(model(image), base)

@@ -39,7 +39,7 @@ from .core.site import Sites
 from .heads import TrainedHeads
 from .loading import OtherBase
 from .merge import Merged, check_mergeable, merge
-from .methods import AdapterConfig, ConfigLike, method_of, read_config
+from .methods import AdapterConfig, ConfigLike, InputMethod, method_of, read_config
 from .plan import Plan, plan
 from .plan import check_setup as check_blocks
 from .saving import FORMATS as FORMATS
@@ -51,6 +51,7 @@ from .summary import summary
 from .tensors import copy_into
 from .trainable import check_trainable, penalty
 from .trainer_door import TrainerDoor
+from .trial import check_runs, is_skeleton
 from .witness import verify
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def attach(
         sites = probe(model, layout=layout, example_inputs=example_inputs)
         if not any(parameter.is_meta for parameter in model.parameters()):
             _verify(model, sites, example_inputs)
-        return Adapters(model, sites)
+        shapes = None if example_inputs is None else given_inputs(example_inputs).to("meta")
+        return Adapters(model, sites, shapes)
 
 
 def _verify(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
@@ -184,11 +186,12 @@ def check(
 class Adapters:
     """The adapters of one model. Made by `inarch.attach`."""
 
-    def __init__(self, model: nn.Module, sites: Sites) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, shapes: Inputs | None = None) -> None:
         self._trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         graft(model, sites)
         self.model = model
         self.sites = sites
+        self._shapes = shapes
         self._configs: dict[str, AdapterConfig] = {}
         self._unsound: set[str] = set()
         self._heads = TrainedHeads(model, sites)
@@ -350,7 +353,9 @@ class Adapters:
             verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
                 raise ConfigError(refusal(verdict))
-            self._store(name, parsed, build(self.model, self.sites, parsed), sound=verdict.sound)
+            built = build(self.model, self.sites, parsed)
+            self._try(name, parsed, built)
+            self._store(name, parsed, built, sound=verdict.sound)
 
     def add_fusion(self, block: Fuse, config: ConfigLike = "dynamic_fusion", *, overwrite: bool = False) -> str:
         """Give a `Fuse` its fusion layers, at the sites of its adapters. Returns their name, `block.name`.
@@ -382,6 +387,27 @@ class Adapters:
         if isinstance(self._setup, Block) and name in names(self._setup) and verdict.sound:
             check_composition(self._setup, self.sites, self._configs | {name: config}, self._unsound - {name})
         return verdict
+
+    def _try(self, name: str, config: AdapterConfig, built: dict[str, Modules]) -> None:
+        """Run the model once with an adapter that changes its sequences, which no site can tell whether it takes.
+
+        Raises `SiteError` where it does not; the model is as it was in any case.
+        """
+        if not any(issubclass(method_of(part), InputMethod) for part in config.parts) or is_skeleton(self.model):
+            return
+        before, config_before, active = stored(self.model, self.sites, name), self._configs.get(name), self._setup
+        disarm(self.model, self._handles)
+        try:
+            store(self.model, self.sites, name, built)
+            self._configs[name] = config
+            check_runs(self.model, self._shapes, str(config), lambda on: self._arm(name if on else None))
+        finally:
+            disarm(self.model, self._handles)
+            store(self.model, self.sites, name, before)
+            del self._configs[name]
+            if config_before is not None:
+                self._configs[name] = config_before
+            self._arm(active)
 
     def _store(self, name: str, config: AdapterConfig, built: dict[str, Modules], *, sound: bool) -> None:
         """Put built modules in the model, leaving what is active as it was. What cannot run leaves everything so."""
@@ -756,6 +782,7 @@ class Adapters:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
             heads = self._heads.tensors(found.head)
             built = loading.built(found, self.model, self.sites, heads)
+            self._try(chosen, found.config, built)
             self._store(chosen, found.config, built, sound=sound)
             self._heads.keep([chosen], found.head)
             for key, tensor in heads.items():

@@ -1,16 +1,16 @@
 """The hooks of the input port: what changes the sequence of tokens before the layers of a stack see it.
 
-A sequence is changed where token ids are embedded (`words`), or where the model's embedding ends (`embedding`). Tokens
-that were put in front are there for the layers alone: the module that is called with the tokens is told of them by its
-mask and positions, and they are taken off where the layers end, so that poolers, heads, labels and losses see the
-user's tokens at the user's positions. Of an encoder they are kept for the decoder, which attends to them; its mask of
-the encoder's tokens is extended. In a cache they come first, so a later token needs nothing but the longer mask.
+A sequence is changed where token ids are embedded (`words`), where the model's embedding ends (`embedding`), or where
+it enters a layer (`layer`, see `beside.py`). Tokens that the first two put in front are there for the layers alone: the
+module that is called with the tokens is told of them by its mask and positions, and they are taken off where the layers
+end, so that poolers, heads, labels and losses see the user's tokens at the user's positions. Of an encoder they are
+kept for the decoder, which attends to them; its mask of the encoder's tokens is extended. In a cache they come first,
+so a later token needs nothing but the longer mask.
 
 Tensors: B batch, L tokens, P tokens that are put in front of them, D width.
 """
 
 import inspect
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .bank import Argument, argument_of, refuse_replica
+from .bank import Argument, argument_of, refuse_replica, thread
+from .beside import arm_beside
 from .compose import Average, Batch, Cut, Fuse, Place, Setup, Stack, Take, run
 from .core.config import Config
 from .core.errors import SetupError, SiteError
@@ -56,8 +57,10 @@ def arm_inputs(
     model: nn.Module, sites: Sites, setup: Setup, found: Mapping[str, Modules], batch: Batch
 ) -> list[RemovableHandle]:
     """Register the hooks of the input port; `found` are its modules by site key. Returns what removes them."""
-    handles: list[RemovableHandle] = []
+    handles = _arm_layers(model, sites, setup, found, batch)
     for key, modules in found.items():
+        if all(one.point == "layer" for armed in modules.values() for one in armed):
+            continue
         site, entry = sites[key], sites.entries.get(sites[key].stack)
         assert entry is not None
         cutter = Place(key, 0, batch).cut
@@ -75,6 +78,34 @@ def arm_inputs(
         if inverse.steps:
             handles += _arm_inverse(model, site, entry, inverse)
     return handles
+
+
+def _arm_layers(
+    model: nn.Module, sites: Sites, setup: Setup, found: Mapping[str, Modules], batch: Batch
+) -> list[RemovableHandle]:
+    """Register the hooks of what acts where a sequence enters a layer."""
+    places: dict[str, dict[str, set[str]]] = {}
+    programs: dict[str, dict[str, Program]] = {}
+    for key, modules in found.items():
+        at = {name: [one for one in armed if one.point == "layer"] for name, armed in modules.items()}
+        if not any(at.values()):
+            continue
+        site = sites[key]
+        _length(setup, {name: sum(one.length for one in armed) for name, armed in at.items()}, site)
+        program = _program(setup, _at(modules, "layer"), Place(key, 0, batch).cut)
+        programs.setdefault(site.stack, {})[key] = program
+        for name in at:
+            places.setdefault(site.stack, {}).setdefault(name, set()).add(key)
+    for stack, by_name in places.items():
+        (name, keys), *others = by_name.items()
+        for other, theirs in others:
+            if theirs != keys:
+                raise SetupError(
+                    "Prompts of one setup are new at the same layers; got "
+                    f"{', '.join(f'`{key}`' for key in sorted(keys ^ theirs)[:3])} for only one of `{name}` and "
+                    f"`{other}` in {setup}, in `{stack}`. Compose shallow ones with shallow ones."
+                )
+    return [handle for stack, made in programs.items() for handle in arm_beside(model, sites, stack, made)]
 
 
 def _at(modules: Modules, point: str, *, adds: bool = True) -> dict[str, list[InputMethod]]:
@@ -248,7 +279,7 @@ class EntrySlot(nn.Module):
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the embedding: the sequence (B, P + L, D) for the one (B, L, D) that it gives."""
         refuse_replica(module)
-        is_later = self._length and self._running.get(_thread()) is None  # with the tokens in front in a cache
+        is_later = self._length and self._running.get(thread()) is None  # with the tokens in front in a cache
         program = self._programs.later if is_later else self._programs.embedding
         return program(output) if isinstance(output, Tensor) else (program(output[0]), *output[1:])
 
@@ -284,7 +315,7 @@ class EntrySlot(nn.Module):
                 given[name] = self._positions(given[name], starts=not seen)
         if seen:
             return (), given
-        self._running[_thread()] = length + self._length
+        self._running[thread()] = length + self._length
         for name, value in given.items():
             self._check(name, value, tokens, length)
         if self._programs.words.steps:
@@ -334,12 +365,12 @@ class EntrySlot(nn.Module):
 
     def trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook where the layers end: what belongs to the user's tokens."""
-        total = self._running.get(_thread())
+        total = self._running.get(thread())
         return output if total is None else _trimmed(output, self._length, total)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the module that is called with the tokens, also after an exception."""
-        self._running.pop(_thread(), None)
+        self._running.pop(thread(), None)
 
     def extend_memory(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -369,11 +400,6 @@ def _trimmed(output: Any, count: int, total: int) -> Any:
         for name in list(output):
             output[name] = _trimmed(output[name], count, total)  # type: ignore[index]
     return output
-
-
-def _thread() -> int:
-    """The calling thread; a compiled graph has none inside it."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class InverseSlot(nn.Module):

@@ -26,6 +26,21 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
     """
     witnesses = [_Witness(model, site) for site in sites]
     handles = [handle for witness in witnesses for handle in witness.watch()]
+    try:
+        run(model, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    problems = [problem for witness in witnesses if (problem := witness.problem())]
+    if not problems:
+        followers = itertools.pairwise(witnesses)
+        problems = [problem for first, second in followers if (problem := first.disagrees(second))]
+    if problems:
+        raise SiteError(join_problems(problems))
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once, in eval mode, and leave it as it was."""
     # A forward may change what a module notes of its input: Swin shrinks its windows for a small image, for good.
     notes = {module: {k: v for k, v in vars(module).items() if type(v) in _PLAIN} for module in model.modules()}
     try:
@@ -37,16 +52,8 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
         with torch.no_grad(), unfused(), torch.random.fork_rng(devices=[]):
             model(*args, **kwargs)
     finally:
-        for handle in handles:
-            handle.remove()
         for module, noted in notes.items():
             vars(module).update(noted)
-    problems = [problem for witness in witnesses if (problem := witness.problem())]
-    if not problems:
-        followers = itertools.pairwise(witnesses)
-        problems = [problem for first, second in followers if (problem := first.disagrees(second))]
-    if problems:
-        raise SiteError(join_problems(problems))
 
 
 class _Witness:

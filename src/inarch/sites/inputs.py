@@ -25,7 +25,7 @@ class Inputs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Inputs":
-        """The same on another device, with floating tensors in `dtype`."""
+        """The same on another device, with floating tensors in `dtype`; what has no memory becomes ones."""
         return Inputs(
             tuple(_moved(value, device, dtype) for value in self.args),
             {name: _moved(value, device, dtype) for name, value in self.kwargs.items()},
@@ -38,6 +38,8 @@ class Inputs:
 
 def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
+        if value.is_meta and torch.device(device).type != "meta":  # what has only a shape
+            return torch.ones_like(value, device=device, dtype=dtype if value.is_floating_point() else None)
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_moved(item, device, dtype) for item in value)
