@@ -132,7 +132,16 @@ def study(**changes):
         trial(4, "pruned", "hyperband", value=0.99, curve=((0.0, 0.1), (1.0, 0.99))),
     )
     made = {"name": "mine", "job": {"study": {}}, "command": ("inarch", "sweep"), "trials": trials, "best": 1}
-    return StudyRecord(**{**made, "data": {"name": "digits"}, "steps": 60, "steps_in_full": 150} | changes)
+    return StudyRecord(
+        **{
+            **made,
+            "data": {"name": "digits"},
+            "model": {"class": "ViT", "head_parameters": 100},
+            "steps": 60,
+            "steps_in_full": 150,
+        }
+        | changes
+    )
 
 
 def save(folder, **records):

@@ -173,6 +173,9 @@ def test_learning_rates_that_do_not_train_are_found():
 
     assert at("seq_bn", 1e-3) == set()
     assert at("seq_bn", 5e-5) == {"small-rate"}  # the default of transformers
+    assert "adapters want about 20 times more" in str(
+        inarch.check(model, "seq_bn", training=Training(learning_rate=5e-5))
+    )
     assert at("seq_bn[scaling=10.0]", 1e-2) == {"large-step"}
     assert at("lora[r=16,alpha=16]", 1e-2) == {"large-step"}
     assert at("seq_bn[scaling=10.0]", 1e-2, "sgd") == set()

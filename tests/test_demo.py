@@ -1,9 +1,12 @@
 """The demonstration, shortened: what it writes, what it compares, and what it leaves alone."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from inarch.core.errors import InarchError, StateError
 from inarch.data import load_data
 from inarch.data.examples import ImageData
 from inarch.train import demo as demonstration
-from inarch.train.demo import RECIPE, Audience, compare, run_demo
+from inarch.train.demo import NUM_SEEDS, RECIPE, WAYS, Audience, compare, run_demo
 from inarch.train.predict import Prediction
+
+ROOT = Path(__file__).parent.parent
 
 
 def few_digits():
@@ -30,6 +35,61 @@ def few_digits():
         mirror_safe=False,
         crop_safe=whole.crop_safe,
     )
+
+
+# The figures that are told of it
+
+
+FIGURES = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
+
+
+def check_promise(found):
+    """What the demonstration is made to show: an adapter does better than a head, and unsound wiring far worse."""
+    head, sound, unsound = (found[way.key]["accuracy"] for way in WAYS)
+    assert 0.95 < head <= sound - 0.005
+    assert unsound < sound - 0.1
+    assert [found[way.key]["sound"] for way in WAYS] == [True, True, False]
+
+
+def test_the_figures_on_record_are_those_of_this_demonstration():
+    """Made anew by `scripts/demo_figures.py` where it changes."""
+    for key, recipe in (("short", RECIPE), ("longer", RECIPE.replace(epochs=12))):
+        found = FIGURES[key]
+        assert found["recipe"] == recipe.to_dict()
+        assert [found[way.key]["configuration"] for way in WAYS] == [way.adapter for way in WAYS]
+        assert [len(found[way.key]["seeds"]) for way in WAYS] == [NUM_SEEDS if way.repeats else 1 for way in WAYS]
+        assert found["data"] == {"name": "digits", "train": 1397, "validation": 400}
+    check_promise(FIGURES["short"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_readmes_tell_the_figures_on_record(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[0:1] == "|" and "`y = " in line
+    ]
+    short, longer = FIGURES["short"], FIGURES["longer"]
+    formulas = [short[way.key]["formulas"] or ["y = x + h"] for way in WAYS]
+    assert [row[1:] for row in rows] == [
+        [f"`{formula}`", f"{short[way.key]['accuracy']:.1%}".replace("%", " %"), f"{size:,}"]
+        for way, (formula,) in zip(WAYS, formulas, strict=True)
+        for size in [short[way.key]["trainable_parameters"]]
+    ]
+    assert f"{short['adapter_bytes'] / 1e3:.0f} kB" in text
+    after = [f"{longer[way.key]['accuracy'] * 100:.1f}" for way in WAYS]
+    assert re.search(r"12 .*?" + r".{1,8}?".join(map(re.escape, after)), text)
+
+
+@pytest.mark.skipif("INARCH_FULL_DEMO_TEST" not in os.environ, reason="takes minutes; set INARCH_FULL_DEMO_TEST=1")
+def test_a_demonstration_that_is_run_now_finds_what_is_on_record(tmp_path):
+    found = run_demo(tmp_path / "demo").to_dict()
+    check_promise(found)
+    for way in WAYS:
+        told = FIGURES["short"][way.key]
+        assert found[way.key]["accuracy"] == pytest.approx(told["accuracy"], abs=0.015)
+        assert found[way.key]["trainable_parameters"] == told["trainable_parameters"]
 
 
 class Listener(Audience):

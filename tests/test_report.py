@@ -238,12 +238,27 @@ def test_a_study_is_shown_as_its_trials(tmp_path):
     assert "The best of 5 trials is trial 1 ( seq_bn[reduction_factor=2] ) with accuracy 95.0 % ± 1.0 % over 2" in shown
     assert "They took 60 steps, 40 % of what training all of them to the end takes." in shown
     assert "2 finished, 1 refused by check, 1 repeated by proof, 1 pruned by hyperband" in shown
-    assert "3 trial 2 refused by check: the skip connection is lost" in shown
+    assert "2 trial 2 refused by check: the skip connection is lost" in shown
     assert differing(found) == ["learning_rate", "reduction_factor"]
     curve, _, against, parallel = charts(found)
-    assert set(re.findall(r'data-run="(\d)"', curve.svg)) == {"1", "2", "5"}
-    assert set(re.findall(r'data-run="(\d)"', against.svg)) == {"1", "2", "4"}
-    assert set(re.findall(r'data-run="(\d)"', parallel.svg)) == {"1", "2", "4", "5"}
+    assert set(re.findall(r'data-run="(\d)"', curve.svg)) == {"0", "1", "4"}
+    assert set(re.findall(r'data-run="(\d)"', against.svg)) == {"0", "1", "3"}
+    assert set(re.findall(r'data-run="(\d)"', parallel.svg)) == {"0", "1", "3", "4"}
+    # A number is that of the trial, and what is trained is the head too.
+    assert [entry.number for entry in found] == [trial.number for trial in little.study().trials]
+    assert [entry.number_of("trainable") for entry in found] == [100 + 1000 * 2**number for number in range(5)]
+    little.save(tmp_path, other=little.run(0.9))
+    assert [entry.number for entry in read_entries([tmp_path])] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_trial_that_was_not_trained_is_drawn_as_it_was_judged():
+    record = little.study()
+    lost = replace(record.trials[2], sites=little.sites("y = h + A(x + h)", "skip connection lost"))
+    (entry,) = [Entry(number=2, name="trial 2", place="", record=lost, study=record)]
+    (graft,) = grafts([entry])
+    assert graft.model_class == "ViT"
+    shown = Page(render([entry])).words
+    assert "y = h + A(x + h)" in shown and "skip connection lost" in shown
 
 
 def test_a_trial_without_one_of_the_settings_is_shown_without_it():

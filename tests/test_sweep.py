@@ -24,7 +24,7 @@ from inarch.sweep.run import run_study, sampler_of
 from inarch.sweep.space import Space
 from inarch.sweep.storage import MOST_DEATHS, Board, Claim, Taken, storage_url
 from inarch.sweep.study import StudyConfig
-from inarch.sweep.trial import Audience
+from inarch.sweep.trial import Audience, Trials
 from inarch.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -73,6 +73,9 @@ def test_a_refused_trial_says_why_and_a_repeated_one_has_the_result_of_its_twin(
     lost = record.trials[2]
     assert "unsound-wiring" in lost.reason and "skip connection lost" in lost.reason
     assert lost.verdict.groups[0].adapted == "y = h + A(x + h)"
+    assert [(site.adapted, site.verdict) for site in lost.sites if site.modules] == [
+        ("y = h + A(x + h)", "skip connection lost")
+    ]
     twin = record.trials[3]
     assert twin.same_as == 0
     assert twin.value == record.trials[0].value
@@ -107,6 +110,66 @@ def test_another_study_in_the_folder_is_refused_with_the_difference(flags, given
     study = StudyConfig.from_dict(record.job["study"]).replace(seeds=2)
     with pytest.raises(StateError, match="study.seeds 2 instead of 1"):
         run_study(study, RECIPE, *given, folder)
+
+
+def test_what_no_model_can_be_trained_with_ends_one_trial_and_no_study(given, tmp_path, monkeypatch):
+    """As an error of torch that every attempt would meet again; but not one of the disk."""
+    train = Trials._train_seed
+
+    def sometimes(self, watch, place, config, recipe):
+        if recipe.learning_rate == 1e-3:
+            raise errors.pop()
+        return train(self, watch, place, config, recipe)
+
+    monkeypatch.setattr(Trials, "_train_seed", sometimes)
+    errors = [TypeError("no such thing\nas this")]
+    record = run_study(study_of(1e-3, 1e-2), RECIPE, *given, tmp_path / "study")
+    assert [one.status for one in record.trials] == ["failed", "finished"]
+    assert record.trials[0].reason == "TypeError: no such thing"
+    assert record.best == 1
+    errors = [OSError("no room")]
+    with pytest.raises(OSError, match="no room"):
+        run_study(study_of(1e-3), RECIPE, *given, tmp_path / "full")
+    assert read_study(tmp_path / "full").trials[0].status == "waiting"
+
+
+def test_a_study_of_rates_that_are_all_too_low_is_told_so_and_one_with_low_ones_is_not(given, tmp_path, caplog):
+    wide = study_of(2e-5, 1e-2)
+    low = wide.replace(vary={"learning_rate": "1e-6..2e-5:log"}, sampler="random", trials=1)
+    run_study(wide, RECIPE.replace(epochs=1), *given, tmp_path / "wide")
+    assert "small-rate" not in caplog.text
+    record = run_study(low, RECIPE.replace(epochs=1), *given, tmp_path / "low")
+    assert "a study of learning rates from 1e-06 to 2e-05" in caplog.text
+    assert "adapters want about 50 times more. Search from 0.0001 to 0.01." in caplog.text
+    assert "small-rate" in record.trials[0].verdict.findings[0]
+
+
+def test_a_trial_waits_for_its_like_that_another_worker_trains(given, tmp_path):
+    """It is put back, passed over meanwhile, and has the result in the end."""
+    adapter = f"{ADAPTER[:-1]},original_ln_before=False,original_ln_after=True]"
+    study = StudyConfig(vary={"residual_before_ln": "true,false"}, adapter=adapter, pruner="none")
+    seen = []
+
+    class Second(Audience):
+        """Another worker, which finds nothing to do."""
+
+        def judged(self, trial):
+            raise AssertionError("trained twice")
+
+        def wait(self, running):
+            seen.append(running)
+            raise KeyboardInterrupt
+
+    class First(Audience):
+        def judged(self, trial):
+            seen.append(trial.number)
+            with pytest.raises(KeyboardInterrupt):
+                run_study(study, RECIPE, *given, tmp_path / "study", audience=Second())
+
+    record = run_study(study, RECIPE, *given, tmp_path / "study", audience=First())
+    assert seen == [0, 1]  # one begun, and one running while the other worker waited
+    assert [(one.status, one.same_as) for one in record.trials] == [("finished", None), ("repeated", 0)]
+    assert (record.steps, record.trials[1].attempts) == (STEPS, 2)
 
 
 # What is cut short
@@ -233,7 +296,8 @@ def test_a_worker_that_gives_no_sign_of_life_for_too_long_loses_its_trial(tmp_pa
     far.worker = "elsewhere/0:1:1"  # a machine whose processes cannot be looked at from here
     far.create({}, [{}])
     lost = far.claim(no_sampler)
-    lost.report(0.5, 1, steps=7)
+    lost.spend(7, 2.5)
+    lost.report(0.5, 1)
     near = Board(url, "study", grace=2)
     assert near.claim(no_sampler) is None
     assert not near.is_over()
@@ -241,12 +305,12 @@ def test_a_worker_that_gives_no_sign_of_life_for_too_long_loses_its_trial(tmp_pa
     found = near.claim(no_sampler)
     assert found.index == 0
     with pytest.raises(Taken):
-        lost.report(0.6, 2, steps=9)
+        lost.report(0.6, 2)
     with pytest.raises(Taken):
         lost.finish(TrialRecord(number=0, status="finished", value=0.9))
-    found.finish(TrialRecord(number=0, status="finished", value=0.7, steps=4))
+    found.finish(TrialRecord(number=0, status="finished", value=0.7, steps=4, seconds=1.5))
     (record,) = near.records()
-    assert (record.value, record.steps, record.attempts) == (0.7, 7 + 4, 2)
+    assert (record.value, record.steps, record.seconds, record.attempts) == (0.7, 7 + 4, 2.5 + 1.5, 2)
     assert near.is_over()
 
 
@@ -290,7 +354,7 @@ def test_hyperband_goes_on_with_one_in_three_of_a_bracket(tmp_path):
     for number in range(24):
         claim = board.claim(no_sampler)
         value = number * 7 % 24 / 24
-        claim.report(value, 1, steps=1)
+        claim.report(value, 1)
         first = pruner.bracket(number) == 0
         # Successive halving by its definition: on goes who is among the best third of those who came so far.
         seen += [value] if first else []

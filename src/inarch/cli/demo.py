@@ -87,7 +87,8 @@ def _teller() -> "Iterator[Audience]":
         def finish(self, outcome: "Outcome") -> None:
             bars.remove_task(self.task)
             runs = f", the mean of {len(outcome.runs)} runs" if len(outcome.runs) > 1 else ""
-            say(f"  accuracy on the held-out digits {_percent(outcome.accuracy)}{runs}; {outcome.seconds:.0f} s a run")
+            accuracy = f"accuracy on the held-out digits {_percent(outcome.accuracy)}{runs}, after the last epoch"
+            say(f"  {accuracy}; {outcome.seconds:.0f} s a run")
 
         def reload(self) -> None:
             say()
@@ -117,12 +118,17 @@ def _say_result(result: "DemoResult", *, has_page: bool) -> None:
             outcome.way.title,
             "yes" if outcome.report is None or outcome.report.sound else "no",
             _percent(outcome.accuracy),
+            _percent(outcome.best_accuracy),
             outcome.trainable_parameters,
             f"{outcome.seconds:.1f}",
         )
         for outcome in result.outcomes
     ]
-    say_table(("configuration", "sound", "accuracy", "trained parameters", "seconds"), rows)
+    say_table(("configuration", "sound", "accuracy", "best epoch", "trained parameters", "seconds"), rows)
+    say(
+        "Accuracy is that after the last epoch; the page tells that of the best epoch, which is saved, and which was "
+        "chosen on the same held-out digits."
+    )
     say()
     reload = result.reload
     same = "the same" if reload.identical_labels else "OTHER"

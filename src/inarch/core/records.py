@@ -180,14 +180,14 @@ class RunRecord:
     command: tuple[str, ...] = ()
     """The command line, where there was one."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """`id`, `revision`, `class`, `type`, `parameters`, `trainable`, `adapter_parameters`."""
+    """`id`, `revision`, `class`, `type`, `parameters`, `trainable`, `adapter_parameters`, `head_parameters`."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """`name`, `task`, `labels`, `train` and `validation` (numbers of images)."""
     verdict: VerdictRecord | None = None
     monitor: MonitorRecord | None = None
     """None in records from before there was a monitor, and before the first step."""
     sites: tuple[SiteRecord, ...] = ()
-    """The model's sites in the order in which they run; empty where no adapter is trained, and in older records."""
+    """The model's sites in the order in which they run; empty where none is found, and in older records."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """`device`, `processes`, `threads`, `precision`, `platform`, `python`, `versions`."""
     metric: str | None = None
@@ -279,7 +279,8 @@ TrialStatus = Literal[
     "waiting", "running", "finished", "diverged", "refused", "repeated", "pruned", "stopped", "failed"
 ]
 """`refused` before training, by a proof; `repeated`: proved to compute what another trial computes, with its
-result; `pruned` and `stopped` during training; `failed`: its worker died more often than it is retried."""
+result; `pruned` and `stopped` during training; `failed`: its training raised an error, or its worker died more often
+than it is retried."""
 
 Judge = Literal["", "training", "check", "proof", "hyperband", "monitor", "worker"]
 
@@ -303,6 +304,8 @@ class TrialRecord:
     """The trial that computes the same function, where the result is taken from one."""
     verdict: VerdictRecord | None = None
     """What was proved of it before training."""
+    sites: tuple[SiteRecord, ...] = ()
+    """The model's sites with what would be grafted there, of a trial that was not trained."""
     value: float | None = None
     """What is maximised: the mean over the seeds of the best epoch's metric; so far, where the trial was ended."""
     std: float | None = None
@@ -316,6 +319,7 @@ class TrialRecord:
     steps: int = 0
     """Optimiser steps spent on it, by all seeds and all attempts."""
     seconds: float = 0.0
+    """Time spent on it, by all of them; of an attempt that was cut off, until its last epoch."""
     runs: tuple[str, ...] = ()
     """Folders of its runs, seen from the folder of the study."""
     attempts: int = 0
@@ -328,6 +332,7 @@ class TrialRecord:
         """The record this data describes. Unknown keys, of a later version, are left out."""
         known = _known(cls, data)
         known["verdict"] = _verdict(known.get("verdict"))
+        known["sites"] = tuple(map(_site, known.get("sites", ())))
         known["curve"] = tuple((epoch, value) for epoch, value in known.get("curve", ()))
         known["runs"] = tuple(known.get("runs", ()))
         return cls(**known)
@@ -352,7 +357,7 @@ class StudyRecord:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """By varied field: `kind` (`choices` or `range`), and its `choices`, or `low`, `high` and `log`."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """`id`, `class`, `type`, `parameters`."""
+    """`id`, `class`, `type`, `parameters`, `head_parameters`."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """As in a run's record."""
     environment: Mapping[str, Any] = field(default_factory=dict)

@@ -91,20 +91,16 @@ class SiteView:
 
 
 def grafts(entries: Sequence[Entry]) -> list[Graft]:
-    """Every different model of the runs; those without an adapter have no sites on record."""
+    """Every different model of the runs; older records of runs without an adapter have no sites."""
     found: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         if entry.sites:
-            found.setdefault((_class(entry), entry.sites), []).append(entry)
+            found.setdefault((entry.model_class, entry.sites), []).append(entry)
     return [
-        Graft(tuple(same), _class(same[0]), tuple(_stacks(sites)))
+        Graft(tuple(same), same[0].model_class, tuple(_stacks(sites)))
         for (_, sites), same in found.items()
         if isinstance(sites, tuple)
     ]
-
-
-def _class(entry: Entry) -> str:
-    return str(entry.first.model.get("class", "")) if entry.first is not None else ""
 
 
 def _stacks(sites: Sequence[SiteRecord]) -> list[Stack]:

@@ -16,7 +16,8 @@ class Entry:
     """One run, one training repeated with several seeds, or one trial of a study."""
 
     number: int
-    """From 1, in the order of the page: what its lines and points are labelled with."""
+    """What its lines and points are labelled with: counted from 1 in the order of the page, or, where that shows one
+    study and nothing else, the number of the trial."""
     name: str
     """The folder's name."""
     place: str
@@ -112,7 +113,9 @@ class Entry:
     def number_of(self, key: str) -> int | None:
         """A number of the model's record, such as `trainable`."""
         if self.trial is not None and key == "trainable":
-            found = self.trial.parameters  # of the adapter alone, as of trials that were not trained
+            # Also of trials that were not trained; older studies do not know the size of the head.
+            head = self.study.model.get("head_parameters") if self.study is not None else None
+            found = None if self.trial.parameters is None else self.trial.parameters + int(head or 0)
         else:
             found = self.first.model.get(key) if self.first is not None else None
         return int(found) if isinstance(found, int | float) else None
@@ -148,8 +151,16 @@ class Entry:
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
-        """The model's sites and what is grafted there."""
-        return self.first.sites if self.first is not None else ()
+        """The model's sites and what is grafted there, or would be."""
+        if self.first is not None:
+            return self.first.sites
+        return self.trial.sites if self.trial is not None else ()
+
+    @property
+    def model_class(self) -> str:
+        """The class of the model; empty where it is not known."""
+        model = self.first.model if self.first is not None else self.study.model if self.study is not None else {}
+        return str(model.get("class", ""))
 
     @property
     def curve(self) -> tuple[tuple[float, float], ...]:

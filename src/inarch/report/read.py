@@ -21,7 +21,7 @@ def read_entries(places: Sequence[str | os.PathLike[str]]) -> list[Entry]:
     entries: list[Entry] = []
     for (_, folder), name in zip(distinct, names, strict=True):
         if (folder / STUDY).is_file():
-            entries += _trials(folder, name if len(distinct) > 1 else "", len(entries) + 1)
+            entries += _trials(folder, name, len(entries) + 1) if len(distinct) > 1 else _trials(folder, "", 0)
         else:
             entries.append(Entry(number=len(entries) + 1, name=name, place=str(folder), record=read_record(folder)))
     return entries

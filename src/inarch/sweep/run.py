@@ -28,7 +28,7 @@ from .pruning import Hyperband
 from .space import Space, encode
 from .storage import Board, Claim, Taken, optuna, storage_url
 from .study import StudyConfig
-from .trial import Audience, Trials
+from .trial import Audience, Deferred, Trials
 
 TRIALS = "trials"
 OWN = (STUDY, TRIALS, REPORT, "study.db", "study.db-journal", "study.db.lock")
@@ -81,7 +81,9 @@ def run_study(
     folder = Path(output).expanduser()
     _admit(folder)
     images = _images(given)
-    bench = Bench(os.fspath(model), images, allow_unsound=study.allow_unsound or not study.check)
+    allows = study.allow_unsound or not study.check
+    bench = Bench(os.fspath(model), images, allow_unsound=allows, search=space.learning_rates)
+    bench.warn(space.adapter, recipe)
     board = Board(storage_url(storage, folder), name or _name(storage, folder), grace=grace)
     try:
         _open(board, folder, job, queue, overwrite=overwrite)
@@ -211,6 +213,8 @@ class _Worker:
     job: Mapping[str, Any]
     folder: Path
     command: tuple[str, ...]
+    deferred: dict[int, str] = dataclasses.field(default_factory=dict)
+    """By number: the signatures of trials whose like another worker was training."""
 
     def work(self) -> StudyRecord:
         audience = self.trials.audience
@@ -218,7 +222,7 @@ class _Worker:
         records = self.board.records()
         audience.begin(len(records), sum(one.status not in ("waiting", "running") for one in records))
         while True:
-            claim = self.board.claim(partial(sampler_of, self.trials.study))
+            claim = self.board.claim(partial(sampler_of, self.trials.study), later=self._later())
             if claim is not None:
                 self._try(claim)
             elif self.board.is_over():
@@ -227,12 +231,21 @@ class _Worker:
                 audience.wait(sum(one.status == "running" for one in self.board.records()))
                 time.sleep(min(2.0, self.board.grace / 4))
 
+    def _later(self) -> list[int]:
+        """The trials that still wait for the result of another."""
+        twins = {index: self.board.twin(signature, index) for index, signature in self.deferred.items()}
+        return [index for index, twin in twins.items() if twin is not None and twin.status == "running"]
+
     def _try(self, claim: Claim) -> None:
         try:
             with claim:
                 trial = self.trials.run(claim)
                 claim.finish(trial)
         except Taken:
+            return
+        except Deferred as wait:
+            claim.release()
+            self.deferred[claim.index] = str(wait)
             return
         except BaseException as error:
             claim.release()

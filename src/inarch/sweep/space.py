@@ -117,6 +117,17 @@ class Space:
     adapter: AdapterConfig
     recipe: Recipe
 
+    @property
+    def learning_rates(self) -> tuple[float, float] | None:
+        """The lowest and the highest that are tried; None where the recipe's own is taken."""
+        for one in self.dimensions:
+            if one.kind == "recipe" and one.field == "learning_rate":
+                if isinstance(one.values, Range):
+                    return one.values.low, one.values.high
+                rates = [self.recipe.replace(learning_rate=value).rate("adapter") for value in one.values]
+                return min(rates), max(rates)
+        return None
+
     @classmethod
     def of(cls, vary: Mapping[str, Any], adapter: AdapterConfig, recipe: Recipe) -> "Space":
         """The space that a study describes: by field, a list of values or the text after the `=`.

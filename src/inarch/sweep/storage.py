@@ -8,6 +8,7 @@ configuration is put into the queue again.
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import socket
@@ -15,7 +16,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -33,7 +34,8 @@ try:
 except ImportError as error:
     raise InarchError(missing("optuna", error)) from error
 
-INDEX, RECORD, STEPS, WORKER, DEATHS, SIGNATURE = "index", "record", "steps", "worker", "deaths", "signature"
+INDEX, RECORD, WORKER, DEATHS, SIGNATURE = "index", "record", "worker", "deaths", "signature"
+STEPS, SECONDS = "steps", "seconds"
 """Names of what is kept with a trial."""
 
 JOB, READY = "job", "ready"
@@ -145,16 +147,19 @@ class Board:
 
     # Claiming
 
-    def claim(self, sampler: Callable[[int], Any]) -> "Claim | None":
+    def claim(self, sampler: Callable[[int], Any], *, later: Collection[int] = ()) -> "Claim | None":
         """The next configuration of the queue, for this worker alone; None where all are claimed or done.
 
-        `sampler` makes Optuna's sampler for a configuration of that number.
+        `sampler` makes Optuna's sampler for a configuration of that number; those of the numbers `later` are passed
+        over.
         """
         self.bury()
         study = self._load()
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         for trial in sorted(waiting, key=lambda one: one.user_attrs[INDEX]):
             index = int(trial.user_attrs[INDEX])
+            if index in later:
+                continue
             number = self._id(study, trial)
             with self.alone():
                 # The sign of life first: what is claimed without one would be claimed for ever.
@@ -266,14 +271,22 @@ class Board:
         return [_record(index, attempts[index]) for index in sorted(attempts)]
 
     def twin(self, signature: str, index: int) -> TrialRecord | None:
-        """What became of an earlier trial with this signature that was trained, or None."""
-        for trial in self._load().get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-            known = trial.user_attrs
-            if known.get(SIGNATURE) == signature and known[INDEX] != index and RECORD in known:
+        """What became of another trial with this signature that was trained, or else one that is being trained.
+
+        Of two that are taken up at one time the earlier in the study is trained. None where there is neither.
+        """
+        running = None
+        for trial in self._load().get_trials(deepcopy=False):
+            known, state = trial.user_attrs, trial.state
+            if known.get(SIGNATURE) != signature or known[INDEX] == index:
+                continue
+            if state in (TrialState.COMPLETE, TrialState.PRUNED) and RECORD in known:
                 record = TrialRecord.from_dict(known[RECORD])
                 if record.same_as is None:
                     return record
-        return None
+            elif state == TrialState.RUNNING and known[INDEX] < index and not _is_dead(known.get(WORKER, "")):
+                running = TrialRecord(number=int(known[INDEX]), status="running")
+        return running
 
     def is_over(self) -> bool:
         """Whether nothing is left to be done, by anyone."""
@@ -312,16 +325,21 @@ class Claim:
         """The trial as it is in the storage now."""
         return self.board.storage.get_trial(self._id)
 
-    def report(self, value: float, epoch: int, steps: int) -> None:
-        """Tell the metric after an epoch, and the steps spent so far. Raises `Taken` where the claim is void."""
+    def spend(self, steps: int, seconds: float) -> None:
+        """Tell what was spent so far. Raises `Taken` where the claim is void."""
         with _taken():
             self.board.storage.set_trial_user_attr(self._id, STEPS, steps)
+            self.board.storage.set_trial_user_attr(self._id, SECONDS, seconds)
+
+    def report(self, value: float, epoch: int) -> None:
+        """Tell the metric after an epoch. Raises `Taken` where the claim is void."""
+        with _taken():
             self.board.storage.set_trial_intermediate_value(self._id, epoch, value)
 
     def finish(self, record: TrialRecord) -> None:
         """Write what became of it. Raises `Taken` where the claim is void."""
+        self.spend(record.steps, record.seconds)
         with _taken():
-            self.board.storage.set_trial_user_attr(self._id, STEPS, record.steps)
             self.board.storage.set_trial_user_attr(self._id, RECORD, record.to_dict())
             if record.status in ("finished", "repeated") and record.value is not None:
                 self.board.storage.set_trial_state_values(self._id, state=TrialState.COMPLETE, values=[record.value])
@@ -353,7 +371,8 @@ def _record(index: int, attempts: list[FrozenTrial]) -> TrialRecord:
     last = attempts[-1]
     begun = [one for one in attempts if WORKER in one.user_attrs]
     steps = sum(int(one.user_attrs.get(STEPS, 0)) for one in attempts)
-    common: dict[str, Any] = {"number": index, "steps": steps, "attempts": len(begun)}
+    seconds = math.fsum(float(one.user_attrs.get(SECONDS, 0)) for one in attempts)
+    common: dict[str, Any] = {"number": index, "steps": steps, "seconds": seconds, "attempts": len(begun)}
     if RECORD in last.user_attrs and last.state.is_finished():
         return TrialRecord.from_dict({**last.user_attrs[RECORD], **common})
     curve = tuple((float(epoch), value) for epoch, value in sorted(last.intermediate_values.items()))

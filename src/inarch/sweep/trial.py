@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.config import thaw
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, InarchError
 from ..core.records import RECORD, RunRecord, SeedsRecord, TrialRecord, read_record
 from ..data.examples import ImageData
 from ..methods import AdapterConfig
@@ -26,7 +26,7 @@ from ..train.run import Job, train_run
 from .judge import Bench
 from .pruning import Hyperband
 from .space import Space
-from .storage import Claim
+from .storage import Claim, Taken
 from .study import StudyConfig
 
 ADAPTER_NAME = "adapter"
@@ -76,7 +76,8 @@ class Trials:
     def run(self, claim: Claim) -> TrialRecord:
         """Judge and train one, and say what became of it.
 
-        Raises `Taken` where another worker has taken it over, and whatever ends the training for another reason.
+        Raises `Taken` where another worker has taken it over, `Deferred` where another one is training what is proved
+        to compute the same, and `InarchError` or `OSError` for what no other trial will find better.
         """
         values = self.space.assign(lambda dimension: dimension.suggest(claim.trial))
         shown = {name: thaw(value) for name, value in values.items()}
@@ -88,17 +89,19 @@ class Trials:
         judged = self.bench.judge(config, recipe)
         trial = dataclasses.replace(trial, adapter=str(config), verdict=judged.verdict, parameters=judged.parameters)
         if self.study.check and judged.refusal:
-            return dataclasses.replace(trial, status="refused", decided_by="check", reason=judged.refusal)
+            trial = dataclasses.replace(trial, sites=judged.sites, reason=judged.refusal)
+            return dataclasses.replace(trial, status="refused", decided_by="check")
         if self.study.reuse and judged.signature:
-            twin = claim.board.twin(judged.signature, claim.index)
-            if twin is not None:
-                return _like(trial, twin)
             claim.sign(judged.signature)
+            twin = claim.board.twin(judged.signature, claim.index)
+            if twin is not None and twin.status == "running":
+                raise Deferred(judged.signature)
+            if twin is not None:
+                return _like(dataclasses.replace(trial, sites=judged.sites), twin)
         self.audience.judged(trial)
         return self._train(claim, trial, config, recipe)
 
     def _train(self, claim: Claim, trial: TrialRecord, config: AdapterConfig, recipe: Recipe) -> TrialRecord:
-        start = time.perf_counter()
         folder = self.folder / f"{claim.index:04d}"
         watch = _Watch(claim, self.metric, self.pruner, lambda *news: self.audience.step(trial, *news))
         runs: list[RunRecord] = []
@@ -113,10 +116,10 @@ class Trials:
                 changes = {"status": "pruned", "decided_by": "hyperband", "reason": reason}
             except ConfigError as error:  # of a study without a check: what cannot be made at all
                 changes = {"status": "refused", "decided_by": "check", "reason": str(error)}
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
-                    raise
-                changes = {"status": "failed", "decided_by": "training", "reason": "the device has too little memory"}
+            except (Taken, InarchError, OSError, torch.AcceleratorError):
+                raise  # nothing that this configuration has done: another trial would fare alike
+            except Exception as error:  # noqa: BLE001  one that no model can be trained with ends no study
+                changes = {"status": "failed", "decided_by": "training", "reason": _told(error)}
             else:
                 changes = _end(runs[-1]) or changes
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
@@ -134,7 +137,7 @@ class Trials:
             seeds=found,
             curve=_curve(runs[0], self.metric) if runs else (),
             steps=watch.steps,
-            seconds=time.perf_counter() - start,
+            seconds=watch.seconds,
             runs=(str(folder.relative_to(self.folder.parent)),),
         )
 
@@ -164,6 +167,13 @@ class Trials:
     def _options(self) -> dict[str, Any]:
         unsound = "allow" if self.study.allow_unsound or not self.study.check else "refuse"
         return {"trains": "adapter", "name": ADAPTER_NAME, "unsound": unsound}
+
+
+def _told(error: Exception) -> str:
+    """What a training ended with, as a reason."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error):
+        return "the device has too little memory"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _like(trial: TrialRecord, twin: TrialRecord) -> TrialRecord:
@@ -205,6 +215,10 @@ def _curve(run: RunRecord, metric: str) -> tuple[tuple[float, float], ...]:
     return tuple((one.epoch, value) for one in run.epochs if (value := one.metrics.get(metric)) is not None)
 
 
+class Deferred(Exception):  # noqa: N818  no error: a decision
+    """Another worker is training what is proved to compute the same; its signature."""
+
+
 class _GivenUp(Exception):  # noqa: N818  no error: a decision
     """The pruner has given a trial up."""
 
@@ -222,9 +236,15 @@ class _Watch(TrainerCallback):
         self.claim, self.metric, self.pruner, self.tell = claim, metric, pruner, tell
         self.seed = 0
         self.steps = 0
+        self.start = time.perf_counter()
         self.epoch = 0
         self.value: float | None = None
         self.is_behind = False
+
+    @property
+    def seconds(self) -> float:
+        """Time since the trial was begun."""
+        return time.perf_counter() - self.start
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.value = None
@@ -235,10 +255,11 @@ class _Watch(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.value = (others.get("metrics") or {}).get(f"eval_{self.metric}")
+        self.claim.spend(self.steps, self.seconds)
         if self.seed or not state.global_step or self.value is None or not math.isfinite(self.value):
             return
         self.epoch = max(1, math.ceil((state.epoch or 0) - 1e-6))
-        self.claim.report(self.value, self.epoch, self.steps)
+        self.claim.report(self.value, self.epoch)
         is_at_end = state.global_step >= state.max_steps
         if self.pruner is not None and not is_at_end and self.pruner.gives_up(self.claim):
             self.is_behind = True

@@ -92,6 +92,11 @@ class Outcome:
         return statistics.fmean(self.accuracies)
 
     @property
+    def best_accuracy(self) -> float:
+        """The mean over the seeds."""
+        return statistics.fmean(self.best_accuracies)
+
+    @property
     def curves(self) -> list[list[float]]:
         """By seed: the accuracy before training and after each epoch."""
         return [[epoch.metrics.get("accuracy") or 0.0 for epoch in run.epochs] for run in self.runs]
@@ -114,7 +119,7 @@ class Outcome:
             "formulas": [f"y = {group.proof.formula.adapted}" for group in groups],
             "verdicts": [group.proof.verdict for group in groups],
             "accuracy": self.accuracy,
-            "best_accuracy": statistics.fmean(self.best_accuracies),
+            "best_accuracy": self.best_accuracy,
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
             "seeds": {str(run.seed): accuracy for run, accuracy in zip(self.runs, self.accuracies, strict=True)},

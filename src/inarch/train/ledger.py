@@ -30,6 +30,7 @@ from ..core.records import (
 from ..core.site import Sites
 from ..data.examples import ImageData
 from ..handle import Adapters
+from ..heads import task_head
 from ..methods import LinearMethod, ParameterMethod, method_of
 from .callbacks import epochs_of
 from .folder import RunFolder
@@ -130,6 +131,9 @@ def describe_model(name: str, network: nn.Module, handle: Adapters | None) -> di
         "parameters": sum(p.numel() for p in network.parameters()) - adapters,
         "trainable": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "adapter_parameters": adapters,
+        "head_parameters": sum(
+            p.numel() for path in task_head(network) for p in network.get_submodule(path).parameters()
+        ),
     }
 
 
@@ -160,12 +164,12 @@ def describe_verdict(report: Report) -> VerdictRecord:
     return VerdictRecord(sound=report.sound, groups=groups, findings=findings, details=details)
 
 
-def describe_sites(sites: Sites, report: Report) -> tuple[SiteRecord, ...]:
+def describe_sites(sites: Sites, report: Report | None = None) -> tuple[SiteRecord, ...]:
     """What a record keeps of the sites: those that differ by their layer alone, with the same grafts, as one."""
-    proofs = {site.key: group.proof for group in report.sites for site in group.sites}
+    proofs = {site.key: group.proof for group in report.sites for site in group.sites} if report else {}
     sizes: dict[tuple[object, ...], int] = {}
     grafts: dict[str, list[ModuleRecord]] = {}
-    for module in report.plan.modules:
+    for module in report.plan.modules if report else ():
         place = module.placement
         kind = (module.adapter, module.method, place.port, place.role, place.part, place.site.signature())
         if kind not in sizes:  # equal modules are made and counted once

@@ -22,13 +22,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..check import Training
-from ..core.errors import ConfigError, DataError, SetupError, StateError
-from ..core.records import RunRecord, SeedsRecord, Status
+from ..core.errors import ConfigError, DataError, SetupError, SiteError, StateError
+from ..core.records import RunRecord, SeedsRecord, SiteRecord, Status
 from ..data import load_data
 from ..data.examples import ImageData
 from ..handle import Adapters, Unsound, attach
 from ..heads import task_head
 from ..methods import AdapterConfig, ConfigLike, read_config
+from ..sites import probe
 from ..state import replace_folder
 from . import resume as checkpoints
 from .callbacks import Divergence, Patience, Report
@@ -303,11 +304,19 @@ class _Run:
             model=describe_model(job.model, network, handle),
             data=describe_data(self.images),
             verdict=None if report is None else describe_verdict(report),
-            sites=() if report is None or handle is None else describe_sites(handle.sites, report),
+            sites=_bare_sites(network) if handle is None else describe_sites(handle.sites, report),
             environment=describe_environment(self.processes, precision),
             metric=BEST[self.images.task] if len(self.images.validation) else None,
             started=now(),
         )
+
+
+def _bare_sites(network: nn.Module) -> tuple[SiteRecord, ...]:
+    """Where adapters could be, of a model that is trained without; nothing for one that has no place for them."""
+    try:
+        return describe_sites(probe(network))
+    except SiteError:
+        return ()
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def _widths(facts: Facts, part: Config) -> Iterator[tuple[Any, int, int]]:
 LARGEST_STEP = {"bottleneck": 0.032, "lora": 0.072}
 """Learning rate times scale from which bottleneck adapters, and times alpha from which LoRA, often fail to train."""
 
-SMALLEST_RATE = 2e-4
+SMALLEST_RATE, USUAL_RATE = 2e-4, 1e-3
 
 
 def step(part: Config, learning_rate: float) -> tuple[str, float] | None:
@@ -149,10 +149,10 @@ def large_step(facts: Facts) -> Iterator[Finding]:
 
 @rule("small-rate", "warning")
 def small_rate(facts: Facts) -> Iterator[Finding]:
-    """The learning rate is one for full fine-tuning, about ten times too low for adapters.
+    """The learning rate is one for full fine-tuning, far too low for adapters.
 
     The default of transformers' `TrainingArguments` is 5e-5, and its search space for Optuna ends at 1e-4. Adapters on
-    ViT train best near 1e-3 (arXiv 2406.06820; 2409.16434).
+    ViT train best near 1e-3 (arXiv 2406.06820; 2409.16434). Of a study the highest rate that it tries counts.
     """
     if facts.training is None or not facts.training.optimizer.startswith("adam") or not facts.configs:
         return
@@ -164,6 +164,6 @@ def small_rate(facts: Facts) -> Iterator[Finding]:
             "small-rate",
             "warning",
             "the recipe",
-            f"{rates} is one for full fine-tuning; adapters want about ten times more",
+            f"{rates} is one for full fine-tuning; adapters want about {USUAL_RATE / high:,.0f} times more",
             advice="Search from 0.0001 to 0.01." if is_study else "Set the learning rate to 0.001.",
         )
