@@ -29,7 +29,7 @@ from typing import Any
 import adapters
 import torch
 import transformers as tf
-from adapters import BnConfig, IA3Config, LoRAConfig
+from adapters import BnConfig, CompacterConfig, DoRAConfig, IA3Config, LoRAConfig, MTLLoRAConfig, VeraConfig
 from adapters.methods.lora import LoRAMergedLinear
 from safetensors.torch import save_file
 
@@ -60,6 +60,7 @@ IMAGE = {"image_size": 16, "patch_size": 8}
 AUDIO = {"num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 16, "decoder_start_token_id": 1}
 
 MODELS = {
+    "bert": lambda: tf.BertModel(tf.BertConfig(**ENCODER, **TEXT)),
     "albert": lambda: tf.AlbertModel(tf.AlbertConfig(**ENCODER, **TEXT, embedding_size=8)),
     "bart": lambda: tf.BartModel(tf.BartConfig(**SEQ2SEQ)),
     "beit": lambda: tf.BeitModel(tf.BeitConfig(**ENCODER, image_size=16, patch_size=8, vocab_size=VOCABULARY)),
@@ -87,7 +88,6 @@ MODELS = {
 }
 
 OTHER_MODELS = {
-    "bert": lambda: tf.BertModel(tf.BertConfig(**ENCODER, **TEXT)),
     "bert-generation": lambda: tf.BertGenerationEncoder(tf.BertGenerationConfig(**ENCODER, **TEXT)),
     "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**ENCODER, **IMAGE)),
     "deberta-v2": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**ENCODER, **TEXT, **DISENTANGLED)),
@@ -117,8 +117,19 @@ PARALLEL = BnConfig(**BOTH, is_parallel=True, scaling="learned")
 CROSS = BnConfig(**BOTH, cross_adapter=True)
 OUTPUT = BnConfig(**BOTH | {"mh_adapter": False}, original_ln_before=True)
 LORA = LoRAConfig(intermediate_lora=True, output_lora=True, attn_matrices=["q", "k", "v"], r=2, alpha=4)
+EVERYWHERE = {"intermediate_lora": True, "output_lora": True, "attn_matrices": ["q", "k", "v"], "r": 2}
+DORA = DoRAConfig(**EVERYWHERE, alpha=5)
+MTL = MTLLoRAConfig(**EVERYWHERE, alpha=5, n_up_projection=2, weights_sharpness=0.5)
+COMPACTER = CompacterConfig(phm_dim=2, reduction_factor=4)
+SHARED = {
+    "vera": VeraConfig(r=2, alpha=5),
+    "compacter": COMPACTER,
+    "compacter_shared": CompacterConfig(phm_dim=2, reduction_factor=4, shared_W_phm=True, factorized_phm_rule=True),
+}
+"""Those with parameters that all modules share, which the library saves of a model that is part of another alone."""
 
 CASES = {
+    "bert": {"dora": DORA, "mtl_lora": MTL, **SHARED},
     "albert": {"double": DOUBLE, "other_sum": OTHER_SUM, "no_sum": NO_SUM, "parallel": PARALLEL},
     "bart": {"cross": CROSS, "ia3": IA3Config()},
     "beit": {"double": DOUBLE, "other_sum": OTHER_SUM},
@@ -129,9 +140,9 @@ CASES = {
     "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL},
     "llama": {"lora": LORA, "ia3": IA3Config()},
     "modernbert": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
-    "mt5": {"lora": LORA, "ia3": IA3Config()},
+    "mt5": {"lora": LORA, "ia3": IA3Config(), "dora": DORA, "compacter": COMPACTER},
     "phi": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
-    "qwen3": {"before": BEFORE, "other_sum": OTHER_SUM, "parallel": PARALLEL, "lora": LORA},
+    "qwen3": {"before": BEFORE, "other_sum": OTHER_SUM, "parallel": PARALLEL, "lora": LORA, "dora": DORA},
     "xmod": {"before": BEFORE, "no_sum": NO_SUM, "lora": LORA},
 }
 
@@ -156,6 +167,11 @@ ALL_CASES = {
     ),
     "lora_everywhere": LORA,
     "lora_gate": LoRAConfig(r=4, alpha=8, use_gating=True),
+    "dora": DORA,
+    "mtl_lora": MTL,
+    "mtl_lora_one": MTLLoRAConfig(r=2),
+    "phm_full": CompacterConfig(phm_dim=2, reduction_factor=4, factorized_phm_W=False, shared_phm_rule=False),
+    **SHARED,
     "ia3_everywhere": IA3Config(attn_matrices=["q", "k", "v"], output_lora=True),
 }
 
@@ -193,17 +209,22 @@ def adapted(
     folder: Path, cls: type, config: Any, batch: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.nn.Module]:
     """What the base computes with one adapter, called "a", and the two."""
-    model = cls.from_pretrained(folder / "base", attn_implementation="eager")
+    is_whole = not any(config is other for other in SHARED.values())
+    whole = (cls if is_whole else adapters.AutoAdapterModel).from_pretrained(
+        folder / "base", attn_implementation="eager"
+    )
+    model = whole if is_whole else whole.base_model
     biased = {path for path, module in model.named_modules() if getattr(module, "bias", None) is not None}
-    adapters.init(model)
+    if is_whole:
+        adapters.init(model)
     for path, module in model.named_modules():
         if isinstance(module, LoRAMergedLinear) and path not in biased and module.bias is not None:
             module.bias.zero_()
-    model.add_adapter("a", config=config)
-    model.train_adapter("a")
-    perturb(model, 0.2, trained_only=True)
-    model.set_active_adapters("a")
-    return model.eval()(**batch).last_hidden_state.contiguous(), model
+    whole.add_adapter("a", config=config)
+    whole.train_adapter("a")
+    perturb(whole, 0.2, trained_only=True)
+    whole.set_active_adapters("a")
+    return whole.eval() and model(**batch).last_hidden_state.contiguous(), whole
 
 
 @torch.no_grad()
@@ -221,7 +242,7 @@ def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed:
     for case, config in cases.items():
         try:
             found, model = adapted(folder, type(base), config, batch)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             print(f"{folder.name}/{case}: impossible there: {error}")
             continue
         if torch.allclose(found, outputs["__base__"], atol=1e-3):

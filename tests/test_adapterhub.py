@@ -323,6 +323,18 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "leave_out": [],
         "leave_out_roles": [],
         "circuits": {},
+        "phm_layer": False,
+        "phm_dim": 4,
+        "phm_rank": 1,
+        "factorized_phm_W": True,
+        "shared_W_phm": False,
+        "shared_phm_rule": True,
+        "factorized_phm_rule": False,
+        "learn_phm": True,
+        "phm_c_init": "normal",
+        "phm_init_range": 1e-4,
+        "hypercomplex_nonlinearity": "glorot-uniform",
+        "phm_bias": True,
     }
     assert LoRAConfig().to_dict() == {
         "selfattn_lora": True,
@@ -332,6 +344,7 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "output_lora": False,
         "r": 8,
         "alpha": 8.0,
+        "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": False,
@@ -402,7 +415,7 @@ def test_head_beside_the_adapter_is_returned_and_its_absence_from_the_model_is_s
     source = shutil.copytree(folder / "lora_gate", tmp_path / "a")
     (source / "head_config.json").write_text(json.dumps({"config": {"head_type": "image_classification"}}))
     torch.save({"heads.a.1.weight": torch.ones(3, 16)}, source / "pytorch_model_head.bin")
-    read = convert.read(source, adapters.sites)
+    read = convert.read(source, adapters.model, adapters.sites)
     assert read.head is not None and read.head.config == {"config": {"head_type": "image_classification"}}
     assert list(read.head.tensors) == ["heads.a.1.weight"]
     assert (read.name, read.model_type, read.base) == ("a", "vit", "adapterhub/vit/base")
@@ -595,12 +608,20 @@ def test_layers_in_groups_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("case", "edit", "message"),
     [
-        ("bn_leave_out", settings(phm_layer=True), r"Compacter \(`phm_layer=True`\)"),
+        (
+            "bn_leave_out",
+            settings(phm_layer=True, phm_dim=1),
+            "none of the parameter `phm_rule` that its modules share",
+        ),
+        ("bn_leave_out", settings(phm_layer=True, phm_dim=5), "`BottleneckConfig.phm_dim` divides the width"),
         ("bn_leave_out", settings(inv_adapter="glow"), r"a coupling .* cannot run \(`inv_adapter=.glow.`\)"),
-        ("lora_gate", settings(use_dora=True), r"DoRA \(`use_dora=True`\)"),
+        ("lora_gate", settings(use_dora=True), r"a gate of DoRA or MTL-LoRA \(`use_gating=True`\)"),
         ("lora_gate", settings(composition_mode="mean"), r"another composition \(`composition_mode='mean'`\)"),
-        ("lora_gate", settings(vera_d=0.1), r"VeRA \(`vera_d=0.1`\)"),
-        ("lora_gate", settings(architecture="mtl_lora"), "MTL-LoRA"),
+        (
+            "lora_gate",
+            settings(architecture="mtl_lora", use_gating=False, task_specific_matrix_type="linear"),
+            "MTL-LoRA with full matrices",
+        ),
         ("lora_gate", settings(architecture="reft"), "ReFT"),
         ("lora_gate", settings(architecture="prompt_tuning"), "prompt tuning"),
         ("lora_gate", settings(architecture="tomorrow"), r"another method \(`architecture='tomorrow'`\)"),
@@ -774,9 +795,9 @@ def test_adapters_trained_beside_a_random_bias_are_refused(bert, tmp_path, caplo
     source = edited(folder / "bn_leave_out", tmp_path / "a", lambda record, _: record.update(model_type="deberta"))
     sites = as_type(adapters.sites, "deberta")
     with pytest.raises(inarch.StateError, match="adds a random bias"):
-        convert.read(source, sites)
+        convert.read(source, adapters.model, sites)
     with caplog.at_level(logging.WARNING, "inarch"):
-        assert convert.read(source, sites, other_base="allow").tensors.keys()
+        assert convert.read(source, adapters.model, sites, other_base="allow").tensors.keys()
     assert "adds a random bias" in caplog.text
 
 
@@ -808,7 +829,7 @@ def test_fused_projections_in_another_order_are_read_as_the_rows_they_change(tmp
             for site in adapters.sites
         ),
     )
-    read = convert.read(source, sites)
+    read = convert.read(source, adapters.model, sites)
     (part,) = read.config.parts
     assert isinstance(part, LoRAConfig) and (part.r, part.alpha, part.attn_matrices) == (4, 8, ("q", "k", "v"))
 
@@ -824,15 +845,15 @@ def test_fused_projections_in_another_order_are_read_as_the_rows_they_change(tmp
     A, B = (tensors[f"h.1.mlp.c_fc.loras.a.lora_{name}"] for name in "AB")
     torch.testing.assert_close(update("mlp.lora.up"), B @ A)
     with pytest.raises(inarch.StateError, match=r"a gate for each third.*\(`use_gating=True`\)"):
-        convert.read(written(tmp_path / "b", "gpt2", config | {"use_gating": True}, tensors), sites)
+        convert.read(written(tmp_path / "b", "gpt2", config | {"use_gating": True}, tensors), adapters.model, sites)
 
 
 def test_a_branch_that_the_layer_still_scales_is_refused(vit):
     folder, _, _, _, adapters = vit
     sites = as_type(adapters.sites, "vit", exact=False)
     with pytest.raises(inarch.StateError, match="whose output the layer still scales"):
-        convert.read(folder / "bn_leave_out", sites)
-    assert convert.read(folder / "lora_everywhere", sites).tensors
+        convert.read(folder / "bn_leave_out", adapters.model, sites)
+    assert convert.read(folder / "lora_everywhere", adapters.model, sites).tensors
 
 
 @pytest.mark.parametrize("alpha", [1, 2])

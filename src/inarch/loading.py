@@ -193,7 +193,7 @@ def find(
         if convert.is_fusion(folder):
             read = convert.read_fusion(folder, sites, other_base=other_base)
         else:
-            read = convert.read(folder, sites, head=head, other_base=other_base)
+            read = convert.read(folder, model, sites, head=head, other_base=other_base)
         if read.head is not None:
             logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
         return Found(

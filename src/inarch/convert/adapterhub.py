@@ -20,18 +20,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bank import module_key
+from ..core.config import Config
 from ..core.errors import StateError
 from ..core.site import Site, Sites
-from ..methods import AdapterConfig, Placement
+from ..methods import AdapterConfig, LinearMethod, Placement
 from ..methods.bottleneck import Bottleneck, BottleneckConfig
+from ..methods.dora import DoRA, DoRAConfig
 from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
+from ..methods.mtl_lora import MTLLoRA, MTLLoRAConfig
 from .adapterhub_config import translate
 from .adapterhub_fused import asked_thirds, thirds_of_roles, widened
 from .adapterhub_inputs import input_key
+from .adapterhub_low_rank import drop_idle_weights, of_dora, shared_tensors, take_shared, vera_as_lora
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .weights import read_weights
@@ -61,6 +65,21 @@ _LEAVES = {
     "scaling": "scale",
     "lora_A": "A",
     "lora_B": "B",
+    "m": "magnitude",
+    "task_specific": "task",
+    "weights": "weights",
+}
+_PHM_LEAVES = {
+    "b": "bias",
+    "phm_rule": "rule",
+    "phm_rule_left": "rule_left",
+    "phm_rule_right": "rule_right",
+}
+_METHODS: dict[type[Config], type[LinearMethod]] = {
+    LoRAConfig: LoRA,
+    DoRAConfig: DoRA,
+    MTLLoRAConfig: MTLLoRA,
+    IA3Config: IA3,
 }
 
 
@@ -100,7 +119,12 @@ def is_adapterhub(folder: Path) -> bool:
 
 
 def read(
-    folder: Path, sites: Sites, *, head: bool = True, other_base: Literal["refuse", "allow", "tell"] = "refuse"
+    folder: Path,
+    model: nn.Module,
+    sites: Sites,
+    *,
+    head: bool = True,
+    other_base: Literal["refuse", "allow", "tell"] = "refuse",
 ) -> Converted:
     """The adapter of a folder, for a model with these sites.
 
@@ -115,11 +139,18 @@ def read(
     stacks = match_stacks(base_towers(model_type, folder), sites, folder)
     stored = {_OLD_MODULES.sub("adapters", key): value for key, value in read_weights(folder, SAFE, TORCH).items()}
     settings = _updated(record, stored)
+    shared = take_shared(stored, name)
+    vera_as_lora(stored, shared, name, folder)
+    drop_idle_weights(stored, name)
     config = translate(settings, stacks, folder / RECORD, later=_version(record) > LATEST)
+    common = shared_tensors(config, sites, shared, folder)
+    stored |= {f"shared_parameters.{name}.{key}": tensor for key, tensor in shared.items()}  # which nothing asks for
+    tensors = _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
+    config, tensors = of_dora(config, tensors | common, model, sites)
     return Converted(
         name=name,
         config=config,
-        tensors=_convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored),
+        tensors=tensors,
         model_type=model_type,
         base=str(record.get("model_name") or ""),
         head=_read_head(folder) if head else None,
@@ -309,7 +340,7 @@ def _pieces(module: _Module, tensor: Tensor, source: _Source) -> dict[str, Tenso
     for part in source.config.parts:
         if isinstance(part, BottleneckConfig) and not module.place.roles:
             return _of_bottleneck(module, tensor, part, source.folder)
-        if isinstance(part, LoRAConfig | IA3Config) and module.place.roles:
+        if type(part) in _METHODS and module.place.roles:
             return _of_linear(module, tensor, part, source.asked)
     return {}
 
@@ -326,17 +357,19 @@ def _of_bottleneck(module: _Module, tensor: Tensor, config: BottleneckConfig, fo
     if head == "adapter_down":  # a sequence: the norm if there is one, the projection, the activation
         step = rest.pop(0) if rest else ""
         ours = {(True, "0"): "norm_before", (True, "1"): "down", (False, "0"): "down"}.get((config.ln_before, step), "")
+    if config.phm_layer and ours in ("down", "up"):
+        rest = [_PHM_LEAVES.get(leaf, leaf) for leaf in rest]
     prefix = f"{module.site.key}.{module_key(Bottleneck.name, Placement(site=module.site, port='sublayer'))}"
     return {".".join([prefix, ours, *rest]): tensor} if ours else {}
 
 
-def _of_linear(
-    module: _Module, tensor: Tensor, config: LoRAConfig | IA3Config, asked: tuple[str, ...]
-) -> dict[str, Tensor]:
+def _of_linear(module: _Module, tensor: Tensor, config: Config, asked: tuple[str, ...]) -> dict[str, Tensor]:
     site, (head, *rest), roles = module.site, module.leaf, module.place.roles
-    leaf, method = _LEAVES.get(head), LoRA.name
+    leaf, method = _LEAVES.get(head), _METHODS[type(config)].name
+    if head in ("m", "task_specific"):  # modules of one tensor: (rows, 1) and (r,)
+        rest, tensor = [], tensor.flatten() if head == "m" else tensor
     if isinstance(config, IA3Config):
-        leaf, method = {"lora_B": "scale", "gate": "gate"}.get(head), IA3.name
+        leaf = {"lora_B": "scale", "gate": "gate"}.get(head)
         if head == "lora_B":
             tensor = tensor.flatten()  # (rows, 1)
     if leaf is None or not tensor.shape:

@@ -13,8 +13,11 @@ from ..core.site import Kind
 from ..core.wiring import Circuit
 from ..methods import AdapterConfig
 from ..methods.bottleneck import BottleneckConfig
+from ..methods.dora import DoRAConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRAConfig
+from ..methods.low_rank import LowRankConfig
+from ..methods.mtl_lora import MTLLoRAConfig
 from ..methods.mute import MuteConfig
 from .adapterhub_inputs import invertible_part, invertible_reasons
 from .adapterhub_names import Place
@@ -28,7 +31,6 @@ _FIELD_OF_KIND: dict[Kind, str] = {
 _FIELD_OF_ROLE = {"up": "intermediate_lora", "down": "output_lora"}
 
 _ARCHITECTURES = {
-    "mtl_lora": "MTL-LoRA",
     "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
     "reft": "ReFT",
@@ -70,10 +72,12 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
 
 
 def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
+    if row.get("architecture") == "mtl_lora":
+        return [_linear(row, stacks, MTLLoRAConfig())]
     if row.get("architecture") != "lora":
         return [_bottleneck(row, stacks), *invertible_part(row)]
     if row.get("composition_mode") != "scale":
-        return [_linear(row, stacks, LoRAConfig())]
+        return [_linear(row, stacks, DoRAConfig() if row.get("use_dora") else LoRAConfig())]
     return [_linear(row, stacks, IA3Config(after_activation=False))]
 
 
@@ -90,6 +94,9 @@ def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     values["circuits"] = {field: circuit for field, circuit in circuits.items() if circuit != "own"}
     values["leave_out"] = _layers(row, stacks)
     values["non_linearity"] = str(values["non_linearity"]).lower()
+    if row.get("phm_layer"):  # how it was started means nothing for weights that are there
+        values["init_weights"] = "bert"
+        values.pop("hypercomplex_nonlinearity", None)
     factor = values["reduction_factor"]
     if isinstance(factor, Mapping):
         values["reduction_factor"] = {
@@ -100,9 +107,9 @@ def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
     return BottleneckConfig.from_dict(values)
 
 
-def _linear(row: Mapping[str, Any], stacks: Stacks, default: LoRAConfig | IA3Config) -> Config:
+def _linear(row: Mapping[str, Any], stacks: Stacks, default: LowRankConfig | IA3Config) -> Config:
     values = _known(row, type(default))
-    if values.get("init_weights") not in ("lora", "bert"):
+    if values.get("init_weights") not in ("lora", "bert") or isinstance(default, DoRAConfig):
         values.pop("init_weights", None)  # one of another method's; the weights are loaded anyway
     places = list(_wanted(default.to_dict() | dict(row), stacks.linears()))
     roles = {role for place in places for role in place.roles}
@@ -144,17 +151,18 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
             f"`config` must describe an adapter; got {row!r} at `{place}`. Save the adapter with the latest version."
         ]
     kind = row.get("architecture")
-    if kind not in (None, "bottleneck", "lora"):
+    if kind not in (None, "bottleneck", "lora", "mtl_lora"):
         return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
-    reasons = _lora_reasons(row, stacks) if kind == "lora" else _bottleneck_reasons(row, stacks)
+    is_linear = kind in ("lora", "mtl_lora")
+    reasons = _lora_reasons(row, stacks) if is_linear else _bottleneck_reasons(row, stacks)
     if later:
-        ours = LoRAConfig if kind == "lora" else BottleneckConfig
+        ours = MTLLoRAConfig if kind == "mtl_lora" else LoRAConfig if is_linear else BottleneckConfig
         known = {field.name for field in dataclasses.fields(ours)} | _IDLE  # type: ignore[arg-type]
         reasons += [
             (key, value, "a field of a later version") for key, value in row.items() if value and key not in known
         ]
     found = [_refusal(*reason, place) for reason in reasons]
-    if kind == "lora":
+    if is_linear:
         return found
     missing = [
         f"A bottleneck adapter's `config` must hold `{key}`; got none at `{place}`. Add it."
@@ -165,10 +173,7 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
 
 
 def _bottleneck_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any, str]]:
-    reasons = []
-    if row.get("phm_layer"):
-        reasons.append(("phm_layer", True, "Compacter"))
-    return reasons + invertible_reasons(row, stacks)
+    return invertible_reasons(row, stacks)
 
 
 def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any, str]]:
@@ -183,17 +188,21 @@ def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any
         reasons.append(("use_gating", True, "a gate for each third of a projection in which heads are interleaved"))
     if mode == "scale" and row.get("intermediate_lora", True) and stacks.gates_are_fused():
         reasons.append(("intermediate_lora", True, "(IA)³ on a projection that is fused with a gate"))
-    if row.get("use_dora"):
-        reasons.append(("use_dora", True, "DoRA"))
-    vera = [field for field in ("vera_d", "vera_b") if row.get(field) is not None]
-    if vera:
-        reasons.append((vera[0], row[vera[0]], "VeRA"))
+    plain = not row.get("use_dora") and row.get("vera_d") is None and row.get("architecture") == "lora"
+    if not plain and row.get("selfattn_lora", True) and fused:
+        reasons.append(("selfattn_lora", True, "DoRA, VeRA or MTL-LoRA on a fused projection"))
+    if not plain and row.get("intermediate_lora") and stacks.gates_are_fused():
+        reasons.append(("intermediate_lora", True, "DoRA, VeRA or MTL-LoRA on a projection that is fused with a gate"))
+    if row.get("use_gating") and (row.get("use_dora") or row.get("architecture") == "mtl_lora"):
+        reasons.append(("use_gating", True, "a gate of DoRA or MTL-LoRA"))
+    if row.get("task_specific_matrix_type") == "linear":  # with which that library makes no adapter
+        reasons.append(("task_specific_matrix_type", "linear", "MTL-LoRA with full matrices"))
     return reasons
 
 
 def _refusal(field: str, value: Any, method: str, place: object) -> str:
     return (
-        f"This version reads bottleneck adapters, LoRA and (IA)³ of the library `adapters`; got {method} "
+        f"This version reads bottleneck adapters, LoRA and its kin, and (IA)³ of the library `adapters`; got {method} "
         f"(`{field}={value!r}`) at `{place}`. It is not supported yet: keep the library that wrote it, or train one of "
         "those."
     )
