@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -93,6 +93,17 @@ CASES: dict[str, Case] = {
     "t5 cross": Case("t5-lm", _lora(target_modules=r".*EncDecAttention\.(q|v)"), fixture=True),
     "bart": Case("bart-lm", _lora(target_modules=ALL)),
     "whisper": Case("whisper-lm", _lora(target_modules=["q_proj", "v_proj"])),
+    "dora vit": Case("vit", _lora(target_modules=["q_proj", "v_proj", "fc1"], use_dora=True), fixture=True),
+    "dora gpt2": Case(
+        "gpt2", _lora(target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True), fixture=True
+    ),
+    "dora llama": Case(
+        "llama-lm", _lora(target_modules=ALL, use_dora=True, use_rslora=True, rank_pattern={"v_proj": 3})
+    ),
+    "dora t5": Case("t5-lm", _lora(target_modules=["q", "v", "wi"], use_dora=True)),
+    "vera vit": Case("vit", VeraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1", "fc2"]), fixture=True),
+    "vera llama": Case("llama-lm", VeraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])),
+    "vera bart": Case("bart-lm", VeraConfig(r=4, target_modules=["q_proj", "fc1"])),
     # PEFT's own defaults for these types
     "ia3 bert": Case(
         "bert",
@@ -113,6 +124,9 @@ OURS = {
     "own bert": ("bert", "lora[attn_matrices=[q,k,v,o],intermediate_lora=True,bias=True,alpha=3]"),
     "own gpt2": ("gpt2", "lora[attn_matrices=[q,v,o],r=3,alpha_pattern={'*.v':5.0},rank_pattern={'*.0.*.v':2}]"),
     "own llama": ("llama-lm", "lora[gate_lora=True,output_lora=True,leave_out_projections=['*.1.*.v']]"),
+    "own rslora": ("gpt2", "lora[use_rslora=True,attn_matrices=[q,v],alpha=3]"),
+    "own pissa": ("bert", "lora[init_weights=pissa,r=3,intermediate_lora=True]"),
+    "own dora": ("gpt2", "dora[attn_matrices=[q,v],r=3,alpha=5,output_lora=True]"),
     "own bart": ("bart-lm", "lora[r=2,leave_out=[1,3]]"),
 }
 """Adapters made here, by model and configuration."""

@@ -131,7 +131,7 @@ def test_what_an_expression_chose_is_read_off_the_tensors():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("ia3")])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera"))])
 def test_lora_written_for_peft_is_the_same_again(case, tmp_path):
     """PEFT's own reading of what is written is in `scripts/peft_table.py`."""
     model, inputs, adapters, name, expected = prepared(case)
@@ -199,7 +199,7 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
         ({"peft_type": "PREFIX_TUNING"}, "got prefix tuning at"),
         ({"peft_type": "PROMPT_TUNING"}, "got prompt tuning at"),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
-        ({"use_dora": True}, "got DoRA at"),
+        ({"peft_type": "VERA"}, "with its random matrices and two vectors .*got a folder without"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "LoRA on parameters that no linear module applies"),
         ({"turbo": 3}, "got the setting `turbo`, which it does not know, at"),
         ({"init_lora_weights": "pissa"}, "which changes the base, at .*path_initial_model_for_weight_conversion"),
@@ -308,7 +308,8 @@ def test_no_pickle_is_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("seq_bn", "where PEFT has its method, plain LoRA; got the method `bottleneck` of `a`"),
+        ("dora[bias=True]", "got DoRA with `bias=True` of `a`"),
+        ("seq_bn", "where PEFT has its method, plain LoRA or DoRA; got the method `bottleneck` of `a`"),
         ("lora|seq_bn", "got the method `bottleneck` of `a`"),
         ("lora[use_gating=True]", "got `use_gating=True` of `a`"),
     ],

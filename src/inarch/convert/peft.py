@@ -1,4 +1,4 @@
-"""Reads adapter folders of PEFT: LoRA and (IA)³.
+"""Reads adapter folders of PEFT: LoRA, DoRA, VeRA and (IA)³.
 
     adapter_config.json                               the method, its settings, the base model's id
     adapter_model.safetensors | adapter_model.bin     tensors, by the names of the model's modules
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from ..bank import module_key
 from ..core.config import Config
 from ..core.errors import ConfigError, StateError
-from ..core.site import Sites
-from ..methods import AdapterConfig, Placement, layer_number
+from ..core.site import Projection, Sites
+from ..methods import AdapterConfig, Placement, layer_number, placements
+from ..methods.dora import DoRA
 from ..methods.ia3 import IA3, IA3Config
-from ..methods.lora import LoRA, LoRAConfig
+from ..methods.lora import LoRA
+from ..methods.vera import VeRA, VeRAConfig
 from .peft_names import Names
 from .weights import read_weights
 
@@ -48,12 +50,10 @@ _OTHER_METHODS = {
     "PREFIX_TUNING": "prefix tuning",
     "PROMPT_TUNING": "prompt tuning",
     "P_TUNING": "P-tuning",
-    "VERA": "VeRA",
 }
 """What else `peft_type` may say, by its usual name."""
 
 _OTHER_FIELDS = {
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "layer_replication": "LoRA on layers that it repeats",
     "target_parameters": "LoRA on parameters that no linear module applies",
@@ -81,7 +81,8 @@ _KNOWN_FIELDS = {
         "layers_pattern",
         "rank_pattern",
     ),
-    *("alpha_pattern", "lora_bias", "feedforward_modules", "init_ia3_weights"),
+    *("alpha_pattern", "lora_bias", "feedforward_modules", "init_ia3_weights", "use_dora"),
+    *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "enable_lora"),
     *_OTHER_FIELDS,
@@ -146,6 +147,8 @@ def read(
     heads = _heads(source, stored)
     if record["peft_type"] == "LORA":
         part, tensors, adapted = _lora(source, stored, heads)
+    elif record["peft_type"] == "VERA":
+        part, tensors, adapted = _vera(source, stored)
     else:
         part, tensors, adapted = _ia3(source, stored)
     of_base = [path for path in heads if head and not any(f"{path}.".startswith(f"{own}.") for own in own_heads)]
@@ -209,10 +212,11 @@ class _Source:
 
 def _check_method(record: Mapping[str, Any], folder: Path) -> None:
     method = record.get("peft_type")
-    if method not in ("LORA", "IA3"):
+    if method not in ("LORA", "VERA", "IA3"):
         name = _OTHER_METHODS.get(str(method), f"the method `{method}`")
         raise StateError(
-            f"This version reads LoRA and (IA)³ of PEFT; got {name} at `{folder}`. Train one of those, or use PEFT."
+            f"This version reads LoRA, DoRA, VeRA and (IA)³ of PEFT; got {name} at `{folder}`. Train one "
+            "of those, or use PEFT."
         )
     other = next((name for key, name in _OTHER_FIELDS.items() if record.get(key)), None)
     unknown = [key for key, value in record.items() if key not in _KNOWN_FIELDS and value]
@@ -220,8 +224,8 @@ def _check_method(record: Mapping[str, Any], folder: Path) -> None:
         other = f"the setting `{unknown[0]}`, which it does not know,"
     if other is not None:
         raise StateError(
-            f"This version reads plain LoRA and (IA)³ of PEFT; got {other} at `{folder}`. Train the adapter "
-            "without, or use PEFT."
+            f"This version reads plain LoRA, DoRA, VeRA and (IA)³ of PEFT; got {other} at `{folder}`. Train the "
+            "adapter without, or use PEFT."
         )
     start = record.get("init_lora_weights", True)
     if start not in _HARMLESS_STARTS:
@@ -266,6 +270,7 @@ def _check_family(source: _Source, adapted: Iterable[str]) -> str:
 
 
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.(?P<leaf>weight|bias)")
+_MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 
 
 def _lora(
@@ -279,11 +284,16 @@ def _lora(
     for key in list(stored):
         if (found := _LORA_KEY.fullmatch(key)) is not None:
             maps[_plain(found["path"])][found["side"] if found["leaf"] == "weight" else "bias"] = stored.pop(key)
+        elif (found := _MAGNITUDE_KEY.fullmatch(key)) is not None:
+            maps[_plain(found["path"])]["magnitude"] = stored.pop(key).flatten()
     outside = _merge_outside(source, maps, heads)
     inside = {path: parts for path, parts in maps.items() if path not in outside}
     places = source.find(inside)
     record, biases = source.record, _biases(source, stored, set(inside))
     _check_rest(source, stored)
+    method: type[LoRA | DoRA] = LoRA
+    if any("magnitude" in parts for parts in inside.values()):
+        method = DoRA
     with_bias = bool(biases) or any("bias" in tensors for tensors in inside.values())
     values: list[tuple[Placement, int, float]] = []
     tensors: dict[str, Tensor] = {}
@@ -294,13 +304,16 @@ def _lora(
             learned = learned + parts["bias"] * _scale(source, rank, alpha)
         for placement in places[path]:
             values.append((placement, rank, alpha))
-            key = f"{placement.site.key}.{module_key(LoRA.name, placement)}"
+            key = f"{placement.site.key}.{module_key(method.name, placement)}"
             tensors[f"{key}.A"] = parts["A"].clone()
             tensors[f"{key}.B"] = _rows(placement, parts["B"])
             if with_bias:
                 tensors[f"{key}.bias"] = _rows(placement, learned)
+            if "magnitude" in parts:
+                tensors[f"{key}.magnitude"] = _rows(placement, parts["magnitude"])
         _check_whole(source, places[path], path, len(parts["B"]))
-    config = _lora_config(source, values, with_bias, float(record.get("lora_dropout") or 0.0))
+    dropout = float(record.get("lora_dropout") or 0.0)
+    config = _lora_config(source, method.config_class, values, with_bias=with_bias, dropout=dropout)
     return config, tensors, list(maps)
 
 
@@ -321,7 +334,7 @@ def _merge_outside(source: _Source, maps: Mapping[str, Mapping[str, Tensor]], he
             continue
         if f"{own}.".startswith(layers) or owners[id(weight)] > 1 or "A" not in parts or "B" not in parts:
             continue
-        if weight.shape != (len(parts["B"]), parts["A"].shape[-1]):
+        if weight.shape != (len(parts["B"]), parts["A"].shape[-1]) or "magnitude" in parts:
             continue
         rank, alpha = _rank_and_alpha(source, path, parts)
         tensors = {leaf: tensor.detach().clone() for leaf, tensor in module.state_dict().items()}
@@ -386,20 +399,20 @@ def _check_whole(source: _Source, places: list[Placement], path: str, count: int
 
 
 def _lora_config(
-    source: _Source, values: Sequence[tuple[Placement, int, float]], with_bias: bool, dropout: float
+    source: _Source,
+    kind: type[Config],
+    values: Sequence[tuple[Placement, int, float]],
+    *,
+    with_bias: bool,
+    dropout: float,
 ) -> Config:
     """The configuration that asks for exactly these updates."""
-    roles = {place.role for place, _, _ in values}
-    attention = [role for role in _ATTENTION_ROLES if role in roles]
-    flags = {name: role in roles for role, name in _MLP_FIELDS.items()}
     r = Counter(rank for _, rank, _ in values).most_common(1)[0][0]
     alpha = Counter(value for _, _, value in values).most_common(1)[0][0]
     return _made(
         source,
-        LoRAConfig,
-        selfattn_lora=bool(attention),
-        attn_matrices=attention or ["q", "v"],
-        **flags,
+        kind,
+        **_wishes([place for place, _, _ in values]),
         r=r,
         alpha=alpha,
         use_rslora=bool(source.record.get("use_rslora")),
@@ -409,6 +422,14 @@ def _lora_config(
         dropout=dropout,
         **_left_out(source.names.sites, [place for place, _, _ in values]),
     )
+
+
+def _wishes(places: Sequence[Placement]) -> dict[str, Any]:
+    """The fields that ask for the roles of these projections."""
+    roles = {place.role for place in places}
+    attention = [role for role in _ATTENTION_ROLES if role in roles]
+    flags = {name: role in roles for role, name in _MLP_FIELDS.items()}
+    return {"selfattn_lora": bool(attention), "attn_matrices": attention or ["q", "v"], **flags}
 
 
 def _made(source: _Source, kind: type[Config], **values: Any) -> Config:
@@ -454,6 +475,67 @@ def _left_out(sites: Sites, present: Sequence[Placement]) -> dict[str, Any]:
         if layer_number(place.site, sites) in reached
     ]
     return {"leave_out": layers, "leave_out_projections": list(_patterns(absent, False))}
+
+
+# VeRA
+
+_VERA_KEY = re.compile(r"(?P<path>.+)\.vera_lambda_(?P<side>[bd])(?:\.default)?")
+_VERA_MATRIX = re.compile(r"base_model\.vera_(?P<side>[AB])(?:\.default)?")
+
+
+def _vera(source: _Source, stored: dict[str, Tensor]) -> tuple[Config, dict[str, Tensor], list[str]]:
+    """The configuration, the tensors by our keys, and the paths of the adapted modules.
+
+    PEFT has one A and one B, as large as the largest projection needs, and takes their first columns and rows.
+    """
+    vectors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    matrices: dict[str, Tensor] = {}
+    for key in list(stored):
+        if (found := _VERA_MATRIX.fullmatch(key)) is not None:
+            matrices[found["side"]] = stored.pop(key)
+        elif (found := _VERA_KEY.fullmatch(key)) is not None:
+            vectors[_plain(found["path"])][found["side"]] = stored.pop(key)
+    if len(matrices) < 2 or not vectors or any(len(pair) < 2 for pair in vectors.values()):
+        raise StateError(
+            f"VeRA is read with its random matrices and two vectors for each projection; got a folder without, "
+            f"`{source.folder}`. Save it in PEFT with `save_projection=True`."
+        )
+    places = source.find(vectors)
+    _check_rest(source, stored)
+    fused = next((path for path, meant in places.items() if len(meant) > 1 or _projection(meant[0]).rows), "")
+    if fused:
+        raise StateError(
+            f"VeRA is read where each role has a projection of its own; got the fused `{fused}`, whose roles take "
+            f"other rows of the random matrix, at `{source.folder}`. Use PEFT, or train LoRA."
+        )
+    present = [meant[0] for meant in places.values()]
+    config = _made(
+        source,
+        VeRAConfig,
+        **_wishes(present),
+        r=len(matrices["A"]),
+        dropout=float(source.record.get("vera_dropout") or 0.0),
+        **_left_out(source.names.sites, present),
+    )
+    tensors = {
+        f"{meant[0].site.key}.{module_key(VeRA.name, meant[0])}.{side}": vector
+        for path, meant in places.items()
+        for side, vector in vectors[path].items()
+    }
+    seen = set()
+    for placement in placements(config, source.names.sites):
+        projection, key = _projection(placement), f"{placement.site.key}.{module_key(VeRA.name, placement)}"
+        sizes = {"A": projection.in_features, "B": projection.num_rows}
+        for side, size in sizes.items():
+            if (placement.site.stack, side, size) not in seen:  # kept by the first that has it
+                seen.add((placement.site.stack, side, size))
+                whole = matrices[side]
+                tensors[f"{key}.{side}"] = (whole[:, :size] if side == "A" else whole[:size]).clone()
+    return config, tensors, list(vectors)
+
+
+def _projection(placement: Placement) -> Projection:
+    return placement.site.projections[placement.role][placement.part]
 
 
 # (IA)³
@@ -519,7 +601,7 @@ def _heads(source: _Source, stored: dict[str, Tensor]) -> dict[str, Head]:
     """The modules that `modules_to_save` names, by their path in this model; takes their tensors out of `stored`."""
     wanted = source.record.get("modules_to_save") or ()
     found: dict[str, Head] = {}
-    for key in [key for key in stored if "lora_" not in key and "ia3_l" not in key]:
+    for key in [key for key in stored if not any(word in key for word in ("lora_", "ia3_l", "vera_"))]:
         parents = [key[:place] for place, letter in enumerate(key) if letter == "."]
         path = next((path for path in parents if any(path.endswith(name) for name in wanted)), None)
         if path is not None:

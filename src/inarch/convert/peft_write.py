@@ -1,23 +1,27 @@
-"""Writes LoRA as a folder of PEFT, which computes the same with it.
+"""Writes LoRA and DoRA as a folder of PEFT, which computes the same with it.
 
 PEFT adapts modules, not roles. Where one module plays several (fused queries, keys and values), the updates of the
 roles become one: its rank is the sum of theirs, A holds theirs one below the other, and B has each in the rows of its
-role. Where the roles share their A, as in a folder that PEFT made, they become the one update that they were.
+role. Where the roles share their A, as in a folder that PEFT made, they become the one update that they were. Rows of a
+DoRA that no role adapts have the magnitude of the base.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..bank import module_key
 from ..core.errors import StateError
 from ..core.site import Sites
+from ..frozen import Base
 from ..methods import AdapterConfig, Placement, method_of, placements
-from ..methods.lora import LoRA, LoRAConfig
+from ..methods.dora import DoRA, DoRAConfig
+from ..methods.lora import LoRAConfig
 from .peft_names import module_path
 
 
@@ -63,16 +67,25 @@ def write_peft(
     Raises `StateError` for what PEFT does not have.
     """
     part = _only_lora(name, config)
+    is_dora = isinstance(part, DoRAConfig)
     power = 0.5 if part.use_rslora else 1.0
-    maps = {path: _joined(updates, power) for path, updates in _updates(name, part, tensors, sites).items()}
+    updates = _updates(name, part, tensors, sites)
+    maps = {path: _joined(several, power) for path, several in updates.items()}
     rank = Counter(found.rank for found in maps.values()).most_common(1)[0][0]
     alpha = Counter(found.alpha for found in maps.values()).most_common(1)[0][0]
     written: dict[str, Tensor] = {}
     for path, found in maps.items():
         key = f"base_model.model.{path}"
         written |= {f"{key}.lora_A.weight": found.a, f"{key}.lora_B.weight": found.b}
+        if found.bias is not None and is_dora:  # PEFT has the learned bias of a DoRA in the base's alone
+            raise StateError(
+                f"An adapter is written for PEFT where PEFT has its method; got DoRA with `bias=True` of `{name}`. "
+                "Save it as it is: `save(name, folder)`, or `--to inarch`."
+            )
         if found.bias is not None:
             written[f"{key}.lora_B.bias"] = found.bias
+        if is_dora:
+            written[f"{key}.lora_magnitude_vector"] = _magnitudes(path, updates[path], model, tensors)
     for key, tensor in tensors.items():
         if key.startswith("head."):
             written[f"base_model.model.{key.removeprefix('head.')}"] = tensor.detach()
@@ -94,6 +107,7 @@ def write_peft(
         "lora_bias": part.bias,
         "bias": "none",
         "use_rslora": part.use_rslora,
+        "use_dora": is_dora,
         "fan_in_fan_out": all(transposed),
         "target_modules": _targets(list(maps), model),
         "modules_to_save": list(head) or None,
@@ -101,19 +115,21 @@ def write_peft(
     return written, record
 
 
-def _only_lora(name: str, config: AdapterConfig) -> LoRAConfig:
+def _only_lora(name: str, config: AdapterConfig) -> LoRAConfig | DoRAConfig:
     part = config.parts[0]
-    other = next((method_of(one).name for one in config.parts if not isinstance(one, LoRAConfig)), "")
-    if isinstance(part, LoRAConfig) and not other and not part.use_gating:
+    other = next((method_of(one).name for one in config.parts if not isinstance(one, LoRAConfig | DoRAConfig)), "")
+    if isinstance(part, LoRAConfig | DoRAConfig) and not other and not getattr(part, "use_gating", False):
         return part
     got = f"the method `{other}`" if other else "`use_gating=True`"
     raise StateError(
-        f"An adapter is written for PEFT where PEFT has its method, plain LoRA; got {got} of `{name}`. "
+        f"An adapter is written for PEFT where PEFT has its method, plain LoRA or DoRA; got {got} of `{name}`. "
         "Save it as it is: `save(name, folder)`, or `--to inarch`."
     )
 
 
-def _updates(name: str, part: LoRAConfig, tensors: Mapping[str, Tensor], sites: Sites) -> dict[str, list[_Update]]:
+def _updates(
+    name: str, part: LoRAConfig | DoRAConfig, tensors: Mapping[str, Tensor], sites: Sites
+) -> dict[str, list[_Update]]:
     """By module, the updates of the roles that it plays."""
     found: dict[str, list[_Update]] = defaultdict(list)
     for placement in placements(part, sites):
@@ -125,7 +141,7 @@ def _updates(name: str, part: LoRAConfig, tensors: Mapping[str, Tensor], sites: 
             )
         site = placement.site
         projection = site.projections[placement.role][placement.part]
-        key = f"{site.key}.{LoRA.name}.{placement.role}{placement.part or ''}"
+        key = f"{site.key}.{module_key(method_of(part).name, placement)}"
         bias = tensors.get(f"{key}.bias")
         found[module_path(site, projection)].append(
             _Update(
@@ -136,6 +152,24 @@ def _updates(name: str, part: LoRAConfig, tensors: Mapping[str, Tensor], sites: 
             )
         )
     return found
+
+
+def _magnitudes(path: str, updates: Sequence[_Update], model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The magnitudes of all rows of a module."""
+    site, place = updates[0].placement.site, updates[0].placement
+    projection = site.projections[place.role][place.part]
+    whole = Base(model.get_submodule(site.absolute(projection.path)), replace(projection, rows=None), path).read()
+    found = torch.linalg.vector_norm(whole.weight, dim=1, dtype=torch.promote_types(whole.weight.dtype, torch.float32))
+    for update in updates:
+        place = update.placement
+        own = site.projections[place.role][place.part]
+        magnitude = tensors[f"{site.key}.{module_key(DoRA.name, place)}.magnitude"].detach()
+        row = 0
+        for start, stop in own.rows or ((0, own.out_features),):
+            found[start:stop] = magnitude[row : row + stop - start]
+            row += stop - start
+    result: Tensor = found.to(updates[0].a.dtype)
+    return result
 
 
 def _factors(key: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
