@@ -29,7 +29,20 @@ from typing import Any
 import adapters
 import torch
 import transformers as tf
-from adapters import BnConfig, CompacterConfig, DoRAConfig, IA3Config, LoRAConfig, MTLLoRAConfig, VeraConfig
+from adapters import (
+    BnConfig,
+    CompacterConfig,
+    ConfigUnion,
+    DoRAConfig,
+    IA3Config,
+    LoRAConfig,
+    MAMConfig,
+    MTLLoRAConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    UniPELTConfig,
+    VeraConfig,
+)
 from adapters.methods.lora import LoRAMergedLinear
 from safetensors.torch import save_file
 
@@ -127,18 +140,21 @@ SHARED = {
     "compacter_shared": CompacterConfig(phm_dim=2, reduction_factor=4, shared_W_phm=True, factorized_phm_rule=True),
 }
 """Those with parameters that all modules share, which the library saves of a model that is part of another alone."""
+PREFIX = PrefixTuningConfig(prefix_length=3, bottleneck_size=4)
+FLAT = PrefixTuningConfig(prefix_length=3, flat=True)
+GATED = PrefixTuningConfig(prefix_length=3, bottleneck_size=4, use_gating=True, shared_gating=False, leave_out=[0])
 
 CASES = {
     "bert": {"dora": DORA, "mtl_lora": MTL, **SHARED},
     "albert": {"double": DOUBLE, "other_sum": OTHER_SUM, "no_sum": NO_SUM, "parallel": PARALLEL},
-    "bart": {"cross": CROSS, "ia3": IA3Config()},
+    "bart": {"cross": CROSS, "ia3": IA3Config(), "prefix": PREFIX, "prefix_gate": GATED},
     "beit": {"double": DOUBLE, "other_sum": OTHER_SUM},
     "bert_decoder": {"double": DOUBLE},
-    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config()},
+    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config(), "prefix": PREFIX},
     "gemma2": {"double": DOUBLE, "parallel": PARALLEL, "before": BEFORE, "lora": LORA},
     "gpt2": {"lora": LORA, "ia3": IA3Config()},
-    "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL},
-    "llama": {"lora": LORA, "ia3": IA3Config()},
+    "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL, "prefix_flat": FLAT},
+    "llama": {"lora": LORA, "ia3": IA3Config(), "prefix_lora": ConfigUnion(PREFIX, LORA)},
     "modernbert": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
     "mt5": {"lora": LORA, "ia3": IA3Config(), "dora": DORA, "compacter": COMPACTER},
     "phi": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
@@ -172,6 +188,11 @@ ALL_CASES = {
     "mtl_lora_one": MTLLoRAConfig(r=2),
     "phm_full": CompacterConfig(phm_dim=2, reduction_factor=4, factorized_phm_W=False, shared_phm_rule=False),
     **SHARED,
+    "prefix": PREFIX,
+    "prefix_flat": FLAT,
+    "prefix_gate": GATED,
+    "mam": MAMConfig(PREFIX, ParBnConfig(reduction_factor=2)),
+    "unipelt": UniPELTConfig(prefix_tuning=PrefixTuningConfig(prefix_length=3, bottleneck_size=4, use_gating=True)),
     "ia3_everywhere": IA3Config(attn_matrices=["q", "k", "v"], output_lora=True),
 }
 
@@ -248,8 +269,9 @@ def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed:
         if torch.allclose(found, outputs["__base__"], atol=1e-3):
             raise RuntimeError(f"{folder.name}/{case} changes nothing")
         outputs[case] = found
-        # An adapter with a norm before it holds that norm twice there, which safetensors do not store.
-        model.save_adapter(str(folder / case), "a", use_safetensors=case != "inner_norms")
+        # A norm before an adapter, and prefixes, are there more than once, which safetensors do not store.
+        is_shared = case == "inner_norms" or any(".prefix_tunings." in key for key in model.state_dict())
+        model.save_adapter(str(folder / case), "a", use_safetensors=not is_shared)
     save_file(outputs, folder / "outputs.safetensors")
 
 

@@ -153,7 +153,10 @@ adapter of these was trained on a base that is lost: `load` refuses it unless `o
 compare with that bias set to zero. Gemma 2 and 3, ModernBERT, Phi, Qwen 2 and 3 are models that the library adapts
 through hooks; `bert_decoder` is BERT with cross-attention.
 
-Compacter, prefix tuning, prompt tuning, ReFT, DoRA, VeRA, MTL-LoRA, invertible adapters, and unions with one of them
+Prefixes of a causal model and of DistilBERT are right in that library only where it attends by `eager`, as here, and no
+folder says whether it did: `load` refuses them unless `other_base="allow"` is passed. Those of T5 are refused.
+
+Compacter, prompt tuning, ReFT, DoRA, VeRA, MTL-LoRA, invertible adapters, and unions with one of them
 are refused by name."""
 
 

@@ -7,6 +7,8 @@ positions. That call is met there, for the attentions that a setup adapts and fo
                 active in the process, what that returns asks the attention for its prefix first.
     fused       other modules call `scaled_dot_product_attention`; a function mode, of the running thread alone and for
                 the length of the attention's forward, meets the call.
+    scores      DeBERTa's attention multiplies and normalises by itself: a function mode gives its softmax the scores of
+                the prefix, and the product after it the values.
     method      an attention with a method `_attn(query, key, value, attention_mask)`, as GPT-J's, has ours in its
                 place.
 
@@ -42,7 +44,7 @@ from .methods import PrefixMethod
 ATTRIBUTE = "_inarch_prefix"
 """Where an attention has its slot, while a setup with prefixes is active."""
 
-Way = Literal["interface", "fused", "method"]
+Way = Literal["interface", "fused", "scores", "method"]
 
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -86,13 +88,20 @@ def _way_of(module: nn.Module) -> Way | None:
     names = set(_names_in(type(module)))
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "interface"
+    if {"pos_att_type", "softmax", "rel_embeddings"} <= names | set(_arguments(type(module).forward)):
+        return None if getattr(module, "talking_head", False) else "scores"
     attend = getattr(type(module), "_attn", None)
     # A buffer `bias` is a causal mask that the method applies by itself, to keys counted from the first one.
-    if attend is not None and "bias" not in module._buffers:
-        arguments = attend.__code__.co_varnames[: attend.__code__.co_argcount]
-        if arguments == ("self", "query", "key", "value", "attention_mask"):
-            return "method"
+    has_method = attend is not None and _arguments(attend) == ("self", "query", "key", "value", "attention_mask")
+    if has_method and "bias" not in module._buffers:
+        return "method"
     return "fused" if "scaled_dot_product_attention" in names else None
+
+
+def _arguments(function: Any) -> tuple[str, ...]:
+    code = inspect.unwrap(function).__code__
+    found: tuple[str, ...] = code.co_varnames[: code.co_argcount]
+    return found
 
 
 def _names_in(cls: type) -> Iterator[str]:
@@ -212,7 +221,7 @@ class PrefixSlot:
         self._reads_input = any(module.reads_input for module in modules.values())
         self._inputs: dict[int, Tensor] = {}
         self._calls: dict[int, list[int]] = {}
-        self._modes: dict[int, list[_Attending]] = {}
+        self._modes: dict[int, list[TorchFunctionMode]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running forward."""
@@ -255,14 +264,14 @@ class PrefixSlot:
         refuse_replica(module)
         if not torch.compiler.is_compiling():
             self._calls.setdefault(_thread(), []).append(0)
-        if self.way == "fused":
-            mode = _Attending(self)
+        if self.way in ("fused", "scores"):
+            mode = _Attending(self) if self.way == "fused" else _Scoring(self, module)
             self._modes.setdefault(_thread(), []).append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation there
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the attention, also called after an exception."""
-        if self.way == "fused":
+        if self.way in ("fused", "scores"):
             self._modes[_thread()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
         self._inputs.pop(_thread(), None)
         if torch.compiler.is_compiling():
@@ -332,18 +341,17 @@ class PrefixSlot:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, is_causal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask with the prefix in front."""
-        if not torch.compiler.is_compiling() and self._calls.get(_thread()):
-            self._calls[_thread()][-1] += 1
+        self.count()
         if key.dim() != 4 or not (mask is None or (isinstance(mask, Tensor) and mask.dim() >= 2)):
             raise SiteError(
                 "A prefix goes before keys (B, heads, S, features) under a mask of the scores, if any; got keys of "
                 f"shape {tuple(key.shape)} and {_described(mask)} at `{self.site.key}` (`{self.site.layer_path}`). "
                 "Leave the site out, or pass the model a mask of shape (B, L)."
             )
-        found = run(self._setup, Prefixed(key[:, :, 0, 0], self._read_inputs(key)), self._step, self._cutter)
+        found = self.prefix(key[:, :, 0, 0])
         if found.keys is None or found.values is None:
             return key, value, mask
-        keys, values = self._in_heads(found.keys, key), self._in_heads(found.values, value)
+        keys, values = self.in_heads(found.keys, key), self.in_heads(found.values, value)
         if mask is None and is_causal and query.shape[-2] > 1:
             # As `scaled_dot_product_attention` has it: queries and keys are counted from the first ones.
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()[None, None]
@@ -353,15 +361,24 @@ class PrefixSlot:
             _extended_mask(mask, found.bias, keys, key.shape[-2]),
         )
 
-    def _read_inputs(self, key: Tensor) -> Tensor | None:
+    def count(self) -> None:
+        """Remember that the running forward has attended."""
+        if not torch.compiler.is_compiling() and self._calls.get(_thread()):
+            self._calls[_thread()][-1] += 1
+
+    def prefix(self, rows: Tensor) -> Prefixed:
+        """What the setup puts before the keys and values of these rows, (B, N)."""
+        return run(self._setup, Prefixed(rows, self._read_inputs(rows)), self._step, self._cutter)
+
+    def _read_inputs(self, rows: Tensor) -> Tensor | None:
         if not self._reads_input:
             return None
         inputs = self._inputs.get(_thread())
-        if inputs is None or inputs.dim() != 3 or len(inputs) != len(key):
+        if inputs is None or inputs.dim() != 3 or len(inputs) != len(rows):
             raise SiteError(
                 "A gate of a prefix reads the input of the query projection, (B, L, D); got "
-                f"{'none' if inputs is None else f'one of shape {tuple(inputs.shape)}'} for keys of {len(key)} samples "
-                f"at `{self.site.key}` (`{self.site.layer_path}`). Use `use_gating=False`."
+                f"{'none' if inputs is None else f'one of shape {tuple(inputs.shape)}'} for keys of {len(rows)} "
+                f"samples at `{self.site.key}` (`{self.site.layer_path}`). Use `use_gating=False`."
             )
         return inputs
 
@@ -369,7 +386,7 @@ class PrefixSlot:
         module = self._modules.get(name)
         return state if module is None else state.before(*module(state.inputs))
 
-    def _in_heads(self, prefix: Tensor, own: Tensor) -> Tensor:
+    def in_heads(self, prefix: Tensor, own: Tensor) -> Tensor:
         """(1 or B, P, features of all heads) -> (B, N, P, H), for keys or values (B, N, S, H)."""
         size, heads, _, features = own.shape
         if prefix.shape[-1] != heads * features:
@@ -419,6 +436,51 @@ class _Attending(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._slot.attend_fused(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class _Scoring(TorchFunctionMode):
+    """Meets the products and the softmax of a disentangled attention (DeBERTa), of one thread.
+
+    Its first product is that of queries and keys; either may be scaled already. Of the scores of a prefix only that one
+    has a meaning: those of relative positions belong to keys with a position.
+    """
+
+    def __init__(self, slot: PrefixSlot, attention: Any) -> None:
+        super().__init__()
+        self._slot = slot
+        self._attention = attention
+        self._query: Tensor | None = None
+        self._values: Tensor | None = None
+        self._is_scaled = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.matmul, torch.bmm):
+            if self._query is None:
+                self._query, self._is_scaled = args[0], func is torch.matmul  # v2 scales the keys instead
+            elif self._values is not None:
+                own, values = args[1], self._values
+                args = (args[0], torch.cat([values.reshape(*own.shape[:-2], *values.shape[-2:]), own], -2))
+                self._values = None
+        elif func is F.softmax:
+            args = (self._extended(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _extended(self, scores: Tensor) -> Tensor:
+        """The scores (B, N, L, S) with columns for the prefix."""
+        slot, query = self._slot, self._query
+        assert query is not None
+        slot.count()
+        found = slot.prefix(scores[:, :, 0, 0])
+        if found.keys is None or found.values is None:
+            return scores
+        query = query.reshape(*scores.shape[:3], -1)
+        keys, self._values = (slot.in_heads(part, query) for part in (found.keys, found.values))
+        more = query @ keys.mT
+        if not self._is_scaled:
+            more = more / math.sqrt(query.shape[-1] * (1 + len(self._attention.pos_att_type)))
+        if found.bias is not None:
+            more = more + found.bias.clamp(min=torch.finfo(more.dtype).min).to(more.dtype)[:, None, None, :]
+        return torch.cat([more.to(scores.dtype), scores], -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,13 @@ from ..methods.dora import DoRA, DoRAConfig
 from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from ..methods.mtl_lora import MTLLoRA, MTLLoRAConfig
+from ..methods.prefix import PrefixConfig
 from .adapterhub_config import translate
 from .adapterhub_fused import asked_thirds, thirds_of_roles, widened
 from .adapterhub_inputs import input_key
 from .adapterhub_low_rank import drop_idle_weights, of_dora, shared_tensors, take_shared, vera_as_lora
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
+from .adapterhub_prefix import check_prefixes, take_prefixes
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .weights import read_weights
 
@@ -145,7 +147,12 @@ def read(
     config = translate(settings, stacks, folder / RECORD, later=_version(record) > LATEST)
     common = shared_tensors(config, sites, shared, folder)
     stored |= {f"shared_parameters.{name}.{key}": tensor for key, tensor in shared.items()}  # which nothing asks for
-    tensors = _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
+    prefixes: dict[str, Tensor] = {}
+    for part in config.parts:
+        if isinstance(part, PrefixConfig):
+            difference = check_prefixes(part, model_type, folder, other_base) or difference
+            prefixes = take_prefixes(name, stored, config=part, stacks=stacks, sites=sites, folder=folder)
+    tensors = prefixes | _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
     config, tensors = of_dora(config, tensors | common, model, sites)
     return Converted(
         name=name,

@@ -19,8 +19,10 @@ from ..methods.lora import LoRAConfig
 from ..methods.low_rank import LowRankConfig
 from ..methods.mtl_lora import MTLLoRAConfig
 from ..methods.mute import MuteConfig
+from ..methods.prefix import PrefixConfig
 from .adapterhub_inputs import invertible_part, invertible_reasons
 from .adapterhub_names import Place
+from .adapterhub_prefix import prefix_part
 from .adapterhub_sites import Stack, Stacks
 
 _FIELD_OF_KIND: dict[Kind, str] = {
@@ -31,7 +33,6 @@ _FIELD_OF_KIND: dict[Kind, str] = {
 _FIELD_OF_ROLE = {"up": "intermediate_lora", "down": "output_lora"}
 
 _ARCHITECTURES = {
-    "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
     "reft": "ReFT",
 }
@@ -74,6 +75,8 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
 def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
     if row.get("architecture") == "mtl_lora":
         return [_linear(row, stacks, MTLLoRAConfig())]
+    if row.get("architecture") == "prefix_tuning":
+        return [prefix_part(row, _layers(row, stacks))]
     if row.get("architecture") != "lora":
         return [_bottleneck(row, stacks), *invertible_part(row)]
     if row.get("composition_mode") != "scale":
@@ -151,6 +154,13 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
             f"`config` must describe an adapter; got {row!r} at `{place}`. Save the adapter with the latest version."
         ]
     kind = row.get("architecture")
+    if kind == "prefix_tuning":
+        known = PrefixConfig().to_dict().keys() | {"architecture"}
+        return [
+            _refusal(key, value, "a field of a later version", place)
+            for key, value in row.items()
+            if later and value and key not in known
+        ]
     if kind not in (None, "bottleneck", "lora", "mtl_lora"):
         return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
     is_linear = kind in ("lora", "mtl_lora")
