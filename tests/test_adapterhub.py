@@ -642,7 +642,6 @@ def test_layers_in_groups_are_told_apart(tmp_path):
             "MTL-LoRA with full matrices",
         ),
         ("lora_gate", settings(architecture="reft"), "ReFT"),
-        ("lora_gate", settings(architecture="prompt_tuning"), "prompt tuning"),
         ("lora_gate", settings(architecture="tomorrow"), r"another method \(`architecture='tomorrow'`\)"),
         (
             "lora_gate",

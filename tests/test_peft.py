@@ -197,7 +197,7 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
     [
         ({"peft_type": "LN_TUNING"}, "got LayerNorm tuning at"),
         ({"peft_type": "PREFIX_TUNING"}, "got prefix tuning at"),
-        ({"peft_type": "PROMPT_TUNING"}, "got prompt tuning at"),
+        ({"peft_type": "P_TUNING"}, "got P-tuning at"),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
         ({"peft_type": "VERA"}, "with its random matrices and two vectors .*got a folder without"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "LoRA on parameters that no linear module applies"),

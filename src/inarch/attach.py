@@ -128,6 +128,8 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig, *, started: boo
             if started and isinstance(module, LinearMethod) and module.starts_from_base(part):
                 projection = placement.site.projections[placement.role][placement.part]
                 module.start(base_of(model, placement.site, projection).read())
+            if started and isinstance(module, InputMethod) and placement.entry and placement.entry.words is not None:
+                module.start_at(model.get_submodule(placement.entry.words))
     return built
 
 

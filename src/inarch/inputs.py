@@ -194,7 +194,11 @@ def _arm_embedding(model: nn.Module, site: Site, entry: Entry, slot: "EntrySlot"
     if not slot.changes_embedding:
         return []
     if entry.embedding is not None:
-        return [model.get_submodule(entry.embedding).register_forward_hook(slot.embedded)]
+        module = model.get_submodule(entry.embedding)
+        return [
+            module.register_forward_pre_hook(slot.tell_tokens, with_kwargs=True),
+            module.register_forward_hook(slot.embedded),
+        ]
     layer = model.get_submodule(site.layer_path)
     slot.watch(layer)
     return [layer.register_forward_pre_hook(slot.enter_layer, with_kwargs=True)]
@@ -266,6 +270,11 @@ class EntrySlot(nn.Module):
         return self.__dict__ | {"_running": {}}
 
     @property
+    def _keeps_positions(self) -> bool:
+        """Whether tokens have got their positions before others are put in front of them."""
+        return not self._programs.words.steps
+
+    @property
     def changes_embedding(self) -> bool:
         """Whether anything is done where the embedding ends."""
         return bool(self._programs.embedding.steps)
@@ -275,6 +284,17 @@ class EntrySlot(nn.Module):
         self._layer = argument_of(layer, (0,))
 
     # What changes the embedded sequence
+
+    def tell_tokens(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook on the embedding: of the user's tokens, how many are in a cache, and the mask."""
+        past, total = kwargs.get("past_key_values_length"), self._running.get(thread())
+        if past:
+            return args, kwargs | {"past_key_values_length": past - self._length}
+        masks = {name: value for name, value in kwargs.items() if "mask" in name and isinstance(value, Tensor)}
+        cut = {name: mask[:, self._length :] for name, mask in masks.items() if mask.dim() == 2}
+        return args, kwargs | {name: mask for name, mask in cut.items() if masks[name].shape[1] == total}
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the embedding: the sequence (B, P + L, D) for the one (B, L, D) that it gives."""
@@ -308,10 +328,18 @@ class EntrySlot(nn.Module):
         ids = None if ids is None else ids.view(-1, ids.shape[-1])
         cache, length = given.get("past_key_values"), tokens.shape[1] if embedded is not None else tokens.shape[-1]
         seen = int(cache.get_seq_length()) if cache is not None else 0
+        if (
+            self._keeps_positions
+            and not seen
+            and given.get("attention_mask") is None
+            and "attention_mask" in self._names
+        ):
+            # Else a model may make one of the ids, which are fewer than what the embedding gives.
+            given["attention_mask"] = torch.ones(tokens.shape[0], length, dtype=torch.long, device=tokens.device)
         if "attention_mask" in given:
             given["attention_mask"] = self._mask(given["attention_mask"], length + (seen and seen - self._length))
         for name in _SHIFTED:
-            if given.get(name) is not None and (seen or name not in self._of_embedding):
+            if given.get(name) is not None and not (self._keeps_positions and name in self._of_embedding):
                 given[name] = self._positions(given[name], starts=not seen)
         if seen:
             return (), given
@@ -366,7 +394,15 @@ class EntrySlot(nn.Module):
     def trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook where the layers end: what belongs to the user's tokens."""
         total = self._running.get(thread())
-        return output if total is None else _trimmed(output, self._length, total)
+        if total is None:
+            return None
+        if isinstance(output, Tensor | tuple):
+            return _trimmed(output, self._length, total)
+        for name in ("last_hidden_state", "hidden_states"):
+            found = getattr(output, name, None)
+            if found is not None:
+                setattr(output, name, _trimmed(found, self._length, total))
+        return None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the module that is called with the tokens, also after an exception."""
@@ -389,17 +425,11 @@ def _in_front(values: Tensor, count: int, value: int) -> Tensor:
     return torch.cat((values.new_full((values.shape[0], count), value), values), dim=1)
 
 
-def _trimmed(output: Any, count: int, total: int) -> Any:
-    """A result without the first tokens of its sequences (B, P + L, D), in a container of the same type."""
-    if isinstance(output, Tensor):
-        is_whole = output.dim() == 3 and output.shape[1] == total
-        return output.narrow(1, count, total - count) if is_whole else output
-    if type(output) in (tuple, list):
-        return type(output)(_trimmed(item, count, total) for item in output)
-    if isinstance(output, Mapping):  # such as transformers' ModelOutput
-        for name in list(output):
-            output[name] = _trimmed(output[name], count, total)  # type: ignore[index]
-    return output
+def _trimmed(value: Any, count: int, total: int) -> Any:
+    """A result without the first tokens of its sequences (B, P + L, D)."""
+    if isinstance(value, Tensor):
+        return value[:, count:] if value.dim() == 3 and value.shape[1] == total else value
+    return tuple(_trimmed(item, count, total) for item in value) if type(value) is tuple else value
 
 
 class InverseSlot(nn.Module):

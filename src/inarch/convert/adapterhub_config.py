@@ -20,7 +20,7 @@ from ..methods.low_rank import LowRankConfig
 from ..methods.mtl_lora import MTLLoRAConfig
 from ..methods.mute import MuteConfig
 from ..methods.prefix import PrefixConfig
-from .adapterhub_inputs import invertible_part, invertible_reasons
+from .adapterhub_inputs import invertible_part, invertible_reasons, prompt_part, prompt_reasons
 from .adapterhub_names import Place
 from .adapterhub_prefix import prefix_part
 from .adapterhub_sites import Stack, Stacks
@@ -33,7 +33,6 @@ _FIELD_OF_KIND: dict[Kind, str] = {
 _FIELD_OF_ROLE = {"up": "intermediate_lora", "down": "output_lora"}
 
 _ARCHITECTURES = {
-    "prompt_tuning": "prompt tuning",
     "reft": "ReFT",
 }
 """What else the field `architecture` may say, by its usual name."""
@@ -77,6 +76,8 @@ def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
         return [_linear(row, stacks, MTLLoRAConfig())]
     if row.get("architecture") == "prefix_tuning":
         return [prefix_part(row, _layers(row, stacks))]
+    if row.get("architecture") == "prompt_tuning":
+        return [prompt_part(row, stacks)]
     if row.get("architecture") != "lora":
         return [_bottleneck(row, stacks), *invertible_part(row)]
     if row.get("composition_mode") != "scale":
@@ -161,6 +162,8 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
             for key, value in row.items()
             if later and value and key not in known
         ]
+    if kind == "prompt_tuning":
+        return [_refusal(*reason, place) for reason in prompt_reasons(row, stacks, later=later)]
     if kind not in (None, "bottleneck", "lora", "mtl_lora"):
         return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
     is_linear = kind in ("lora", "mtl_lora")

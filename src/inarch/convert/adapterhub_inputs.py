@@ -1,4 +1,4 @@
-"""What the library `adapters` has at the input of a model, as ours: invertible adapters."""
+"""What the library `adapters` has at the input of a model, as ours: invertible adapters and prompts."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,16 @@ from typing import Any
 from ..core.config import Config
 from ..core.site import Site
 from ..methods.invertible import Invertible, InvertibleConfig
+from ..methods.prompt import Prompt, PromptConfig
+from ..methods.visual_prompt import VisualPrompt, VisualPromptConfig
 from .adapterhub_sites import Stacks
 
 _INVERTIBLE = re.compile(r"(?:\w+\.)*invertible(?:_lang)?_adapters\.(.+)\.([FG])\.([02])\.(weight|bias)")
+_PROMPT = re.compile(r"(?:\w+\.)*prompt_tunings\.(.+)\.prompt_embedding\.weight")
+_PROMPT_FIELDS = {
+    *("architecture", "prompt_length", "prompt_init", "prompt_init_text", "random_uniform_scale", "combine"),
+    "init_weights_seed",
+}
 _STEPS = {"0": "down", "2": "up"}
 
 
@@ -45,6 +52,28 @@ def invertible_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str
     return []
 
 
+def prompt_part(row: Mapping[str, Any], stacks: Stacks) -> Config:
+    """Prompts behind the embedding: of an image, what VPT calls shallow ones."""
+    length = row.get("prompt_length", PromptConfig().prompt_length)
+    if _sees_images(stacks):
+        return VisualPromptConfig(prompt_length=length, dropout=0.0)
+    return PromptConfig(prompt_length=length, insert="embedding")
+
+
+def prompt_reasons(row: Mapping[str, Any], stacks: Stacks, *, later: bool) -> list[tuple[str, Any, str]]:
+    """Why prompts cannot be read exactly: field, value and what it is."""
+    combine = row.get("combine", "prefix")
+    found: list[tuple[str, Any, str]] = []
+    if combine != "prefix" and not _sees_images(stacks):  # among tokens of an image they have no order
+        found.append(("combine", combine, "prompts behind the first token"))
+    unknown = [(key, value) for key, value in row.items() if value and key not in _PROMPT_FIELDS]
+    return found + [(key, value, "a field of a later version") for key, value in unknown if later]
+
+
+def _sees_images(stacks: Stacks) -> bool:
+    return first_sites(stacks)[0].stack.startswith("image")
+
+
 def first_sites(stacks: Stacks) -> list[Site]:
     """The first site of every stack."""
     return [stack.sites[0] for stack in stacks if stack.sites]
@@ -52,7 +81,11 @@ def first_sites(stacks: Stacks) -> list[Site]:
 
 def input_key(key: str, name: str, stacks: Stacks) -> str | None:
     """Our key of a tensor at the input; None for any other tensor."""
+    site = first_sites(stacks)[0].key
     found = _INVERTIBLE.fullmatch(key)
-    if found is None or found[1] != name:
-        return None
-    return f"{first_sites(stacks)[0].key}.{Invertible.name}.{found[2]}.{_STEPS[found[3]]}.{found[4]}"
+    if found is not None and found[1] == name:
+        return f"{site}.{Invertible.name}.{found[2]}.{_STEPS[found[3]]}.{found[4]}"
+    found = _PROMPT.fullmatch(key)
+    if found is not None and found[1] == name:
+        return f"{site}.{(VisualPrompt if _sees_images(stacks) else Prompt).name}.vectors"
+    return None

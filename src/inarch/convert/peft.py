@@ -33,6 +33,7 @@ from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA, VeRAConfig
 from .peft_names import Names
+from .peft_prompt import read_prompt
 from .weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ _OTHER_METHODS = {
     "LOHA": "LoHa",
     "LOKR": "LoKr",
     "PREFIX_TUNING": "prefix tuning",
-    "PROMPT_TUNING": "prompt tuning",
     "P_TUNING": "P-tuning",
 }
 """What else `peft_type` may say, by its usual name."""
@@ -149,6 +149,8 @@ def read(
         part, tensors, adapted = _lora(source, stored, heads)
     elif record["peft_type"] == "VERA":
         part, tensors, adapted = _vera(source, stored)
+    elif record["peft_type"] == "PROMPT_TUNING":
+        (part, tensors), adapted = read_prompt(record, stored, sites, folder), []
     else:
         part, tensors, adapted = _ia3(source, stored)
     of_base = [path for path in heads if head and not any(f"{path}.".startswith(f"{own}.") for own in own_heads)]
@@ -212,12 +214,14 @@ class _Source:
 
 def _check_method(record: Mapping[str, Any], folder: Path) -> None:
     method = record.get("peft_type")
-    if method not in ("LORA", "VERA", "IA3"):
+    if method not in ("LORA", "VERA", "IA3", "PROMPT_TUNING"):
         name = _OTHER_METHODS.get(str(method), f"the method `{method}`")
         raise StateError(
-            f"This version reads LoRA, DoRA, VeRA and (IA)³ of PEFT; got {name} at `{folder}`. Train one "
-            "of those, or use PEFT."
+            f"This version reads LoRA, DoRA, VeRA, (IA)³ and prompts of PEFT; got {name} at `{folder}`. Train "
+            "one of those, or use PEFT."
         )
+    if method == "PROMPT_TUNING":
+        return
     other = next((name for key, name in _OTHER_FIELDS.items() if record.get(key)), None)
     unknown = [key for key, value in record.items() if key not in _KNOWN_FIELDS and value]
     if other is None and unknown:

@@ -175,6 +175,8 @@ class Entry:
     embedding: str | None
     width: int
     fan_in: int
+    words_width: int = 0
+    """Of what the table of words gives; narrower than `width` where the embedding widens it."""
     takes_embeddings: bool = False
     """Whether the caller takes `inputs_embeds` in the place of `input_ids`."""
 

@@ -6,7 +6,7 @@ Tensors: B batch, L tokens, P tokens that are put in front of them, D width.
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.site import Entry, Site, Sites
@@ -32,6 +32,9 @@ class InputMethod(AbstractMethod):
     def length(cls, config: Any) -> int:  # noqa: ARG003  overriding methods read it
         """P, the tokens that it puts in front of a sequence."""
         return 0
+
+    def start_at(self, words: nn.Module) -> None:
+        """Take what initial weights need of the module that embeds token ids."""
 
     @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:

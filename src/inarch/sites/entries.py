@@ -40,6 +40,7 @@ def _entry(model: nn.Module, first: Site) -> Entry:
         embedding=embedding,
         width=width,
         fan_in=width,
+        words_width=0 if words is None else int(model.get_submodule(words).weight.shape[1]),  # type: ignore[index]
         takes_embeddings="inputs_embeds" in _parameters(model.get_submodule(caller)),
     )
 
