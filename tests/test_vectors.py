@@ -212,7 +212,7 @@ def test_copies_pickles_and_threads_have_their_own():
         (
             "llama",
             "bitfit",
-            r"Every vector .* must exist; got none for the bias of norms and projections",
+            r"Every role .* must exist; got none for the bias of norms and projections",
         ),
         ("vit", "bitfit[roles=[gate]]", r"got `gate` for the bias .*which has `pre_norm`, `q`.*Ask for those it has"),
         (
@@ -231,7 +231,7 @@ def test_copies_pickles_and_threads_have_their_own():
             "layernorm_tuning[outer_norms=False,roles=[outer_norm]]",
             r"`roles` names is trained; got `outer_norm`",
         ),
-        ("vit", "bitfit[leave_out=[0,1]]", r"must reach at least one vector; got `leave_out=\[0, 1\]`"),
+        ("vit", "bitfit[leave_out=[0,1]]", r"must reach something; got `leave_out=\[0, 1\]`"),
         ("vit", "bitfit[leave_out_roles=[mlp_2]]", r"`leave_out_roles` names sites"),
     ],
 )

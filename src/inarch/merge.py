@@ -128,7 +128,7 @@ def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merge
     for place, parameter in [row[:2] for row in found] + [row[:2] for row in vectors]:
         _check_whole(place, parameter)
     for place, _, bias, _, module, _ in found:
-        if bias is None and getattr(module, "bias", None) is not None:
+        if bias is None and module.adds_bias:
             raise SetupError(
                 "An adapter's bias is merged into that of its projection; got a projection without one at "
                 f"`{place}`. Keep the adapter active instead."

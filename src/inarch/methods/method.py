@@ -261,6 +261,11 @@ class LinearMethod(AbstractMethod):
         """The weight (rows, in) and bias (rows,) of the projection with the adapter in them."""
         raise TypeError(f"`{self.name}` has an obstacle to merging")
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether `fold` needs a bias of the projection to write into."""
+        return getattr(self, "bias", None) is not None
+
     @classmethod
     def combinations(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003  overriding methods read it
         """The ways to combine several adapters, beside the weighted sum of each parameter, that mean something."""

@@ -48,21 +48,35 @@ def vector_placements(
     Arguments: `asked` are the roles that are meant, all of them where it is empty. Raises `ConfigError` for a role, a
     layer or a site that the model does not have, or where nothing is left.
     """
-    check_layers("leave_out", leave_out, sites)
-    check_roles("leave_out_roles", leave_out_roles, sites)
     every = [
         Placement(site=site, port="parameter", role=role)
         for site in sites
         for role, vectors in site.affine.items()
         if (vectors.is_norm or not norms_only) and any(leaf in vectors.names for leaf in leaves)
     ]
-    known = list(dict.fromkeys(plain_role(place.role) for place in every))
     what = f"{' and '.join(leaves)} of {'norms' if norms_only else 'norms and projections'}"
+    return chosen(every, what, asked, leave_out=leave_out, leave_out_roles=leave_out_roles, sites=sites)
+
+
+def chosen(
+    every: list[Placement],
+    what: str,
+    asked: tuple[str, ...],
+    *,
+    leave_out: tuple[int, ...],
+    leave_out_roles: tuple[str, ...],
+    sites: Sites,
+) -> list[Placement]:
+    """Of all places of a kind, called `what` in messages, those in the roles that are asked for, or all; but for layers
+    and sites that are left out."""
+    check_layers("leave_out", leave_out, sites)
+    check_roles("leave_out_roles", leave_out_roles, sites)
+    known = list(dict.fromkeys(plain_role(place.role) for place in every))
     unmet = [role for role in asked if role not in known]
     if unmet or not every:
         wrong, there = (", ".join(f"`{role}`" for role in roles) or "none" for roles in (unmet, known))
         raise ConfigError(
-            f"Every vector a configuration asks for must exist; got {wrong} for the {what} of {sites.model_class}, "
+            f"Every role a configuration asks for must exist; got {wrong} for the {what} of {sites.model_class}, "
             f"which has {there}. {'Ask for those it has.' if known else 'Use another method.'}"
         )
     found = [
@@ -74,8 +88,8 @@ def vector_placements(
     ]
     if not found:
         raise ConfigError(
-            f"A configuration must reach at least one vector; got `leave_out={list(leave_out)}` and "
-            f"`leave_out_roles={list(leave_out_roles)}` for {sites.model_class}. Leave fewer layers out."
+            f"A configuration must reach something; got `leave_out={list(leave_out)}` and "
+            f"`leave_out_roles={list(leave_out_roles)}` for the {what} of {sites.model_class}. Leave fewer layers out."
         )
     return found
 
