@@ -137,6 +137,7 @@ LAZY = {"cli", PACKAGE}
 `import inarch` does not load the trainer."""
 
 SHARED_BY_METHODS = {
+    "inarch.methods.beside",
     "inarch.methods.method",
     "inarch.methods.low_rank",
     "inarch.methods.parameters",

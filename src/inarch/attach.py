@@ -46,6 +46,7 @@ from .methods import (
 from .plan import sublayer_part
 from .prefixes import PrefixSlot, attention_of, check_shares
 from .programs import (
+    ForwardOf,
     WiredAdapter,
     circuit_norm,
     circuit_of,
@@ -310,11 +311,13 @@ def _arm_sum(
 ) -> list[RemovableHandle]:
     slot = slot_of(model, site)
     wired: dict[str, WiredAdapter] = {}
+    pre_norm = None if site.pre_norm is None else slots.adapted(model.get_submodule(site.absolute(site.pre_norm)))
+    before = None if pre_norm is None else ForwardOf(pre_norm, site.feature_dim)
     for name in leaves(setup):
         part, modules = sublayer_part(configs[name], site), modules_at(slot, name)
         branch = modules.find(method_of(part).name) if part is not None and modules is not None else None
         if branch is not None:
-            wired[name] = wired_adapter(part, site, branch)
+            wired[name] = wired_adapter(part, site, branch, before)
     if not wired:
         return []
     circuit = circuit_of(setup, wired)

@@ -268,22 +268,20 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
     if not wired:
         return None
     branches = {name: _Symbols(str(n) if len(wired) > 1 else "") for n, name in enumerate(wired, start=1)}
-    adapters = {name: wired_adapter(part, site, branches[name]) for name, part in wired.items()}
+    before = None if site.pre_norm is None else _normed
+    adapters = {name: wired_adapter(part, site, branches[name], before) for name, part in wired.items()}
     check_circuits(setup, adapters, site)
     circuit = circuit_of(setup, adapters)
     site = circuit_site(site, circuit)
 
-    def norm(total: Expr) -> Expr:
-        return total.applied("LN")
-
-    post = norm if site.post_norm is not None else None
+    post = _normed if site.post_norm is not None else None
     settled = rewire(
         setup,
         adapters,
         X,
         H,
         others=OTHERS if site.shared_sum else None,
-        norm=norm if circuit == "last_norm" else post,
+        norm=_normed if circuit == "last_norm" else post,
         fusions={block.name: _FusionSymbol() for block in fusions(setup)},
     )
     stream = X + OTHERS if site.shared_sum else X
@@ -306,6 +304,10 @@ def formula(site: Site, setup: Setup, configs: Mapping[str, AdapterConfig]) -> F
         reads_others=handed.mentions("g"),
         passes_norm=settled.output is not None,
     )
+
+
+def _normed(value: Expr) -> Expr:
+    return value.applied("LN")
 
 
 def sublayer_part(config: AdapterConfig, site: Site) -> Config | None:

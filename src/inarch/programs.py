@@ -29,10 +29,12 @@ class WiredAdapter:
     circuit: Circuit
 
 
-def wired_adapter(config: Any, site: Site, branch: Any) -> WiredAdapter:
-    """One part of an adapter, at a site."""
+def wired_adapter(config: Any, site: Site, branch: Any, pre_norm: Callable[[Any], Any] | None = None) -> WiredAdapter:
+    """One part of an adapter, at a site; `pre_norm` is the norm before the branch, for methods that read behind it."""
     method = method_of(config)
     assert issubclass(method, SublayerMethod)
+    if pre_norm is not None and method.reads_normed(config):
+        branch = _BehindNorm(branch, pre_norm)
     return WiredAdapter(config, method, branch, method.circuit(config, site.kind))
 
 
@@ -104,6 +106,20 @@ class _Flow(Generic[V]):
         adapter = self.sum.adapters[child]
         self.sum.step(replace(adapter, branch=_Watched(adapter.branch, seen)), flow)
         return seen[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _BehindNorm:
+    """A branch that reads its input behind a norm."""
+
+    inner: Any
+    norm: Callable[[Any], Any]
+
+    def branch(self, z: Any) -> Any:
+        return self.inner.branch(self.norm(z))
+
+    def norm_branch(self, w: Any) -> Any:
+        return self.inner.norm_branch(w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +268,7 @@ def sum_program(
     recorder = Recorder(3)
     x, h, others = recorder.arguments
     recorded = {name: replace(part, branch=_Recorded(recorder, part.branch)) for name, part in adapters.items()}
-    call = None if norm is None else _Recording(recorder, _ForwardOf(norm, feature_dim))
+    call = None if norm is None else _Recording(recorder, ForwardOf(norm, feature_dim))
     fused = {name: _Recorded(recorder, module) for name, module in (fusions or {}).items()}
     joined = others if joins_others else None
     settled: Settled[Register] = rewire(setup, recorded, x, h, others=joined, norm=call, fusions=fused, cutter=cutter)
@@ -336,7 +352,7 @@ class Forward(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _ForwardOf:
+class ForwardOf:
     """The forward that a module has when it is called; not the module, which would run hooks, ours among them."""
 
     module: Forward

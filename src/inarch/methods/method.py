@@ -195,6 +195,11 @@ class SublayerMethod(AbstractMethod):
         """Whether the layer's own sum (and norm) is wanted after the adapter."""
 
     @staticmethod
+    def reads_normed(config: Any) -> bool:  # noqa: ARG004  overriding methods read it
+        """Whether the branch reads its input behind the norm before the layer's own branch, where there is one."""
+        return False
+
+    @staticmethod
     def circuit(config: Any, kind: Kind) -> Circuit:  # noqa: ARG004 - for those that have a choice
         """What `wire` is given at the sites of a kind."""
         return "own"
