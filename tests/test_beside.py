@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import inarch
-from inarch import Split, Stack
+from inarch import Fuse, Split, Stack
 from inarch.core.errors import ConfigError, SetupError, SiteError
 from inarch.methods.convpass import Convpass
 from inarch.testing import tiny, tiny_inputs
@@ -205,6 +205,28 @@ def test_a_second_token_before_the_grid_has_to_be_counted():
 def test_what_is_refused(name, config, message):
     with pytest.raises(ConfigError, match=message):
         inarch.attach(tiny(name)).add("a", config)
+
+
+def test_convpass_is_one_graph():
+    model, inputs, _ = attached("vit", EVERY)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(**inputs)[0], model(**inputs)[0], atol=1e-12, rtol=0)
+    torch.compiler.reset()
+
+
+def test_a_fusion_of_one_is_that_one():
+    """A static fusion weighs the outputs of branches: of twice the same, it is the same."""
+    model, inputs, adapters = attached("vit", "convpass_attn[channels=3]")
+    expected = model(**inputs)[0]
+    adapters.add("b", "convpass_attn[channels=3]")
+    with torch.no_grad():
+        for mine, other in zip(adapters["a"].values(), adapters["b"].values(), strict=True):
+            other.copy_(mine)
+    adapters.add_fusion(Fuse("a", "b", name="f"), "static_fusion")
+    assert {key.split(".")[2] for key in adapters["f"]} == {"self_attention"}
+    adapters.activate(Fuse("a", "b", name="f"))
+    assert torch.allclose(model(**inputs)[0], expected, atol=1e-12, rtol=0)
 
 
 def test_a_grid_is_not_split():

@@ -39,7 +39,7 @@ from .core.site import Sites
 from .heads import TrainedHeads
 from .loading import OtherBase
 from .merge import Merged, check_mergeable, merge
-from .methods import AdapterConfig, ConfigLike, InputMethod, method_of, read_config
+from .methods import AdapterConfig, ConfigLike, InputMethod, fused_places, method_of, placements, read_config
 from .plan import Plan, plan
 from .plan import check_setup as check_blocks
 from .saving import FORMATS as FORMATS
@@ -366,15 +366,14 @@ class Adapters:
             for name in leaves(block):
                 self._require(name)
             parts = read_config(config).parts
-            places = [part for part in self._configs[last(block)].parts if hasattr(part, "mh_adapter")]
-            if len(parts) != 1 or not hasattr(parts[0], "regularization") or not places:
+            branches = [part for part in self._configs[last(block)].parts if hasattr(method_of(part), "branch")]
+            reached = [place.site for part in branches for place in placements(part, self.sites)]
+            if len(parts) != 1 or not hasattr(parts[0], "regularization") or not reached:
                 raise SetupError(
                     "Fusion layers have a configuration such as `dynamic_fusion`, and combine bottlenecks; got "
                     f"{read_config(config)} for `{last(block)}` ({self._configs[last(block)]}). Give them one."
                 )
-            given = places[0].to_dict()
-            copied = ("mh_adapter", "output_adapter", "cross_adapter", "leave_out", "leave_out_roles")
-            whole = AdapterConfig((parts[0].replace(**{field: given[field] for field in copied}),))
+            whole = AdapterConfig((parts[0].replace(**fused_places(reached, self.sites)),))
             planned = plan(self.sites, {**{name: self._configs[name] for name in leaves(block)}, block.name: whole})
             check_blocks(block, planned.modules)
             self.add(block.name, whole, overwrite=overwrite)

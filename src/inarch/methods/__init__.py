@@ -1,5 +1,6 @@
 """The adapter methods: one file each."""
 
+from .fusion import fused_places as fused_places
 from .method import AbstractMethod as AbstractMethod
 from .method import Frozen as Frozen
 from .method import LinearMethod as LinearMethod

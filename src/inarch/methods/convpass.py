@@ -76,7 +76,8 @@ class Convpass(BesideMethod):
     @classmethod
     def placements(cls, config: ConvpassConfig, sites: Sites) -> list[Placement]:
         found = kind_placements(config, config.kinds(), cls.fits, sites)
-        odd = next((place.site for place in found if not place.site.stack.startswith("image")), None)
+        # Of a model of nobody's library, the data may be images.
+        odd = next((place.site for place in found if not place.site.stack.startswith(("image", "data"))), None)
         if odd is not None:
             raise ConfigError(
                 f"A convolution over tokens needs those of an image; got `{odd.key}` of {sites.model_class}. Leave the "

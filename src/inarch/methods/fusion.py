@@ -10,6 +10,7 @@ would. V starts near the identity and is held there by a penalty, 0.01 · ||I - 
 Tensors: B batch, L tokens, N adapters, D width of the site.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
-from ..core.site import Kind, Sites
+from ..core.site import Kind, Site, Sites
 from .method import AbstractMethod, Placement, check_layers, check_roles, in_dtype, layer_number
 
 _OFF_DIAGONAL = 1e-6
@@ -52,6 +53,25 @@ class FusionConfig(Config):
             (self.cross_adapter, "cross_attention"),
         ]
         return {kind for wanted, kind in wishes if wanted}
+
+
+def fused_places(reached: Sequence[Site], sites: Sites) -> dict[str, Any]:
+    """The fields of a configuration that say where fusion layers are, for those of adapters at these sites."""
+    keys = {site.key for site in reached}
+    fields = {
+        "mh_adapter": {"self_attention", "mixer"},
+        "output_adapter": {"mlp"},
+        "cross_adapter": {"cross_attention"},
+    }
+    kinds = {site.kind for site in reached}
+    alike = [site for site in sites if site.kind in kinds]
+    layers = {layer_number(site, sites) for site in reached}
+    roles = {site.role for site in alike if site.key in keys}
+    return {
+        **{field: bool(kinds & meant) for field, meant in fields.items()},
+        "leave_out": sorted({layer_number(site, sites) for site in alike} - layers),
+        "leave_out_roles": sorted({site.role for site in alike} - roles),
+    }
 
 
 class Fusion(AbstractMethod):
