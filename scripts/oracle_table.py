@@ -160,7 +160,10 @@ through hooks; `bert_decoder` is BERT with cross-attention.
 Prefixes of a causal model and of DistilBERT are right in that library only where it attends by `eager`, as here, and no
 folder says whether it did: `load` refuses them unless `other_base="allow"` is passed. Those of T5 are refused.
 
-Compacter, prompt tuning, ReFT, DoRA, VeRA, MTL-LoRA, invertible adapters, and unions with one of them
+A folder of ReFT does not tell NoReFT from DiReFT, so both are refused until `subtract_projection` is written into its
+`config`; with it they agree as LoReFT does.
+
+Compacter, prompt tuning, DoRA, VeRA, MTL-LoRA, invertible adapters, and unions with one of them
 are refused by name."""
 
 

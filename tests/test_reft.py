@@ -1,6 +1,7 @@
 """ReFT: the formula of the paper at the right tokens, whatever is padded, cached, copied or cut."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -294,3 +295,77 @@ def test_the_report_names_what_the_stream_becomes():
     report = inarch.check(tiny("bert"), "direft[suffix_positions=2]")
     assert report.sound
     assert "y = x + Rᵀ (W x + b) at the 3 first and the 2 last tokens" in str(report)
+
+
+def folder_of_adapters(place, **changes):
+    """What the library `adapters` writes for a ReFT of tiny BERT, and the R, W and b of its formula by our keys."""
+    torch.manual_seed(2)
+    config = {
+        "architecture": "reft",
+        "layers": "all",
+        "prefix_positions": 2,
+        "suffix_positions": 0,
+        "r": 3,
+        "orthogonality": True,
+        "tied_weights": False,
+        "dropout": 0.05,
+        "non_linearity": None,
+        "output_reft": True,
+    }
+    config |= changes
+    tensors, expected = {}, {}
+    for layer in range(2):
+        for unit, end in enumerate(("prefix", "suffix")):
+            source, free = nn.Linear(32, 3), nn.Linear(32, 3, bias=False)
+            projection = nn.utils.parametrizations.orthogonal(free) if config["orthogonality"] else free
+            with torch.no_grad():
+                for name, parameter in projection.named_parameters():
+                    if name.endswith("original"):  # as training moves it: the diagonal has no gradient
+                        parameter.add_(torch.randn_like(parameter).triu(1) * 0.3)
+            state = {f"learned_source.{k}": v for k, v in source.state_dict().items()}
+            state |= {f"projection.{k}": v for k, v in projection.state_dict().items()}
+            prefix = f"bert.encoder.layer.{layer}.reft_layer.refts.old.units.{unit}"
+            tensors |= {f"{prefix}.{key}": value.clone() for key, value in state.items()}
+            if end == "prefix":
+                own = {"R": projection.weight, "W": source.weight, "b": source.bias}
+                expected |= {f"text0.{layer}.mlp.reft.{end}.{key}": value.detach() for key, value in own.items()}
+    place.mkdir()
+    record = {"config": config, "name": "old", "model_type": "bert", "version": "adapters.1.3.0"}
+    (place / "adapter_config.json").write_text(json.dumps(record))
+    torch.save(tensors, place / "pytorch_adapter.bin")
+    return tensors, expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"orthogonality": False, "subtract_projection": True}, {"layers": [1]}])
+def test_folders_of_adapters_compute_the_same(tmp_path, changes):
+    tensors, expected = folder_of_adapters(tmp_path / "a", **changes)
+    if "layers" in changes:
+        kept = {key: value for key, value in tensors.items() if ".layer.1." in key}
+        torch.save(kept, tmp_path / "a" / "pytorch_adapter.bin")
+        expected = {key: value for key, value in expected.items() if key.startswith("text0.1.")}
+    adapters = inarch.attach(tiny("bert"))
+    name = adapters.load(tmp_path / "a")
+    assert adapters[name].keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(adapters[name][key], value, atol=1e-6), key
+    units = [module for module in adapters.model.modules() if type(module).__name__ == "Intervention"]
+    for unit in units:
+        assert torch.allclose(unit.rows(), unit.R, atol=1e-6)
+
+
+def test_rows_that_weight_decay_took_in_the_other_library_stay_away(tmp_path, caplog):
+    """Its signs on the diagonal are cut to whole numbers, so a little less than one is zero."""
+    tensors, expected = folder_of_adapters(tmp_path / "a")
+    decayed = {k: v * 0.999 if k.endswith("original") else v for k, v in tensors.items()}
+    torch.save(decayed, tmp_path / "a" / "pytorch_adapter.bin")
+    adapters = inarch.attach(tiny("bert"))
+    name = adapters.load(tmp_path / "a")
+    assert "has lost orthonormal rows to weight decay" in caplog.text
+    assert adapters.config(name).parts[0].orthogonality is False
+    assert not any(adapters[name][key].any() for key in expected if key.endswith(".R"))
+
+
+def test_a_folder_that_is_noreft_or_direft_must_say_which(tmp_path):
+    folder_of_adapters(tmp_path / "a", orthogonality=False)
+    with pytest.raises(inarch.StateError, match="got no `subtract_projection`.*true` for NoReFT"):
+        inarch.attach(tiny("bert")).load(tmp_path / "a")

@@ -40,6 +40,7 @@ from .adapterhub_low_rank import drop_idle_weights, of_dora, shared_tensors, tak
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
 from .adapterhub_prefix import check_prefixes, take_prefixes
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
+from .adapterhub_stream import take_streams
 from .weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def read(
     vera_as_lora(stored, shared, name, folder)
     drop_idle_weights(stored, name)
     config = translate(settings, stacks, folder / RECORD, later=_version(record) > LATEST)
+    config, streams = take_streams(stored, name, stacks, config, folder)
     common = shared_tensors(config, sites, shared, folder)
     stored |= {f"shared_parameters.{name}.{key}": tensor for key, tensor in shared.items()}  # which nothing asks for
     prefixes: dict[str, Tensor] = {}
@@ -152,7 +154,7 @@ def read(
         if isinstance(part, PrefixConfig):
             difference = check_prefixes(part, model_type, folder, other_base) or difference
             prefixes = take_prefixes(name, stored, config=part, stacks=stacks, sites=sites, folder=folder)
-    tensors = prefixes | _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
+    tensors = prefixes | streams | _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
     config, tensors = of_dora(config, tensors | common, model, sites)
     return Converted(
         name=name,

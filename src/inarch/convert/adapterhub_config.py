@@ -24,6 +24,7 @@ from .adapterhub_inputs import invertible_part, invertible_reasons, prompt_part,
 from .adapterhub_names import Place
 from .adapterhub_prefix import prefix_part
 from .adapterhub_sites import Stack, Stacks
+from .adapterhub_stream import ARCHITECTURE, stream_part, stream_problems
 
 _FIELD_OF_KIND: dict[Kind, str] = {
     "self_attention": "mh_adapter",
@@ -31,11 +32,6 @@ _FIELD_OF_KIND: dict[Kind, str] = {
     "cross_attention": "cross_adapter",
 }
 _FIELD_OF_ROLE = {"up": "intermediate_lora", "down": "output_lora"}
-
-_ARCHITECTURES = {
-    "reft": "ReFT",
-}
-"""What else the field `architecture` may say, by its usual name."""
 
 _IDLE = {
     *("architecture", "composition_mode", "use_dora", "vera_d", "vera_b", "dtype"),
@@ -72,6 +68,8 @@ def translate(settings: Any, stacks: Stacks, place: object, *, later: bool) -> A
 
 
 def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
+    if row.get("architecture") == ARCHITECTURE:
+        return [stream_part(row, stacks)]
     if row.get("architecture") == "mtl_lora":
         return [_linear(row, stacks, MTLLoRAConfig())]
     if row.get("architecture") == "prefix_tuning":
@@ -164,8 +162,10 @@ def _unsupported(row: Any, stacks: Stacks, place: object, later: bool) -> list[s
         ]
     if kind == "prompt_tuning":
         return [_refusal(*reason, place) for reason in prompt_reasons(row, stacks, later=later)]
+    if kind == ARCHITECTURE:
+        return stream_problems(row, place)
     if kind not in (None, "bottleneck", "lora", "mtl_lora"):
-        return [_refusal("architecture", kind, _ARCHITECTURES.get(str(kind), "another method"), place)]
+        return [_refusal("architecture", kind, "another method", place)]
     is_linear = kind in ("lora", "mtl_lora")
     reasons = _lora_reasons(row, stacks) if is_linear else _bottleneck_reasons(row, stacks)
     if later:
