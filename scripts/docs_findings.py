@@ -5,13 +5,11 @@
 `--check` writes nothing and fails if the page is not what the rules say.
 """
 
-import argparse
-import sys
-from pathlib import Path
+from pages import DOCS, write_or_check
 
 from inarch.check import rules
 
-PAGE = Path(__file__).parent.parent / "docs" / "findings.md"
+PAGE = DOCS / "findings.md"
 
 HEAD = """# Findings
 
@@ -38,13 +36,7 @@ def _first_line(text: str) -> str:
 
 def main() -> None:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    if parser.parse_args().check:
-        if PAGE.read_text(encoding="utf-8") != page():
-            sys.exit(f"{PAGE.name} is not what the rules say: run {Path(__file__).name}")
-        return
-    PAGE.write_text(page(), encoding="utf-8")
+    write_or_check(PAGE, page, script="docs_findings.py", documentation=__doc__)
 
 
 if __name__ == "__main__":

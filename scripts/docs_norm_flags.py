@@ -5,9 +5,7 @@
 Nothing is trained. `--check` writes nothing and fails if the page is not what the records say.
 """
 
-import argparse
 import statistics
-import sys
 import textwrap
 from collections.abc import Iterator
 
@@ -17,6 +15,7 @@ from norm_flags.figure import draw, letters
 from norm_flags.record import FOLDER, Record
 from norm_flags.subjects import SUBJECTS
 from norm_flags.trials import Judgement, Trial
+from pages import write_or_check
 
 from inarch.train.demo import RECIPE
 
@@ -408,14 +407,8 @@ Measured with {versions}, on a CPU with one thread.
 
 def main() -> None:
     """Write the page and the figure, or compare the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    if parser.parse_args().check:
-        if PAGE.read_text(encoding="utf-8") != page():
-            sys.exit(f"{PAGE.name} is not what the records say: run {PAGE.stem}")
-        return
-    PAGE.write_text(page(), encoding="utf-8")
-    draw(studies(), FIGURE)
+    if write_or_check(PAGE, page, script="docs_norm_flags.py", documentation=__doc__):
+        draw(studies(), FIGURE)
 
 
 if __name__ == "__main__":

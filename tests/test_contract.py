@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import docs_methods
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from inarch import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
 from inarch.compose import BLOCKS, names
 from inarch.core.errors import InarchError, SetupError
 from inarch.methods import AdapterConfig, method_of, methods, placements, presets, read_config
+from inarch.methods.unions import UNIONS
 from inarch.testing import perturb, tiny, tiny_inputs
 
 ARCHITECTURES = ["vit", "llama-lm", "torch", "t5-lm", "bert", "gpt2-lm"]
@@ -106,8 +108,9 @@ def _small(part):
 
 
 def all_presets():
+    """Every preset by its own name, those of several methods among them."""
     old = {alias for method in methods().values() for alias in method.aliases}
-    return [preset for preset in presets() if preset not in old]
+    return [*(preset for preset in presets() if preset not in old), *UNIONS]
 
 
 def first_presets():
@@ -529,3 +532,10 @@ def test_all_methods_together_are_one_graph(name):
 def put_twin(adapters):
     adapters.add("twin", asked("bottleneck"))
     return "twin"
+
+
+def test_the_page_of_methods_is_what_they_say():
+    for name, method in methods().items():
+        known = docs_methods.described(method)
+        assert name == "mute" or (known.equations and "arXiv" in known.papers), name
+    assert docs_methods.page() == docs_methods.PAGE.read_text(encoding="utf-8"), "run scripts/docs_methods.py"
