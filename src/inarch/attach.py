@@ -122,7 +122,7 @@ def build(model: nn.Module, sites: Sites, config: AdapterConfig, *, started: boo
             generator = None if seed is None else torch.Generator().manual_seed(seed * 100_003 + number)
             module = method(part, placement, layer_number(placement.site, sites), generator)
             module.train(model.training)
-            device, dtype = _like(model, placement.site)
+            device, dtype = like(model, placement.site)
             place = built.setdefault(placement.site.key, Modules())
             place.put(module_key(method.name, placement), module.to(device, dtype))
             module.share(shared)
@@ -140,7 +140,7 @@ def base_of(model: nn.Module, site: Site, projection: Projection) -> Base:
     return Base(model.get_submodule(path), projection, ".".join(part for part in (path, projection.weight) if part))
 
 
-def _like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
+def like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
     """The device and dtype that fit the site: those of a floating parameter near the branch output.
 
     A weight that accelerate keeps elsewhere between forwards runs on the device of its hook.

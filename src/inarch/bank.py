@@ -38,6 +38,14 @@ class LayerSlot(nn.ModuleDict):
     """The child of a layer: its site slots, by `slot_name`."""
 
 
+class OutputEmbeddings(nn.Module):
+    """The last step of a language-modelling head of ours, where an invertible map of the tokens is undone."""
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, L, E) to a score of each of V tokens, (B, L, V); `embeddings` is (V, E)."""
+        return nn.functional.linear(hidden, embeddings, bias)
+
+
 def slot_name(site: Site) -> str:
     """A module name that is unique even where the layers of a stack share one owner."""
     return site.key.replace(".", "_")

@@ -33,10 +33,10 @@ from .attach import (
 from .bank import Modules, SiteSlot
 from .check import Data, Report, Stored, Training, examine, report, unplaced
 from .combine import Combination, average, combined_config, recipe
-from .compose import Block, Fuse, Setup, Watched, fusions, last, leaves, names
+from .compose import Batch, Block, Fuse, Setup, Watched, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
-from .heads import TrainedHeads
+from .heads import HeadConfig, TrainedHeads, path_of, read_head
 from .loading import OtherBase
 from .merge import Merged, check_mergeable, merge
 from .methods import AdapterConfig, ConfigLike, InputMethod, fused_places, method_of, placements, read_config
@@ -194,7 +194,7 @@ class Adapters:
         self._shapes = shapes
         self._configs: dict[str, AdapterConfig] = {}
         self._unsound: set[str] = set()
-        self._heads = TrainedHeads(model, sites)
+        self._heads = TrainedHeads(model, sites, causal=_is_causal(model, sites))
         self._setup: Setup | None = None
         self._handles: list[Removable] = []
         self._merged = Merged()
@@ -241,6 +241,32 @@ class Adapters:
         """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
         self._require(name)
         return self._heads.tensors(self._heads[name])
+
+    @property
+    def flexible_heads(self) -> dict[str, HeadConfig]:
+        """The heads that `add_head` added, by name."""
+        return {name: self._heads.config(name) for name in self._heads.flexible()}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of what the active flexible heads learn from, as the model takes it."""
+        return self._heads.targets()
+
+    @property
+    def active_head(self) -> str | tuple[str, ...] | None:
+        """The flexible head that the model runs, or several; None where it gives what its class gives.
+
+        Activating a setup activates the heads of its adapters. Where the setup cuts the batch (`Parallel`,
+        `BatchSplit`, `MultiTask`), each of several heads gets the rows of its adapter; otherwise all get all rows.
+        """
+        active = self._heads.active
+        return active[0] if len(active) == 1 else active or None
+
+    @active_head.setter
+    def active_head(self, names: str | Sequence[str] | None) -> None:
+        with _LOCK:
+            self._require_attached()
+            self._heads.active = (names,) if isinstance(names, str) else tuple(names or ())
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -300,7 +326,8 @@ class Adapters:
         problem, found = "", find(head=False)
         try:
             whole = find(head=True)
-            heads = {key: tensor for key, tensor in whole.tensors.items() if key.startswith("head.")}
+            paths = tuple(f"head.{path}." for path in whole.head)
+            heads = {key: tensor for key, tensor in whole.tensors.items() if key.startswith(paths)}
             state.check_tensors(heads, self._heads.tensors(whole.head), str(folder))
         except StateError as error:
             problem = str(error)
@@ -454,6 +481,52 @@ class Adapters:
             self._heads.forget(name)
             self._unsound.discard(name)
 
+    def add_head(
+        self, name: str, head: str | Mapping[str, Any] | HeadConfig, *, overwrite: bool = False, **settings: Any
+    ) -> None:
+        """Give the model a flexible head, and make it the active one. It belongs to the adapter it is trained with.
+
+        The model then takes the head's targets (`labels`, or `start_positions` and `end_positions`, ...) and returns
+        its loss and scores. The head of an adapter of the same name becomes active with it.
+
+        Arguments: `head` is a kind, such as `classification` (see `inarch.heads.KINDS`), with its settings:
+        `add_head("sst", "classification", num_labels=3)`.
+
+        Raises `SetupError` for a bad or taken name, and `ConfigError` for a head that cannot be.
+        """
+        with _LOCK:
+            self._require_attached()
+            check_name(name)
+            self._check_new_head(name, overwrite=overwrite)
+            built = self._heads.build(read_head(head, **settings))
+            with self._rearmed():  # what stands in `generate` and sees output embeddings has to see these
+                self._heads.put(name, built)
+            self._heads.active = (name,)
+
+    def remove_head(self, name: str) -> None:
+        """Take a flexible head from the model. Raises `SetupError` for one that it does not have."""
+        with _LOCK:
+            self._require_attached()
+            with self._rearmed():
+                self._heads.drop(name)
+
+    def _check_new_head(self, name: str, *, overwrite: bool) -> None:
+        if name in self._heads.flexible() and not overwrite:
+            raise SetupError(
+                f"The heads of a model have different names; got `{name}` again. Choose another name, `remove_head` "
+                "the old one, or pass `overwrite=True`."
+            )
+
+    @contextmanager
+    def _rearmed(self) -> Iterator[None]:
+        """Have nothing active for the length of a `with` block."""
+        setup = self._setup
+        self._arm(None)
+        try:
+            yield
+        finally:
+            self._arm(setup)
+
     # Combining and merging
 
     def average(
@@ -591,6 +664,7 @@ class Adapters:
                 self.unmerge()
             self._pretrained.close()
             self._trainer.close()
+            self._heads.leave()
             ungraft(self.model)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
@@ -609,16 +683,18 @@ class Adapters:
         with _LOCK:
             self._check_setup(setup)
             self._switch(setup)
+            self._heads.follow(setup)
 
     def deactivate(self) -> None:
         """Run the base model as it is."""
         with _LOCK:
             self._arm(None)
+            self._heads.active = ()
 
     @contextmanager
     def using(self, setup: Setup | None) -> Iterator[None]:
         """Activate a setup, or none, for the length of a `with` block."""
-        before = self._setup
+        before, heads = self._setup, self._heads.active
         if setup is None:
             self.deactivate()
         else:
@@ -629,6 +705,7 @@ class Adapters:
             with _LOCK:
                 if self.model.__dict__.get(_ATTRIBUTE) is self:
                     self._arm(before if before is None or all(name in self for name in names(before)) else None)
+                    self._heads.active = tuple(head for head in heads if head in self._heads.flexible())
 
     @contextmanager
     def prepared(self, task_ids: Any = None) -> Iterator[None]:
@@ -638,12 +715,16 @@ class Adapters:
         later calls with a cache are called in this block, with inputs that hold the rows of the first child, then those
         of the second, and so on. `task_ids` are those of a `MultiTask`.
         """
-        batch = next((handle.batch for handle in self._handles if isinstance(handle, Watched)), None)
+        batch = self._watched_batch()
         if batch is None:
             yield
             return
         with batch.prepared(batch.by_hand(task_ids)):
             yield
+
+    def _watched_batch(self) -> Batch | None:
+        """What sees the batch of each forward, where the active setup cuts it."""
+        return next((handle.batch for handle in self._handles if isinstance(handle, Watched)), None)
 
     def train(self, setup: Setup, *, head: bool | Sequence[str] = True, fused: bool = False) -> None:
         """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
@@ -656,19 +737,20 @@ class Adapters:
         with _LOCK:
             self._refuse_merged("An adapter is trained on the base that it will be saved for")
             self._check_setup(setup)
-            heads = self._heads.find(head)
+            heads = self._heads.find(head, setup)
             layers = tuple(block.name for block in fusions(setup))
             trained = layers if layers and not fused else names(setup)
             own = {key: parameter for name in trained for key, parameter in self[name].items()}
             check_trainable(self.model, own, self._heads.parameters(heads))
             self._switch(setup)
+            self._heads.follow(setup)
             self._heads.keep(trained, heads)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             for name in trained:
                 for parameter in self[name].values():
                     parameter.requires_grad_(True)
-                self._heads.assign(name, heads)
+                self._heads.assign(name, self._heads.share(name, heads))
             for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
 
@@ -705,6 +787,7 @@ class Adapters:
         """Change the hooks to those of a setup; if that fails, none is active."""
         disarm(self.model, self._handles)
         self._setup = None
+        self._heads.watch(None, None)
         if setup is None:
             return
         try:
@@ -713,6 +796,7 @@ class Adapters:
             disarm(self.model, self._handles)
             raise
         self._setup = setup
+        self._heads.watch(setup, self._watched_batch())
 
     # Saving and loading
 
@@ -744,6 +828,7 @@ class Adapters:
             tensors=self.tensors(name),
             head=self._heads[name] if head else (),
             head_tensors=self._heads.of(name) if head else {},
+            flexible=self._heads.configs(name) if head else {},
         )
         saving.write(folder, adapter, self.model, self.sites, self.heads, processor=processor, format_=format)
 
@@ -758,8 +843,8 @@ class Adapters:
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
-        Folders of the library `adapters` are read too, without a prediction head that may lie beside the adapter, and
-        LoRA and (IA)³ of PEFT, where whole modules that were trained are the task head.
+        Folders of the library `adapters` are read too, and those of PEFT, where whole modules that were trained are the
+        task head. A flexible head that lies beside the adapter is added, and becomes active with it.
 
         Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
         `other_base="allow"` takes an adapter made on a base with other weights.
@@ -780,13 +865,22 @@ class Adapters:
             if not sound:
                 logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
             heads = self._heads.tensors(found.head)
-            built = loading.built(found, self.model, self.sites, heads)
+            fresh = {stored: self._heads.build(config) for stored, config in found.flexible.items()}
+            given = {stored: chosen if stored == found.name else stored for stored in fresh}
+            for named in given.values():
+                self._check_new_head(named, overwrite=overwrite)
+            wanted = {**heads, **self._heads.tensors_of(fresh)}
+            built = loading.built(found, self.model, self.sites, wanted)
             self._try(chosen, found.config, built)
             self._store(chosen, found.config, built, sound=sound)
             self._heads.keep([chosen], found.head)
-            for key, tensor in heads.items():
+            for key, tensor in wanted.items():
                 copy_into(tensor, found.tensors[key])
-            self._heads.assign(chosen, found.head)
+            if fresh:
+                with self._rearmed():
+                    for stored, module in fresh.items():
+                        self._heads.put(given[stored], module.requires_grad_(requires_grad=False))
+            self._heads.assign(chosen, (*found.head, *map(path_of, given.values())))
             return chosen
 
     def save_setup(self, folder: str | os.PathLike[str], setup: Setup | None = None) -> None:

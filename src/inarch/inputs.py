@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .bank import Argument, argument_of, refuse_replica, thread
+from .bank import Argument, OutputEmbeddings, argument_of, refuse_replica, thread
 from .beside import arm_beside
 from .compose import Average, Batch, Cut, Fuse, Place, Setup, Stack, Take, run
 from .core.config import Config
@@ -222,11 +222,14 @@ def _arm_tokens(model: nn.Module, sites: Sites, entry: Entry, slot: "EntrySlot")
 
 
 def _arm_inverse(model: nn.Module, site: Site, entry: Entry, inverse: Program) -> list[RemovableHandle]:
-    """The hook on the output embeddings of the model, where it has some."""
+    """The hooks on the output embeddings of the model and of its flexible heads, where there are some."""
+    slot = InverseSlot(inverse)
+    heads = [module for module in model.modules() if isinstance(module, OutputEmbeddings)]
+    handles = [head.register_forward_pre_hook(slot.undo) for head in heads]
     find = getattr(model, "get_output_embeddings", None)
     output = find() if find is not None else None
     if output is None:
-        return []
+        return handles
     width = getattr(output, "in_features", entry.width)
     if width != entry.width:
         raise SiteError(
@@ -234,7 +237,7 @@ def _arm_inverse(model: nn.Module, site: Site, entry: Entry, inverse: Program) -
             f"{entry.width} at `{site.key}` and output embeddings of {width} in {type(model).__name__}. Use an adapter "
             "without an invertible part."
         )
-    return [output.register_forward_pre_hook(InverseSlot(inverse).undo)]
+    return [*handles, output.register_forward_pre_hook(slot.undo)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from .core.errors import StateError, nearest_place
 from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
-from .heads import id2label
+from .heads import HeadConfig, id2label, name_at, path_of, read_foreign, read_head
 from .methods import AdapterConfig, preset_names, read_config, renumber
 from .tensors import copy_into
 
@@ -44,7 +44,9 @@ class Found:
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
     head: tuple[str, ...] = ()
-    """The modules of the task head whose tensors are among them."""
+    """The modules of the model's own task head whose tensors are among them."""
+    flexible: Mapping[str, HeadConfig] = field(default_factory=dict)
+    """By name, the heads that the model is to be given, whose tensors are among them."""
     difference: str = ""
     """How its base differs from the model, as a sentence; empty if nothing is known to differ."""
     base: str = ""
@@ -144,7 +146,8 @@ def head_labels(folder: Path) -> tuple[str, ...]:
     if not state.is_adapter(folder):
         return ()
     head = state.read_record(folder).get("head") or {}
-    return tuple(map(str, head.get("labels", ()))) if head.get("modules") else ()
+    is_own = any(not name_at(path) for path in head.get("modules", ()))
+    return tuple(map(str, head.get("labels", ()))) if is_own else ()
 
 
 def is_source(text: object) -> bool:
@@ -182,6 +185,7 @@ def find(
                 config=_for_stacks(read_config(stored.record["config"]), stored.record["sites"], sites, stacks),
                 tensors={k: v for k, v in stored.tensors.items() if head or not k.startswith("head.")},
                 head=_head(stored, model) if head else (),
+                flexible=_flexible(stored) if head else {},
                 difference=difference,
             )
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -194,13 +198,14 @@ def find(
             read = convert.read_fusion(folder, sites, other_base=other_base)
         else:
             read = convert.read(folder, model, sites, head=head, other_base=other_base)
-        if read.head is not None:
-            logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it.", folder)
+        own, flexible, tensors = _foreign_head(read.head, model, folder) if read.head is not None else ((), {}, {})
         return Found(
             folder=folder,
             name=read.name,
             config=read.config,
-            tensors=read.tensors,
+            tensors={**read.tensors, **tensors},
+            head=own,
+            flexible=flexible,
             difference=read.difference,
             base=read.base,
         )
@@ -273,10 +278,51 @@ def _places(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(stack, layer) for stack, count in counts.items() for layer in range(count)]
 
 
+def _flexible(stored: state.Stored) -> dict[str, HeadConfig]:
+    """The stored heads that the model is to be given, by name."""
+    record: Mapping[str, Any] = stored.record.get("head") or {}
+    return {name_at(path): read_head(values) for path, values in (record.get("flexible") or {}).items()}
+
+
+_Head = tuple[tuple[str, ...], dict[str, HeadConfig], dict[str, Tensor]]
+"""Modules of the model's own head, heads that it is to be given, and the tensors of both."""
+
+
+def _foreign_head(head: convert.StoredHead, model: nn.Module, folder: Path) -> _Head:
+    """A prediction head of the library `adapters`. One that the model cannot have is told of and left out."""
+    try:
+        return _read_foreign_head(head, model)
+    except StateError as error:
+        logger.warning("Of %s only the adapter was loaded, not the prediction head stored beside it. %s", folder, error)
+        return (), {}, {}
+
+
+def _read_foreign_head(head: convert.StoredHead, model: nn.Module) -> _Head:
+    read = read_foreign(head.config, head.tensors, model)
+    if read.config is not None:
+        start = f"head.{path_of(read.name)}."
+        return (), {read.name: read.config}, {f"{start}{key}": tensor for key, tensor in read.tensors.items()}
+    paths = tuple(dict.fromkeys(key.partition(".")[0] for key in read.tensors))
+    own = {f"{path}.{key}": tensor for path in paths for key, tensor in _tensors_at(model, path).items()}
+    unlike = [key for key, tensor in read.tensors.items() if key not in own or own[key].shape != tensor.shape]
+    if unlike or len(own) != len(read.tensors):
+        raise StateError(
+            f"A head without a type is one of the model's own; got `{(unlike or [*own])[0]}` for "
+            f"{type(model).__name__}. Load the model with the class `{head.config.get('model_class')}`."
+        )
+    return paths, {}, {f"head.{key}": tensor for key, tensor in read.tensors.items()}
+
+
+def _tensors_at(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """The tensors of a child of the model; none where there is none of that name."""
+    child = model._modules.get(path)
+    return {} if child is None else child.state_dict(keep_vars=True)
+
+
 def _head(stored: state.Stored, model: nn.Module) -> tuple[str, ...]:
     """The modules of the stored task head. Raises `StateError` if the model's head is none of its kind."""
     record: Mapping[str, Any] = stored.record.get("head") or {}
-    paths = tuple(record.get("modules", ()))
+    paths = tuple(path for path in record.get("modules", ()) if not name_at(path))
     modules = dict(model.named_modules())
     absent = [path for path in paths if path not in modules]
     if absent:

@@ -14,7 +14,7 @@ from . import convert, state
 from .core.errors import StateError
 from .core.site import Sites
 from .fingerprint import describe_sites, fingerprint
-from .heads import id2label
+from .heads import HeadConfig, head_data, id2label
 from .methods import AdapterConfig
 from .version import __version__
 
@@ -35,6 +35,8 @@ class Adapter:
     head: tuple[str, ...]
     """The modules of the task head to be written with it."""
     head_tensors: Mapping[str, Tensor]
+    flexible: Mapping[str, HeadConfig]
+    """By path, those of the modules that are flexible heads."""
 
 
 def write(
@@ -91,6 +93,7 @@ def _record(adapter: Adapter, model: nn.Module, sites: Sites, heads: Sequence[st
             "modules": list(adapter.head),
             "labels": [label for _, label in sorted(id2label(model).items())],
             "problem_type": getattr(config, "problem_type", None),
+            "flexible": {path: head_data(head) for path, head in adapter.flexible.items()},
         }
         if adapter.head
         else None,

@@ -6,9 +6,7 @@ from typing import Protocol
 from torch import nn
 
 from .compose import Setup, names
-from .core.site import Sites
 from .core.table import render
-from .heads import task_head
 from .methods import AdapterConfig
 
 
@@ -16,10 +14,11 @@ class Handle(Protocol):
     """What the table needs of the handle of a model."""
 
     model: nn.Module
-    sites: Sites
 
     @property
     def names(self) -> tuple[str, ...]: ...
+    @property
+    def heads(self) -> tuple[str, ...]: ...
     @property
     def setup(self) -> Setup | None: ...
     def config(self, name: str) -> AdapterConfig: ...
@@ -28,7 +27,7 @@ class Handle(Protocol):
 
 def summary(handle: Handle) -> str:
     """One row for each adapter, one for the task head, where there is one, and one for the base."""
-    model, head_paths = handle.model, task_head(handle.model, handle.sites)
+    model, head_paths = handle.model, handle.heads
     adapters = {name: list(handle[name].values()) for name in handle.names}
     own = {id(parameter) for parameters in adapters.values() for parameter in parameters}
     head = {id(p): p for path in head_paths for p in model.get_submodule(path).parameters()}

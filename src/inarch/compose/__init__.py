@@ -30,3 +30,6 @@ from .route import cuts_rows as cuts_rows
 from .route import last as last
 from .route import run as run
 from .route import sum_of_rows as sum_of_rows
+from .shares import Share as Share
+from .shares import ends as ends
+from .shares import shares as shares

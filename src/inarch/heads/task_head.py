@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..bank import CHILD
 from ..core.site import Sites
 
 
@@ -24,7 +25,7 @@ def task_head(model: nn.Module, sites: Sites | None = None) -> tuple[str, ...]:
 
 
 def _transformers_head(model: nn.Module, sites: Sites | None) -> tuple[str, ...]:
-    children = [(path, child) for path, child in model.named_children() if list(child.parameters())]
+    children = [(path, child) for path, child in model.named_children() if path != CHILD and list(child.parameters())]
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return ()
     base = model.base_model

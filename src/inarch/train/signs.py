@@ -86,7 +86,7 @@ def _groups(model: nn.Module, handle: Adapters | None) -> dict[str, list[nn.Para
         for key, parameter in handle[name].items():  # type: ignore[index]
             put(".".join(key.split(".")[:3]), parameter)
     head: list[nn.Parameter] = []
-    for path in task_head(model, handle.sites if handle is not None else None):
+    for path in handle.heads if handle is not None else task_head(model):
         head += [p for p in model.get_submodule(path).parameters() if p.requires_grad and id(p) not in seen]
     seen |= {id(parameter) for parameter in head}
     for key, parameter in model.named_parameters():

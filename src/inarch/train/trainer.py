@@ -75,6 +75,9 @@ class AdapterTrainer(Trainer):
             logger.warning("One GPU of %d is used. Start with `accelerate launch` to use all.", args.n_gpu)
             args._n_gpu = 1  # noqa: SLF001  as the trainer itself does for models spread over devices
         super().__init__(model, args, *positional, **options)
+        handle = attached(self._network)
+        if handle is not None and handle.flexible_heads and self.args.label_names is None:
+            self.label_names = list(handle.targets)  # the parent reads those of the model's class
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SetupError(
                 "AdapterTrainer runs on one process, or on several with a whole model each; got FSDP or DeepSpeed in "
@@ -286,7 +289,7 @@ def check_trainable(model: nn.Module, trains: Trains = "adapter") -> None:
     own = {id(p) for n in names for p in _parameters(handle, n).values()}
     own |= {
         id(p)
-        for path in task_head(model, handle.sites if handle else None)
+        for path in (handle.heads if handle is not None else task_head(model))
         for p in model.get_submodule(path).parameters()
     }
     base = [key for key, parameter in trainable.items() if id(parameter) not in own]
