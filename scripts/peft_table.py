@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,6 +104,11 @@ CASES: dict[str, Case] = {
     "vera vit": Case("vit", VeraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1", "fc2"]), fixture=True),
     "vera llama": Case("llama-lm", VeraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])),
     "vera bart": Case("bart-lm", VeraConfig(r=4, target_modules=["q_proj", "fc1"])),
+    "prefix llama": Case("llama-lm", PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), fixture=True),
+    "prefix qwen2": Case(
+        "qwen2-lm",
+        PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=6, task_type="CAUSAL_LM"),
+    ),
     # PEFT's own defaults for these types
     "ia3 bert": Case(
         "bert",

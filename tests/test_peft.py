@@ -131,7 +131,7 @@ def test_what_an_expression_chose_is_read_off_the_tensors():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera"))])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera", "prefix"))])
 def test_lora_written_for_peft_is_the_same_again(case, tmp_path):
     """PEFT's own reading of what is written is in `scripts/peft_table.py`."""
     model, inputs, adapters, name, expected = prepared(case)
@@ -196,7 +196,7 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
     ("settings", "message"),
     [
         ({"peft_type": "LN_TUNING"}, "got LayerNorm tuning at"),
-        ({"peft_type": "PREFIX_TUNING"}, "got prefix tuning at"),
+        ({"peft_type": "PREFIX_TUNING"}, r"one table `prompt_embeddings` .*; got a table of shape \(\), `"),
         ({"peft_type": "P_TUNING"}, "got P-tuning at"),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
         ({"peft_type": "VERA"}, "with its random matrices and two vectors .*got a folder without"),
@@ -389,3 +389,11 @@ def test_the_input_of_one_role_of_a_fused_projection_is_not_scaled_alone():
         inarch.ConfigError, match=r"scaled where it has one role; got `input_matrices` with `k` for GPT2"
     ):
         inarch.attach(tiny("gpt2")).add("a", "ia3[input_matrices=[k]]")
+
+
+def test_a_prefix_is_read_where_positions_turn_queries_and_keys(tmp_path):
+    adapters = inarch.attach(tiny("gpt2"))
+    with pytest.raises(inarch.StateError, match="turn all queries and keys .*; got `GPT2Attention` at"):
+        adapters.load(edited("prefix_llama", tmp_path / "a", lambda _: {"prompt_embeddings": torch.randn(3, 128)}))
+    with pytest.raises(inarch.StateError, match="one table .* got a table of shape .* for 2 attentions of GPT2Model"):
+        adapters.load(FIXTURES / "prefix_llama")

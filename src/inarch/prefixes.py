@@ -85,7 +85,7 @@ def _class_of_parent(model: nn.Module, site: Site) -> str:
 
 
 def _way_of(module: nn.Module) -> Way | None:
-    names = set(_names_in(type(module)))
+    names = set(names_in(type(module)))
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "interface"
     if {"pos_att_type", "softmax", "rel_embeddings"} <= names | set(_arguments(type(module).forward)):
@@ -104,7 +104,7 @@ def _arguments(function: Any) -> tuple[str, ...]:
     return found
 
 
-def _names_in(cls: type) -> Iterator[str]:
+def names_in(cls: type) -> Iterator[str]:
     """Every global name and attribute that the methods of a module's class read."""
     for base in cls.__mro__:
         if base in (nn.Module, object):

@@ -1,4 +1,4 @@
-"""Reads adapter folders of PEFT: LoRA, DoRA, VeRA and (IA)³.
+"""Reads adapter folders of PEFT: LoRA, DoRA, VeRA, (IA)³ and prefix tuning.
 
     adapter_config.json                               the method, its settings, the base model's id
     adapter_model.safetensors | adapter_model.bin     tensors, by the names of the model's modules
@@ -33,6 +33,7 @@ from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA, VeRAConfig
 from .peft_names import Names
+from .peft_prefix import read_prefix
 from .peft_prompt import read_prompt
 from .weights import read_weights
 
@@ -48,7 +49,6 @@ _OTHER_METHODS = {
     "LN_TUNING": "LayerNorm tuning",
     "LOHA": "LoHa",
     "LOKR": "LoKr",
-    "PREFIX_TUNING": "prefix tuning",
     "P_TUNING": "P-tuning",
 }
 """What else `peft_type` may say, by its usual name."""
@@ -143,6 +143,11 @@ def read(
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     _check_method(record, folder)
     stored = {key.removeprefix(_PREFIX): tensor for key, tensor in read_weights(folder, SAFE, TORCH).items()}
+    if record["peft_type"] == "PREFIX_TUNING":
+        prefix, tensors = read_prefix(record, stored, model, sites, folder)
+        base = str(record.get("base_model_name_or_path") or "")
+        config = AdapterConfig((prefix,))
+        return Converted(config=config, tensors=tensors, head=(), base=base, difference="", idle=())
     source = _Source(folder, record, model, Names(sites), other_base)
     heads = _heads(source, stored)
     if record["peft_type"] == "LORA":
@@ -214,13 +219,13 @@ class _Source:
 
 def _check_method(record: Mapping[str, Any], folder: Path) -> None:
     method = record.get("peft_type")
-    if method not in ("LORA", "VERA", "IA3", "PROMPT_TUNING"):
+    if method not in ("LORA", "VERA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"):
         name = _OTHER_METHODS.get(str(method), f"the method `{method}`")
         raise StateError(
-            f"This version reads LoRA, DoRA, VeRA, (IA)³ and prompts of PEFT; got {name} at `{folder}`. Train "
-            "one of those, or use PEFT."
+            f"This version reads LoRA, DoRA, VeRA, (IA)³, prefixes and prompts of PEFT; got {name} at `{folder}`. "
+            "Train one of those, or use PEFT."
         )
-    if method == "PROMPT_TUNING":
+    if method in ("PROMPT_TUNING", "PREFIX_TUNING"):
         return
     other = next((name for key, name in _OTHER_FIELDS.items() if record.get(key)), None)
     unknown = [key for key, value in record.items() if key not in _KNOWN_FIELDS and value]
