@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import re
+import threading
 
 import pytest
 import torch
@@ -246,6 +247,43 @@ def test_the_gate_is_a_mean_over_the_tokens(monkeypatch):
         one = (call[0], *(part[row : row + 1] for part in call[1:4]), None, call[5])
         result = expected(one, keys * of_keys, values * of_values)
         assert (seen[1][row].double().flatten() - result.flatten()).abs().max() < 1e-5
+
+
+def test_what_the_mlp_makes_is_kept_without_it(tmp_path):
+    model, adapters = grafted("bart", f"prefix_tuning[{SMALL},use_gating=True]|lora")
+    inputs = tiny_inputs("bart")
+    before, size = model(**inputs).last_hidden_state, sum(p.numel() for p in adapters["a"].values())
+    adapters.eject_prefix("a")
+    assert adapters.config("a") == read_config(f"prefix_tuning_flat[{SMALL},use_gating=True]|lora")
+    assert sum(p.numel() for p in adapters["a"].values()) < size
+    assert (model(**inputs).last_hidden_state - before).abs().max() < 1e-6
+    adapters.save("a", tmp_path / "a")
+    again = tiny("bart")
+    inarch.attach(again).activate(inarch.attach(again).load(tmp_path / "a"))
+    assert (again(**inputs).last_hidden_state - before).abs().max() < 1e-6
+    adapters.add("b", "lora")
+    with pytest.raises(inarch.SetupError, match="ejected from an adapter that has some; got `b`"):
+        adapters.eject_prefix("b")
+
+
+def test_forwards_side_by_side_have_prefixes_of_their_own():
+    """Each thread computes on its own model and batch, by the interface (ViT) or a method (GPT-J)."""
+    found = {}
+
+    def work(number, name):
+        model, _ = models[number]
+        inputs = tiny_inputs(name, seed=number)
+        found[number] = all((model(**inputs).last_hidden_state == expected[number]).all() for _ in range(5))
+
+    names = ["vit", "gptj", "vit", "gptj"]
+    models = [grafted(name, f"prefix_tuning[{SMALL},use_gating=True]") for name in names]
+    expected = [models[n][0](**tiny_inputs(name, seed=n)).last_hidden_state for n, name in enumerate(names)]
+    threads = [threading.Thread(target=work, args=(n, name)) for n, name in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), True)
 
 
 def test_other_models_and_copies_are_left_alone():

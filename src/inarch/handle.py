@@ -40,6 +40,7 @@ from .heads import HeadConfig, TrainedHeads, path_of, read_head
 from .loading import OtherBase
 from .merge import Merged, check_mergeable, merge
 from .methods import AdapterConfig, ConfigLike, InputMethod, fused_places, method_of, placements, read_config
+from .methods.prefix import Prefix, PrefixConfig
 from .plan import Plan, plan
 from .plan import check_setup as check_blocks
 from .saving import FORMATS as FORMATS
@@ -588,6 +589,27 @@ class Adapters:
             for name in adapters:
                 self._require(name)
             unshare(self.model, self.sites, adapters)
+
+    def eject_prefix(self, name: str) -> None:
+        """Keep of an adapter's prefixes what they are, not the MLP that makes them: it computes the same, and is small.
+
+        Raises `SetupError` for an adapter without prefixes.
+        """
+        with _LOCK:
+            self._require(name)
+            adapter = stored(self.model, self.sites, name)
+            found = {place: one for place, part in adapter.items() if isinstance(one := part.find(Prefix.name), Prefix)}
+            if not found:
+                raise SetupError(
+                    f"Prefixes are ejected from an adapter that has some; got `{name}` ({self._configs[name]}). Name "
+                    "one with `prefix_tuning`."
+                )
+            for place, made in {place: module.ejected() for place, module in found.items()}.items():
+                adapter[place].put(Prefix.name, made)
+            parts = self._configs[name].parts
+            flat = (part.replace(flat=True) if isinstance(part, PrefixConfig) else part for part in parts)
+            self._configs[name] = AdapterConfig(tuple(flat))
+            self._arm(self._setup)
 
     @property
     def merged(self) -> tuple[str, ...]:

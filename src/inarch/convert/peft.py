@@ -1,4 +1,4 @@
-"""Reads adapter folders of PEFT: LoRA, DoRA, VeRA, (IA)³ and prefix tuning.
+"""Reads adapter folders of PEFT: LoRA, DoRA, VeRA, (IA)³, prefix tuning and prompt tuning.
 
     adapter_config.json                               the method, its settings, the base model's id
     adapter_model.safetensors | adapter_model.bin     tensors, by the names of the model's modules

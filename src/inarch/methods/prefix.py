@@ -102,7 +102,7 @@ class Prefix(PrefixMethod):
             self.gate = nn.Linear(site.projections["q"][0].in_features, 1 if config.shared_gating else 2)
             nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
             nn.init.zeros_(self.gate.bias)
-        self._flat = config.flat
+        self._config, self._placement, self._flat = config, placement, config.flat
         self._shared: tuple[_Source, ...] = ()
 
     def share(self, known: dict[Any, Any]) -> None:
@@ -120,6 +120,17 @@ class Prefix(PrefixMethod):
         weight = self.out.weight
         keys, values = self.out(in_dtype(self._shared[0]().to(weight.device), weight.dtype)).split(self._features, -1)
         return keys, values
+
+    @torch.no_grad()
+    def ejected(self) -> "Prefix":
+        """The same prefix without the MLP that makes it."""
+        keys, values = self.flattened()
+        made = Prefix(self._config.replace(flat=True), self._placement, 0).to(keys.device, keys.dtype)
+        made.load_state_dict({"keys": keys, "values": values}, strict=False)
+        if self.reads_input:
+            made.gate.load_state_dict(self.gate.state_dict())
+        is_trained = any(parameter.requires_grad for parameter in self.parameters())
+        return made.requires_grad_(is_trained).train(self.training)
 
     def forward(self, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         keys, values = (self.dropout(part).unsqueeze(0) for part in self.flattened())
