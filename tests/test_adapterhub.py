@@ -742,7 +742,7 @@ def test_damaged_weights_are_refused(vit, tmp_path, content):
     with pytest.raises(inarch.StateError, match="must be a torch file"):
         adapters.load(source)
     (source / "adapter.safetensors").write_bytes(content)
-    with pytest.raises(inarch.StateError, match="must be a whole safetensors file"):
+    with pytest.raises(inarch.StateError, match="safetensors file"):
         adapters.load(source)
 
 

@@ -303,6 +303,25 @@ def test_a_model_of_no_library_is_adapted_like_any_other():
     assert torch.equal(model(x), before)
 
 
+def test_the_save_pretrained_of_a_part_writes_its_base_and_says_what_stays(tmp_path, caplog):
+    """As of the encoder in a model of one's own; a copy of the part saves itself, too."""
+    outer = tiny("vit-classifier")
+    base = {key: value.clone() for key, value in outer.vit.state_dict().items()}
+    adapters = inarch.attach(outer)
+    adapters.add("a", "seq_bn")
+    for number, part in enumerate((outer.vit, copy.deepcopy(outer.vit))):
+        caplog.clear()
+        part.save_pretrained(tmp_path / str(number))
+        assert "The base of ViTModel is saved without the 8 tensors of adapters in it" in caplog.text
+        loaded, info = type(outer.vit).from_pretrained(
+            tmp_path / str(number), output_loading_info=True, add_pooling_layer=False
+        )
+        assert not any(info.values())
+        assert all(torch.equal(value, base[key]) for key, value in loaded.state_dict().items())
+    adapters.detach()
+    assert "save_pretrained" not in vars(outer.vit)
+
+
 def test_the_save_pretrained_of_a_model_with_adapters_loads_as_the_base(model, inputs, tmp_path):
     before = model(**inputs).logits
     adapters = inarch.attach(model)

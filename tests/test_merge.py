@@ -151,6 +151,20 @@ def test_half_precision_is_merged_within_its_rounding():
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
 
 
+def test_an_update_that_rounding_swallows_is_not_merged():
+    """Most weights do not move by what the adapter adds to them; the output does, while it is active."""
+    model = tiny("vit").to(torch.bfloat16)
+    _, adapters = grafted(model, a=EVERYWHERE)
+    with torch.no_grad():
+        for key, parameter in adapters["a"].items():
+            parameter.normal_(std=4e-4 if key.endswith("B") else 0.02)
+    before = weights(model)
+    with pytest.raises(inarch.SetupError, match="gives what it gave while it was active, within"):
+        adapters.merge("a")
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+    assert adapters.merge("a", tolerance=1.0) < 0.1  # within what rounding may change, but not within the adapter's own
+
+
 # Averages
 
 

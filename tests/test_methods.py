@@ -149,6 +149,20 @@ def test_ia3_without_a_projection_is_refused(config):
         read_config(config)
 
 
+def test_a_muted_branch_leaves_nothing_even_where_it_is_no_number():
+    """Infinity times 0 is none."""
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    adapters.add("a", "mute[roles=[mlp]]", unsound="allow")
+    adapters.activate("a")
+    before = still(model, "vit")
+    with torch.no_grad():
+        for site in adapters.sites:
+            for projection in site.projections.get("down", ()):
+                model.get_parameter(f"{site.layer_path}.{projection.path}.bias").fill_(torch.inf)
+    assert torch.equal(still(model, "vit"), before)
+
+
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_a_muted_branch_adds_nothing(name):
     model = tiny(name)

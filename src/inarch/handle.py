@@ -623,7 +623,8 @@ class Adapters:
         active adapter; no adapter is active afterwards.
 
         Arguments: `example_inputs` is the batch; without it, one is made up where that can be done. `tolerance` is the
-        largest difference, relative to the output; by default what rounding to the model's type can explain.
+        largest difference, relative to the output; by default what rounding to the model's type can explain, and
+        half of what the adapter itself changes.
 
         Returns the difference. Raises `SetupError` for an adapter that is no change of weights, for weights that
         cannot be overwritten, and for outputs that differ by more; the model is then as it was.

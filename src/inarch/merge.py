@@ -95,8 +95,11 @@ def merge(
             f"A merged model is compared with the active adapter on one batch; got none for {type(model).__name__}. "
             "Pass `example_inputs`."
         )
-    dtype = next(p.dtype for modules in stored(model, sites, name).values() for p in modules.parameters())
-    allowed = _ROUNDING.get(dtype, 0.1) if tolerance is None else tolerance
+    allowed = tolerance
+    if allowed is None:
+        # What rounding may change, but never half of what the adapter does, unless that is next to nothing.
+        effect = difference(model, run_of(model, inputs), alone, active)
+        allowed = min(_rounding(model, sites, name, config), max(effect / 2, _ROUNDING[torch.float32]))
 
     @contextmanager
     def folded() -> Iterator[None]:
@@ -111,11 +114,19 @@ def merge(
     return found
 
 
+def _rounding(model: nn.Module, sites: Sites, name: str, config: AdapterConfig) -> float:
+    """How far outputs may be apart by the coarsest of the types in which an adapter is added to the base."""
+    own = {p.dtype for modules in stored(model, sites, name).values() for p in modules.parameters()}
+    base = {row[1].dtype for row in _projections(model, sites, name, config)}
+    base |= {row[1].dtype for row in _vectors(model, sites, name, config)}
+    return max(_ROUNDING.get(dtype, 0.1) for dtype in own | base)
+
+
 def check_agreement(name: str, found: float, allowed: float) -> None:
     """Raise `SetupError` where outputs are further apart than is allowed, or not numbers."""
     if not found <= allowed:
         raise SetupError(
-            f"A merged adapter gives what it gave while it was active, within {allowed:g} of the output; got a "
+            f"A merged adapter gives what it gave while it was active, within {allowed:.2g} of the output; got a "
             f"difference of {found:.2g} for `{name}`. Keep it active instead, or pass a `tolerance` if that much is "
             "wanted."
         )

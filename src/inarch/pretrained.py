@@ -9,6 +9,7 @@ tensors and the adapters in `pytorch_model.bin` too, the one file the trainer pr
 
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -37,6 +38,8 @@ class Handle(Protocol):
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
+logger = logging.getLogger(__name__)
+
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WHOLE, _INDEX, _SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
 FOLDER = "adapters"
@@ -63,6 +66,9 @@ class Door:
         for method in _STOOD_IN:
             if hasattr(model, method):
                 model.__dict__[method] = getattr(self, method)
+        self._parts = [part for part in model.modules() if part is not model and hasattr(type(part), "save_pretrained")]
+        for part in self._parts:
+            part.__dict__["save_pretrained"] = Part(part).save_pretrained
 
     def close(self) -> None:
         """Give the model its own methods back."""
@@ -70,6 +76,8 @@ class Door:
             hook.remove()
         for method in _STOOD_IN:
             self._handle.model.__dict__.pop(method, None)
+        for part in self._parts:
+            part.__dict__.pop("save_pretrained", None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `save_pretrained` for the base, and a folder for each adapter."""
@@ -135,6 +143,35 @@ class Door:
         kept = [name for name in incompatible.missing_keys if name not in self._forgiven]
         incompatible.missing_keys[:] = kept
         self._forgiven = set()
+
+
+class Part:
+    """Stands in `save_pretrained` of a model inside the model that has adapters.
+
+    It knows nothing of the whole, so that a copy of the part copies no more than that.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The part's own `save_pretrained`, for its base."""
+        module: Any = self._module
+        ours = [key for key in module.state_dict() if is_ours(key)]
+        if ours:
+            logger.warning(
+                "The base of %s is saved without the %d tensors of adapters in it, which belong to the whole model. "
+                "Save those with `adapters.save`.",
+                type(module).__name__,
+                len(ours),
+            )
+        if kwargs.get("state_dict"):
+            kwargs["state_dict"] = {key: value for key, value in kwargs["state_dict"].items() if not is_ours(key)}
+        hook = module.register_state_dict_post_hook(_leave_ours_out)
+        try:
+            return type(module).save_pretrained(module, *args, **kwargs)
+        finally:
+            hook.remove()
 
 
 _STOOD_IN = ("save_pretrained", "push_to_hub")

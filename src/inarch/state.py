@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import shutil
-import struct
 import sys
 import uuid
 from collections.abc import Mapping
@@ -20,12 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from .core.errors import StateError
-from .tensors import is_sharded, whole
+from .tensors import is_sharded, read_tensors, whole
 
 TENSORS, RECORD, SETUP = "adapter.safetensors", "inarch.json", "setup.json"
 FORMAT_VERSION = 2
 """2: the fingerprint of the base summarises all of it; that of 1 holds some values of some matrices."""
-_HEADER_LIMIT = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,47 +240,6 @@ def read_record(folder: Path) -> dict[str, Any]:
             "Save the adapter again."
         )
     return dict(record)
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `StateError` for a missing, truncated, corrupt or disguised one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(10)
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise StateError(
-            f"An adapter folder holds `{file.name}`; got `{file.parent}`: {error.strerror or error}. "
-            "Save the adapter again."
-        ) from None
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and not _is_header(head, size):
-        raise StateError(
-            f"`{file.name}` must be a safetensors file; got a pickle or zip archive at `{file}`. It was not opened, "
-            "because a pickle can run code. Save the adapter again as safetensors."
-        )
-    if not _is_header(head, size):
-        raise StateError(
-            f"A safetensors file begins with the length of its header, at most {_HEADER_LIMIT:,} bytes and less than "
-            f"the file; got {head[:8].hex() or 'nothing'} in {size:,} bytes at `{file}`. The file is damaged: copy it "
-            "again."
-        )
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"`{file.name}` must be a whole safetensors file; got `{file}`: {error}. The file is damaged: "
-            "copy it again."
-        ) from None
-
-
-def _is_header(head: bytes, size: int) -> bool:
-    if len(head) < 10:
-        return False
-    length = struct.unpack("<Q", head[:8])[0]
-    return 2 <= length <= min(_HEADER_LIMIT, size - 8) and head[8:9] == b"{"
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str) -> None:

@@ -1,7 +1,13 @@
-"""Weights that are not plain tensors: quantised, sharded over processes, or offloaded."""
+"""Weights that are not plain tensors: quantised, sharded over processes, offloaded, or in a file."""
+
+import os
+import struct
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .core.errors import StateError
 
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The types of weights that are not quantised."""
@@ -50,3 +56,47 @@ def execution_device(module: nn.Module) -> torch.device | None:
     hook = getattr(module, "_hf_hook", None)
     found = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
     return next((torch.device(device) for device in found if device is not None), None)
+
+
+_HEADER_LIMIT = 16 * 2**20
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `StateError` for a missing, truncated, corrupt or disguised one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(10)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise StateError(
+            f"An adapter folder holds `{file.name}`; got `{file.parent}`: {error.strerror or error}. "
+            "Save the adapter again."
+        ) from None
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and not _is_header(head, size):
+        raise StateError(
+            f"`{file.name}` must be a safetensors file; got a pickle or zip archive at `{file}`. It was not opened, "
+            "because a pickle can run code. Save the adapter again as safetensors."
+        )
+    if not _is_header(head, size):
+        raise StateError(
+            f"A safetensors file begins with the length of its header, at most {_HEADER_LIMIT:,} bytes and less than "
+            f"the file; got {head[:8].hex() or 'nothing'} in {size:,} bytes at `{file}`. The file is damaged: copy it "
+            "again."
+        )
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"`{file.name}` must be a whole safetensors file; got `{file}`: {error}. The file is damaged: "
+            "copy it again."
+        ) from None
+
+
+def _is_header(head: bytes, size: int) -> bool:
+    if len(head) < 10:
+        return False
+    length = struct.unpack("<Q", head[:8])[0]
+    return 2 <= length <= min(_HEADER_LIMIT, size - 8) and head[8:9] == b"{"

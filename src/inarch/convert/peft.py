@@ -159,7 +159,7 @@ def read(
     else:
         part, tensors, adapted = _ia3(source, stored)
     of_base = [path for path in heads if head and not any(f"{path}.".startswith(f"{own}.") for own in own_heads)]
-    if of_base:
+    if of_base and other_base != "tell":
         logger.warning(
             "%s replaces modules of the base, which stay replaced when the adapter is not active: %s.",
             folder,

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import StateError
+from ..tensors import read_tensors
 
 
 def read_weights(folder: Path, safe_name: str, torch_name: str) -> dict[str, Tensor]:
@@ -23,22 +22,13 @@ def read_weights(folder: Path, safe_name: str, torch_name: str) -> dict[str, Ten
     floating point numbers.
     """
     if (folder / safe_name).is_file():
-        return _checked(_read_safetensors(folder / safe_name), folder / safe_name)
+        return _checked(read_tensors(folder / safe_name), folder / safe_name)
     if (folder / torch_name).is_file():
         return _checked(_read_torch(folder / torch_name), folder / torch_name)
     raise StateError(
         f"The weights of an adapter lie in `{safe_name}` or `{torch_name}`; got neither in `{folder}`. "
         "Give the whole folder that was saved."
     )
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"`{file.name}` must be a whole safetensors file; got `{file}`: {error}. Copy or download it again."
-        ) from None
 
 
 def _read_torch(file: Path) -> Any:

@@ -111,4 +111,5 @@ class Times:
     factor: int | float
 
     def __call__(self, value: Any) -> Any:
-        return value * self.factor
+        # Infinity times 0 is no number, and what is taken out of a sum leaves nothing; the gradient is 0 either way.
+        return value * self.factor if self.factor else (value * 0).nan_to_num(0.0)

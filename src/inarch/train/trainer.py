@@ -28,6 +28,7 @@ from ..fingerprint import compare_bases
 from ..handle import Adapters, attached
 from ..heads import task_head
 from ..methods import AbstractMethod
+from ..tensors import read_tensors
 from . import resume
 from .monitor import Monitor
 from .recipe import Trains
@@ -246,7 +247,7 @@ class AdapterTrainer(Trainer):
             _copy(stored.tensors, {**handle.tensors(name), **handle.head(name)}, str(stored.folder))
         others = self._others(handle)
         if others:
-            _copy(state.read_tensors(folder / resume.TRAINABLE), others, str(folder / resume.TRAINABLE))
+            _copy(read_tensors(folder / resume.TRAINABLE), others, str(folder / resume.TRAINABLE))
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

@@ -38,11 +38,11 @@ def unsound_wiring(facts: Facts) -> Iterator[Finding]:
             continue
         is_scaled = group.sites[0].post_norm is None and not group.sites[0].exact
         reason = (is_scaled and _SCALED_REASONS.get(proof.verdict)) or _REASONS[proof.verdict]
-        message = (
-            f"{proof.verdict}; with a zero adapter branch `y = {proof.formula.adapted}` becomes "
-            f"`y = {proof.formula.at_zero}`, the base model computes `y = {proof.formula.pretrained}`: "
-            f"{reason}"
-        )
+        formula = proof.formula
+        becomes = f"with a zero adapter branch `y = {formula.adapted}` becomes `y = {formula.at_zero}`"
+        if str(formula.adapted) == str(formula.at_zero):  # there is no branch in it
+            becomes = f"with the adapter the site computes `y = {formula.at_zero}`"
+        message = f"{proof.verdict}; {becomes}, the base model computes `y = {formula.pretrained}`: {reason}"
         # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
         config = facts.configs[facts.setup] if isinstance(facts.setup, str) else None
         part = sublayer_part(config, group.sites[0]) if config is not None else None
