@@ -259,6 +259,8 @@ class EntrySlot(nn.Module):
     def __init__(self, model: nn.Module, entry: Entry, programs: "Programs", length: int) -> None:
         super().__init__()
         self._programs, self._length = programs, length
+        # Whether tokens have got their positions before others are put in front of them.
+        self._keeps_positions = not programs.words.steps
         self._place = type(model).__name__
         self._table = None if entry.words is None else [model.get_submodule(entry.words)]
         self._layer = Argument()
@@ -271,11 +273,6 @@ class EntrySlot(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running forward."""
         return self.__dict__ | {"_running": {}}
-
-    @property
-    def _keeps_positions(self) -> bool:
-        """Whether tokens have got their positions before others are put in front of them."""
-        return not self._programs.words.steps
 
     @property
     def changes_embedding(self) -> bool:
@@ -349,7 +346,7 @@ class EntrySlot(nn.Module):
         self._running[thread()] = length + self._length
         for name, value in given.items():
             self._check(name, value, tokens, length)
-        if self._programs.words.steps:
+        if not self._keeps_positions:
             assert self._table is not None
             given["inputs_embeds"] = self._programs.words(self._table[0](ids) if embedded is None else embedded)
             given["input_ids"] = None
@@ -431,7 +428,8 @@ def _in_front(values: Tensor, count: int, value: int) -> Tensor:
 def _trimmed(value: Any, count: int, total: int) -> Any:
     """A result without the first tokens of its sequences (B, P + L, D)."""
     if isinstance(value, Tensor):
-        return value[:, count:] if value.dim() == 3 and value.shape[1] == total else value
+        # Contiguous: torch multiplies a view by a frozen matrix in another order, with another last bit.
+        return value[:, count:].contiguous() if value.dim() == 3 and value.shape[1] == total else value
     return tuple(_trimmed(item, count, total) for item in value) if type(value) is tuple else value
 
 
