@@ -381,8 +381,8 @@ def works_as_alone(adapters, setup, alone, inputs, where):
             close(still(model, inputs), torch.cat([alone["a"], alone["b"]]))
         else:
             found = still(model, inputs)
-            assert not torch.allclose(found, alone["a"]), where
-            assert not torch.allclose(found, alone["b"]), where
+            for one in alone.values():  # with the prompts of both, what an encoder gives is longer
+                assert found.shape != one.shape or not torch.allclose(found, one), where
     with adapters.using(Stack("a")):
         close(still(model, inputs), alone["a"])
 

@@ -113,6 +113,18 @@ def test_an_encoder_sees_the_vectors_and_so_does_the_decoder(name):
     assert found.encoder_last_hidden_state.shape[1] == 7 + COUNT
 
 
+def test_padding_on_the_left_of_an_encoder_changes_nothing():
+    """T5 counts distances between places: the vectors stand behind the padding."""
+    model = tiny("t5-lm")
+    grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    inputs = tiny_inputs("t5-lm")
+    mask = torch.ones(2, 7, dtype=torch.long)
+    padded = {"input_ids": torch.cat((torch.full((2, 2), 5), inputs["input_ids"]), dim=1)}
+    padded |= {"attention_mask": torch.cat((torch.zeros(2, 2), mask), dim=1).long()}
+    found = model(**inputs | padded).logits
+    assert torch.allclose(found, model(**inputs, attention_mask=mask).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask", [None, RIGHT], ids=["whole", "right"])
 @pytest.mark.parametrize("insert", ["auto", "words"])
 def test_a_classifier_pools_the_users_first_token(insert, mask):

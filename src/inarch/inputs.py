@@ -348,7 +348,13 @@ class EntrySlot(nn.Module):
             self._check(name, value, tokens, length)
         if not self._keeps_positions:
             assert self._table is not None
-            given["inputs_embeds"] = self._programs.words(self._table[0](ids) if embedded is None else embedded)
+            whole = self._programs.words(self._table[0](ids) if embedded is None else embedded)
+            mask = given.get("attention_mask")
+            if self.keeps and mask is not None:
+                order = _behind_padding(mask, self._length)
+                given["attention_mask"] = mask.take_along_dim(order, 1)
+                whole = whole.take_along_dim(order[..., None], 1)
+            given["inputs_embeds"] = whole
             given["input_ids"] = None
             if given.get("token_type_ids") is not None:
                 given["token_type_ids"] = _in_front(given["token_type_ids"], self._length, 0)
@@ -416,13 +422,28 @@ class EntrySlot(nn.Module):
         if isinstance(mask, Tensor) and isinstance(states, Tensor) and mask.dim() == 2:
             missing = states.shape[1] - mask.shape[1]
             if missing == self._length:
-                kwargs = kwargs | {"encoder_attention_mask": _in_front(mask, self._length, 1)}
+                mask = _in_front(mask, missing, 1)
+                if not self._keeps_positions:
+                    mask = mask.take_along_dim(_behind_padding(mask, missing), 1)
+                kwargs = kwargs | {"encoder_attention_mask": mask}
         return args, kwargs
 
 
 def _in_front(values: Tensor, count: int, value: int) -> Tensor:
     """(B, L) -> (B, P + L)."""
     return torch.cat((values.new_full((values.shape[0], count), value), values), dim=1)
+
+
+def _behind_padding(mask: Tensor, count: int) -> Tensor:
+    """For each place of a sequence, where its token is now, (B, P + L): tokens in front go behind any padding.
+
+    Encoders count positions by places, so prompts and text would be further apart the more padding there is between
+    them. (Decoders are told positions.) `mask` is that of the tokens in front and the others.
+    """
+    padding = (mask[:, count:].cumsum(1) == 0).sum(1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    behind = torch.where(places < padding + count, places - padding, places)
+    return torch.where(places < padding, places + count, behind)
 
 
 def _trimmed(value: Any, count: int, total: int) -> Any:

@@ -9,7 +9,8 @@ They go in where the model's own embedding ends (`embedding`), so that tokens ke
 like tokens, as PEFT has it. `auto` takes the first where an embedding is a module of its own, else the second. Masks,
 positions and caches know of them; outputs, losses and pooled tokens are those of the user's tokens, at their places, so
 a result is as long as what was given. (The library `adapters` gives longer ones; with PEFT a classifier of BERT pools a
-prompt.) In an encoder and decoder they stand before the encoder's tokens, and the decoder attends to them.
+prompt.) In an encoder and decoder they stand before the encoder's tokens, behind any padding, and the
+decoder attends to them, so `encoder_last_hidden_state` is the one result that is longer.
 
 Initial vectors are uniform in ±0.5, as in the paper and in the library `adapters`, or embeddings of a text's tokens.
 
