@@ -20,7 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -110,6 +119,16 @@ CASES: dict[str, Case] = {
         PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=6, task_type="CAUSAL_LM"),
     ),
     # PEFT's own defaults for these types
+    "norms bert": Case(
+        "bert-classifier", LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"), fixture=True
+    ),
+    "norms llama": Case("llama-lm", LNTuningConfig(task_type="CAUSAL_LM")),
+    "norms gpt2": Case("gpt2-lm", LNTuningConfig(task_type="CAUSAL_LM")),
+    "norms t5": Case("t5-lm", LNTuningConfig(task_type="SEQ_2_SEQ_LM")),
+    "norms bart": Case("bart-lm", LNTuningConfig(task_type="SEQ_2_SEQ_LM")),
+    "norms gemma2": Case("gemma2", LNTuningConfig()),
+    "norms qwen2": Case("qwen2-lm", LNTuningConfig(task_type="CAUSAL_LM")),
+    "norms vit": Case("vit", LNTuningConfig(target_modules=r"layers\.1\.layernorm_(before|after)"), fixture=True),
     "ia3 bert": Case(
         "bert",
         IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),

@@ -131,7 +131,7 @@ def test_what_an_expression_chose_is_read_off_the_tensors():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera", "prefix"))])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera", "prefix", "norms"))])
 def test_lora_written_for_peft_is_the_same_again(case, tmp_path):
     """PEFT's own reading of what is written is in `scripts/peft_table.py`."""
     model, inputs, adapters, name, expected = prepared(case)
@@ -195,7 +195,7 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "LN_TUNING"}, "got LayerNorm tuning at"),
+        ({"peft_type": "LN_TUNING"}, "Trained norms are read at those of .*, one copy for each; got none at"),
         ({"peft_type": "PREFIX_TUNING"}, r"one table `prompt_embeddings` .*; got a table of shape \(\), `"),
         ({"peft_type": "P_TUNING"}, "got P-tuning at"),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
@@ -397,3 +397,49 @@ def test_a_prefix_is_read_where_positions_turn_queries_and_keys(tmp_path):
         adapters.load(edited("prefix_llama", tmp_path / "a", lambda _: {"prompt_embeddings": torch.randn(3, 128)}))
     with pytest.raises(inarch.StateError, match="one table .* got a table of shape .* for 2 attentions of GPT2Model"):
         adapters.load(FIXTURES / "prefix_llama")
+
+
+def test_trained_norms_have_the_values_of_the_folder_and_leave_others_alone():
+    """In a layer of two that has copies of both its norms; PEFT's are the values, ours the differences."""
+    model, _, adapters, name, _ = prepared("norms_vit")
+    stored = load_file(FIXTURES / "norms_vit" / "adapter_model.safetensors")
+    assert {key.split(".")[1] for key in adapters[name]} == {"1"}
+    own = model.layers[1].layernorm_after.weight
+    value = stored["base_model.model.layers.1.layernorm_after.ln_tuning_layers.weight"]
+    assert torch.equal(own + adapters[name]["image0.1.mlp.layernorm_tuning.pre_norm.weight"], value)
+
+
+@pytest.mark.parametrize("prefix", ["vit.encoder.layer.", "encoder.layer.", "vit.layers."])
+def test_norms_under_other_module_names_are_the_same(tmp_path, prefix):
+    def renamed(tensors):
+        return {key.replace("model.layers.", f"model.{prefix}"): tensor for key, tensor in tensors.items()}
+
+    *_, expected = prepared("norms_vit")
+    model = tiny("vit")
+    adapters = inarch.attach(model)
+    with adapters.using(adapters.load(edited("norms_vit", tmp_path / "a", renamed))):
+        assert distance(outputs(model, tiny_inputs("vit")), expected) < 2e-6
+
+
+def test_other_modules_that_were_copied_whole_are_part_of_the_head(tmp_path, caplog):
+    """A copy of what is no norm of a layer or around the layers, here the pooler."""
+
+    def with_pooler(tensors):
+        path = "base_model.model.bert.pooler.dense.ln_tuning_layers"
+        return tensors | {f"{path}.weight": torch.full((32, 32), 0.5), f"{path}.bias": torch.full((32,), 0.25)}
+
+    model = tiny("bert-classifier")
+    name = inarch.attach(model).load(edited("norms_bert", tmp_path / "a", with_pooler))
+    assert name == "a"
+    assert torch.equal(model.bert.pooler.dense.weight, torch.full((32, 32), 0.5))
+    assert "stay replaced when the adapter is not active: bert.pooler.dense" in caplog.text
+
+
+def test_a_norm_of_another_width_or_of_no_module_here_is_refused(tmp_path):
+    def narrow(tensors):
+        return {key: tensor[:16] if "LayerNorm" in key else tensor for key, tensor in tensors.items()}
+
+    with pytest.raises(inarch.StateError, match=r"has its vectors, of its size; got \(16,\) for `weight` of `bert"):
+        inarch.attach(tiny("bert-classifier")).load(edited("norms_bert", tmp_path / "a", narrow))
+    with pytest.raises(inarch.StateError, match=r"at those of BertModel, one copy for each; got `layers.1.l"):
+        inarch.attach(tiny("bert")).load(FIXTURES / "norms_vit")

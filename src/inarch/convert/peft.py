@@ -33,6 +33,7 @@ from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA, VeRAConfig
 from .peft_names import Names
+from .peft_norms import read_norms
 from .peft_prefix import read_prefix
 from .peft_prompt import read_prompt
 from .weights import read_weights
@@ -46,7 +47,6 @@ _PREFIX = "base_model.model."
 
 _OTHER_METHODS = {
     "ADALORA": "AdaLoRA",
-    "LN_TUNING": "LayerNorm tuning",
     "LOHA": "LoHa",
     "LOKR": "LoKr",
     "P_TUNING": "P-tuning",
@@ -154,6 +154,11 @@ def read(
         part, tensors, adapted = _lora(source, stored, heads)
     elif record["peft_type"] == "VERA":
         part, tensors, adapted = _vera(source, stored)
+    elif record["peft_type"] == "LN_TUNING":
+        norms = read_norms(stored, model, sites, folder)
+        _check_rest(source, stored)
+        part, tensors, adapted = norms.config, norms.tensors, norms.paths
+        heads |= {_own_path(path, model): Head(path, found) for path, found in norms.outside.items()}
     elif record["peft_type"] == "PROMPT_TUNING":
         (part, tensors), adapted = read_prompt(record, stored, sites, folder), []
     else:
@@ -219,10 +224,11 @@ class _Source:
 
 def _check_method(record: Mapping[str, Any], folder: Path) -> None:
     method = record.get("peft_type")
-    if method not in ("LORA", "VERA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"):
+    if method not in ("LORA", "VERA", "IA3", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING"):
         name = _OTHER_METHODS.get(str(method), f"the method `{method}`")
         raise StateError(
-            f"This version reads LoRA, DoRA, VeRA, (IA)³, prefixes and prompts of PEFT; got {name} at `{folder}`. "
+            "This version reads LoRA, DoRA, VeRA, (IA)³, trained norms, prefixes and prompts of PEFT; got "
+            f"{name} at `{folder}`. "
             "Train one of those, or use PEFT."
         )
     if method in ("PROMPT_TUNING", "PREFIX_TUNING"):
@@ -610,7 +616,9 @@ def _heads(source: _Source, stored: dict[str, Tensor]) -> dict[str, Head]:
     """The modules that `modules_to_save` names, by their path in this model; takes their tensors out of `stored`."""
     wanted = source.record.get("modules_to_save") or ()
     found: dict[str, Head] = {}
-    for key in [key for key in stored if not any(word in key for word in ("lora_", "ia3_l", "vera_"))]:
+    for key in [
+        key for key in stored if not any(word in key for word in ("lora_", "ia3_l", "vera_", "ln_tuning_layers"))
+    ]:
         parents = [key[:place] for place, letter in enumerate(key) if letter == "."]
         path = next((path for path in parents if any(path.endswith(name) for name in wanted)), None)
         if path is not None:
