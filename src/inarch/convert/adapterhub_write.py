@@ -26,7 +26,7 @@ from .adapterhub_sites import Stack, Stacks, known_towers, match_stacks
 VERSION = "adapters.1.3.0"
 _OURS = {
     *("leave_out_roles", "leave_out_projections", "circuits", "rank_pattern", "alpha_pattern", "bias", "gate_lora"),
-    "use_rslora",
+    *("use_rslora", "experts_lora"),
 }
 """Fields that the library does not have."""
 _LEAVES = {"up": "adapter_up", "norm_after": "adapter_norm_after", "gate": "gate", "scale": "scaling"}

@@ -64,6 +64,8 @@ class Projection:
     rows: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
     weight: str = ""
+    experts: int = 0
+    """Where the parameter holds one matrix for each of several experts, how many: (E, out, in)."""
 
     @property
     def num_rows(self) -> int:
@@ -132,7 +134,7 @@ class Site:
     feature_dim: int = -1
     """The dimension of `h` that holds its features: the last, or 1 in feature maps (B, D, H, W)."""
     projections: Mapping[str, tuple[Projection, ...]] = dataclasses.field(default_factory=dict)
-    """By role: q, k, v, o of an attention; up, gate, down of an MLP."""
+    """By role: q, k, v, o of an attention; up, gate, down of an MLP; expert_up, expert_down of its experts."""
     notes: tuple[str, ...] = ()
     affine: Mapping[str, Affine] = dataclasses.field(default_factory=dict, compare=False)
     """The vectors of norms and projections, by role: those of projections by theirs, `pre_norm`, `post_norm` and
@@ -227,6 +229,9 @@ class Sites:
         rows = []
         for group in self.groups():
             row = {k: v for k, v in dataclasses.asdict(group[0]).items() if k not in ("layer", "layer_path", "affine")}
+            for part in (part for parts in row["projections"].values() for part in parts):
+                if not part["experts"]:
+                    del part["experts"]
             row["layers"] = {str(site.layer): site.layer_path for site in group}
             rows.append(row)
         return {

@@ -12,7 +12,8 @@ changed nor copied: the initial factors stay beside the trained ones, frozen and
 
     y = W x + s · (B A - B0 A0) x          s · B0 A0 = U_r S_r V_r^T
 
-which is the same function and the same training, and exactly the base's at the start.
+which is the same function and the same training, and exactly the base's at the start. Of experts that a module holds in
+one parameter, A is (E, r, in) and B (E, rows, r): an update for each.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ from .method import Frozen, LinearMethod, Placement, in_dtype, sequence_gate
 class LoRAConfig(LowRankConfig):
     """Low-rank updates of some projections of every layer."""
 
+    experts_lora: bool = option(
+        False, "Adapt the projections of experts that a module holds in one parameter, with an update for each expert."
+    )
     bias: bool = option(False, "A learned bias beside the update, added to the output of the projection.")
     use_gating: bool = option(
         False, "A learned gate, one number per sequence, the mean over all its tokens, in the place of alpha / r."
@@ -43,13 +47,17 @@ class LoRAConfig(LowRankConfig):
     )
 
     def problems(self) -> list[str]:
-        found = LowRankConfig.problems(self)
+        found = LowRankConfig.problems(self) if not self.experts_lora or self.selfattn_lora else []
         if self.init_weights == "pissa" and self.use_gating:
             found.append(
                 "PiSSA splits the base by a fixed scale; got `init_weights='pissa'` with `use_gating=True` at "
                 "`LoRAConfig`. Set `use_gating=False`."
             )
         return found
+
+    def roles(self) -> dict[str, str]:
+        experts = dict.fromkeys(("expert_up", "expert_down"), "experts_lora") if self.experts_lora else {}
+        return LowRankConfig.roles(self) | experts
 
 
 class LoRA(LinearMethod):
@@ -100,8 +108,9 @@ class LoRA(LinearMethod):
         super().__init__()
         projection = placement.projection
         rank = config.rank(placement)
-        self.A = nn.Parameter(torch.zeros(rank, projection.in_features))
-        self.B = nn.Parameter(torch.zeros(projection.num_rows, rank))
+        each = (projection.experts,) if projection.experts else ()
+        self.A = nn.Parameter(torch.zeros(*each, rank, projection.in_features))
+        self.B = nn.Parameter(torch.zeros(*each, projection.num_rows, rank))
         self.bias = nn.Parameter(torch.zeros(projection.num_rows)) if config.bias else None
         self.gate = nn.Linear(projection.in_features, 1) if config.use_gating else None
         self.batch_dim = placement.site.batch_dim
@@ -111,7 +120,8 @@ class LoRA(LinearMethod):
         self.register_buffer("A0", torch.zeros_like(self.A) if is_pissa else None)
         self.register_buffer("B0", torch.zeros_like(self.B) if is_pissa else None)
         if config.init_weights == "lora":
-            nn.init.kaiming_uniform_(self.A, a=5**0.5, generator=generator)
+            for matrix in self.A if each else (self.A,):
+                nn.init.kaiming_uniform_(matrix, a=5**0.5, generator=generator)
         elif not is_pissa:
             nn.init.normal_(self.A, std=0.02, generator=generator)
             nn.init.normal_(self.B, std=0.02, generator=generator)
@@ -164,18 +174,18 @@ class LoRA(LinearMethod):
     def put_side_by_side(self, sources: Sequence["LoRA"], weights: Sequence[float]) -> None:
         factors = [source.factors() for source in sources]
         scales = [weight * source.scaling / self.scaling for source, weight in zip(sources, weights, strict=True)]
-        A = torch.cat([A for A, _ in factors])
-        B = torch.cat([B * scale for (_, B), scale in zip(factors, scales, strict=True)], dim=1)
+        A = torch.cat([A for A, _ in factors], dim=-2)
+        B = torch.cat([B * scale for (_, B), scale in zip(factors, scales, strict=True)], dim=-1)
         for factor in (self.A, self.B):
             factor.zero_()
-        self.A[: len(A)] = A
-        self.B[:, : len(A)] = B
+        self.A[..., : A.shape[-2], :] = A
+        self.B[..., : A.shape[-2]] = B
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (rows, r) of the whole update, which has twice the rank in PiSSA."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+        return torch.cat([self.A, self.A0], dim=-2), torch.cat([self.B, -self.B0], dim=-1)
 
     def _product(self) -> Tensor:
         product = self.B @ self.A
@@ -184,10 +194,11 @@ class LoRA(LinearMethod):
     def _decompose(self, matrix: Tensor, *, evenly: bool = True) -> None:
         """Make scale · B A the nearest matrix of the rank, singular values in B or in both factors."""
         u, s, vh = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
-        kept = min(self.A.shape[0], len(s))
+        kept = min(self.A.shape[-2], s.shape[-1])
         for factor in (self.A, self.B):
             factor.zero_()
-        s = s[:kept] / self.scaling
+        s = s[..., :kept] / self.scaling
         right = s.sqrt() if evenly else torch.ones_like(s)
-        self.A[:kept] = (right[:, None] * vh[:kept]).to(self.A)
-        self.B[:, :kept] = (u[:, :kept] * (s / right.clamp_min(torch.finfo(s.dtype).tiny))).to(self.B)
+        left = s / right.clamp_min(torch.finfo(s.dtype).tiny)
+        self.A[..., :kept, :] = (right[..., None] * vh[..., :kept, :]).to(self.A)
+        self.B[..., :kept] = (u[..., :kept] * left[..., None, :]).to(self.B)

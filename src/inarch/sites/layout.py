@@ -165,14 +165,14 @@ def _problems_of_projection(
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 2}
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() in (2, 3)}
 
 
 def _weight_shape(module: nn.Module, projection: Projection) -> tuple[int, int, bool] | None:
     matrix = _matrices(module).get(projection.weight)
-    if matrix is None:
+    if matrix is None or matrix.shape[:-2] != ((projection.experts,) if projection.experts else ()):
         return None
-    outputs, inputs = reversed(matrix.shape) if projection.transposed else matrix.shape
+    outputs, inputs = reversed(matrix.shape[-2:]) if projection.transposed else matrix.shape[-2:]
     return inputs, outputs, projection.transposed
 
 

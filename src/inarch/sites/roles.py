@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..core.site import Kind, Projection
+from .experts import find_experts
 from .features import Features
 from .graph import ATTENTIONS, Graph, Value
 from .layers import tree
@@ -216,9 +217,11 @@ def find_projections(
     else:
         roles = {}
     clear, notes = _without_ambiguous(roles)
+    experts = maps.experts(width) if kind == "mlp" else {}
     if roles:
-        notes += maps.other_weights()
-    return {role: projections for role, sources in clear.items() if (projections := maps.describe(sources))}, notes
+        notes += maps.other_weights({part.path for parts in experts.values() for part in parts})
+    found = {role: projections for role, sources in clear.items() if (projections := maps.describe(sources))}
+    return found | experts, notes
 
 
 class _Maps:
@@ -271,16 +274,28 @@ class _Maps:
                 if tree(item) == built and not any(id(part) in self._graph.ran for part in item.modules()):
                     yield replace(projection, path=".".join([*parts[:depth], other, *parts[depth + 1 :]]))
 
-    def other_weights(self) -> tuple[str, ...]:
-        """A note on weights that are no projection: experts in one tensor, convolutions."""
-        owners = {
-            path: type(owner.module).__name__
+    def experts(self, width: int) -> Roles:
+        """The projections of experts that modules of the branch hold in one parameter."""
+        found: dict[str, list[Projection]] = {}
+        for path, module in self._owners().items():
+            for role, projection in find_experts(module, path, width).items():
+                found.setdefault(role, []).append(projection)
+        return {role: tuple(parts) for role, parts in found.items()}
+
+    def other_weights(self, known: set[str]) -> tuple[str, ...]:
+        """A note on weights that are no projection: convolutions, experts that are not understood."""
+        owners = {path: type(module).__name__ for path, module in self._owners().items() if path not in known}
+        return tuple(f"`{path}` ({name}) has weights that are no linear module" for path, name in owners.items())
+
+    def _owners(self) -> dict[str, nn.Module]:
+        """The modules that apply weights themselves, by path."""
+        return {
+            path: owner.module
             for index in sorted(self._branch.path)
             if self._graph.values[index].weighted and index not in self._at
             for owner in [self._graph.owner(index)]
             if linear_shape(owner.module) is None and (path := self._reach.path(owner)) is not None
         }
-        return tuple(f"`{path}` ({name}) has weights that are no linear module" for path, name in owners.items())
 
     def _behind(self, values: Iterable[int]) -> list[Source]:
         """The nearest maps that values are computed from."""
