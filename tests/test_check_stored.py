@@ -13,6 +13,7 @@ from transformers import BertModel
 import inarch
 from inarch.check import Training
 from inarch.cli import main
+from inarch.cli.skeleton import with_own_weights
 from inarch.testing import tiny, tiny_inputs
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -317,3 +318,11 @@ def test_the_model_is_given_a_head_for_the_labels_that_an_adapter_was_trained_fo
     before, after = (load_file(tmp_path / place / "adapter.safetensors") for place in ("own", "copy"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert json.loads((tmp_path / "copy" / "inarch.json").read_text())["head"]["labels"] == list(labels.values())
+
+
+def test_an_exported_adapter_of_the_demonstration_names_its_base_as_everybody_does(tmp_path):
+    """Not by the place where the package lies here."""
+    adapters = inarch.attach(with_own_weights("demo"))
+    adapters.add("a", "lora")
+    adapters.save("a", tmp_path / "a", format="peft")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "demo"

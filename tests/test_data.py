@@ -165,7 +165,7 @@ def test_the_order_of_the_file_system_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Test"])
-def test_a_divided_folder_keeps_its_division(tmp_path, name):
+def test_a_divided_folder_keeps_its_division(tmp_path, name, caplog):
     """`train` beside a validation part by any of its names is used as it is."""
     classes(tmp_path / "train", a=2, b=2)
     classes(tmp_path / name, b=1)
@@ -173,6 +173,7 @@ def test_a_divided_folder_keeps_its_division(tmp_path, name):
     assert data.labels == ["a", "b"]
     assert names(data.validation, tmp_path) == [f"{name}/b/000.png"]
     assert len(data.train) == 4
+    assert ("so it is no test of that" in caplog.text) == (name.lower() == "test")
 
 
 def test_of_two_validation_parts_the_test_part_is_left(tmp_path, caplog):

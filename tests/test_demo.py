@@ -233,6 +233,20 @@ def test_a_failure_of_the_fresh_process_is_told(tmp_path, monkeypatch):
         demonstration._predict_in_fresh_process(tmp_path, [], 10)
 
 
+def test_what_to_try_next_begins_with_a_program_that_is_there(shown, monkeypatch, capsys):
+    for found, started, words in (
+        ("/usr/bin/inarch", "inarch", "  inarch predict"),
+        (None, ".venv/bin/inarch", "  .venv/bin/inarch predict"),
+        (None, "/x/inarch/__main__.py", f"  {sys.executable} -m inarch predict"),
+    ):
+        monkeypatch.setattr("shutil.which", lambda _, found=found: found)
+        monkeypatch.setattr(sys, "argv", [started])
+        command._say_result(shown[1], has_page=False)
+        told = capsys.readouterr().out
+        assert words in told
+    assert "best epoch" in told and "chosen on the same held-out digits" in " ".join(told.split())
+
+
 def test_the_page_of_the_demonstration(shown, tmp_path, monkeypatch, capsys):
     """Made of what is in its folder, and no obstacle to the next one; without its packages it is left out."""
     folder = tmp_path / "demo"

@@ -139,6 +139,9 @@ def test_resuming_what_is_finished_says_so(train):
     code, out, err = train("--resume")
     assert code == 0
     assert err == "This run is finished: nothing is left to train.\n"
+    code, _, err = train("--resume", max_steps=3)
+    assert code == 1
+    assert "with recipe.max_steps" not in err and "instead of" in err and "nothing is left" not in err
     assert "adapter in" in out.splitlines()[-1]
 
 

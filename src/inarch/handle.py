@@ -834,6 +834,9 @@ class Adapters:
     ) -> None:
         """Write one adapter, with the task head trained with it, as an adapter folder.
 
+        An adapter that is in the folder already is replaced, in one step where the system can: there is always a whole
+        one. A folder with anything else in it is left alone.
+
         Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
 
         Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with

@@ -11,7 +11,7 @@ import typer
 
 from ..core.interrupt import importing
 from ..core.records import REPORT
-from .output import err, note, out, say, say_table
+from .output import err, note, out, program, say, say_table
 from .report import make_report
 
 if TYPE_CHECKING:
@@ -151,11 +151,12 @@ def _say_result(result: "DemoResult", *, has_page: bool) -> None:
         ],
     )
     say()
+    start = program()
     say("Try next:", style="bold")
-    say(f"  inarch predict {folder} {folder}/images")
-    say(f"  inarch eval {folder} --data digits --picture {folder.parent}/confusion.png")
-    say("  inarch check vit --adapter 'par_bn'")
-    say("  inarch train --model demo --data YOUR/FOLDER --adapter lora --output runs/mine")
+    say(f"  {start} predict {folder} {folder}/images")
+    say(f"  {start} eval {folder} --data digits --picture {folder.parent}/confusion.png")
+    say(f"  {start} check vit --adapter 'par_bn'")
+    say(f"  {start} train --model demo --data YOUR/FOLDER --adapter lora --output runs/mine")
 
 
 def _percent(share: float) -> str:

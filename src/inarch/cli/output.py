@@ -5,9 +5,12 @@ is set); in a pipe or a file they are plain text, never cut to a width.
 """
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,6 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.table import render
+
+
+def program() -> str:
+    """What the user types to run inarch here: the program that was started, where no shell finds it by its name."""
+    if shutil.which("inarch"):
+        return "inarch"
+    started = Path(sys.argv[0])
+    return shlex.quote(str(started)) if started.name == "inarch" else f"{shlex.quote(sys.executable)} -m inarch"
 
 
 def out() -> Console:

@@ -57,12 +57,15 @@ def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
     try:
         with quiet():  # a head for other labels is made anew
             loaded = _model_class(config).from_pretrained(place, config=config, ignore_mismatched_sizes=bool(labels))
-            return loaded.eval()
     except Exception as error:  # the Hub's client and the readers of weights raise errors of many kinds
         raise SiteError(
             f"A model to measure must have weights; got `{_reason(error)}` for `{model}`. Leave `--measure` out to "
             "judge its architecture alone."
         ) from error
+    if model == DEMO:
+        # As adapters are to remember it, and not the place where it lies here.
+        loaded.config._name_or_path = DEMO  # noqa: SLF001  where transformers keeps a model's name
+    return loaded.eval()
 
 
 def is_type(model: str) -> bool:

@@ -99,6 +99,13 @@ def train(
         raise typer.Exit(ERROR)
 
 
+_TOLD = {
+    "finished": "This run is finished: nothing is left to train.",
+    "stopped": "This run was ended by its monitor. With `--no-stop-early` it goes on.",
+}
+"""What is said of a run that there is nothing to go on with, by its status."""
+
+
 def _flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
@@ -114,10 +121,8 @@ def _request(given: dict[str, Any], output: Path, *, resume: bool, quiet: bool) 
     request: dict[str, Any] = {"trains": "adapter", "name": "adapter", "unsound": "refuse", "data": {}, "recipe": {}}
     if resume:
         record = RunFolder(output).resumable()
-        if record.status == "finished" and not quiet and _is_main():
-            note("This run is finished: nothing is left to train.")
-        if record.status == "stopped" and not quiet and _is_main():
-            note("This run was ended by its monitor. With `--no-stop-early` it goes on.")
+        if not quiet and _is_main():
+            request["told"] = _TOLD.get(record.status, "")
         if isinstance(record.job.get("data"), dict) and "object" in record.job["data"]:
             raise ConfigError(
                 f"A run on data that were made in Python is resumed there; got `{output}`. Call "
@@ -141,7 +146,7 @@ def _run(request: dict[str, Any], output: Path, *, resume: bool, overwrite: bool
     with importing():
         from ..train.run import train_run, train_seeds
 
-    num_seeds = request.pop("seeds", None) or 1
+    num_seeds, told = request.pop("seeds", None) or 1, request.pop("told", "")
     options = {
         **request,
         "output": output,
@@ -152,8 +157,12 @@ def _run(request: dict[str, Any], output: Path, *, resume: bool, overwrite: bool
     with ExitStack() as stack:
         callbacks = [] if is_quiet or not _is_main() else [_shown(num_seeds, stack)]
         if num_seeds > 1:
-            return train_seeds(**options, num_seeds=num_seeds, callbacks=callbacks)
-        return train_run(**options, callbacks=callbacks)
+            found: Any = train_seeds(**options, num_seeds=num_seeds, callbacks=callbacks)
+        else:
+            found = train_run(**options, callbacks=callbacks)
+    if told and found.status in _TOLD:  # not before: with other options it is no run to go on with
+        note(told)
+    return found
 
 
 def _is_main() -> bool:

@@ -23,6 +23,18 @@ logger = logging.getLogger(__name__)
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test", "testing")
 """What the part to validate on may be called; the first that is there is taken."""
+_TESTS = ("test", "testing")
+
+
+def announce_test(name: str, place: object) -> None:
+    """Say it where the part to validate on is called a test: what chooses the best epoch tests nothing any more."""
+    if name.lower() in _TESTS:
+        logger.warning(
+            "`%s` of `%s` is taken to validate on: a training chooses its best epoch by it, so it is no test of that. "
+            "For one, keep it elsewhere and hold out a share of the training images with `validation`.",
+            name,
+            place,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,7 @@ def load_folder(root: Path, *, validation: float | None, seed: int, skip_bad: bo
     labels = sorted(train.images)
     own = None
     if own_root is not None and validation is None:
+        announce_test(own_root.name, root)
         tree = _tree(own_root, skip_bad=skip_bad, taught=False)
         _check_taught(tree, train)
         own = tree.examples(labels)

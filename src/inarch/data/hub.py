@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import DataError, nearest, nearest_place
 from .examples import Examples, ImageData, Target, divide, quoted
 from .extras import extra
-from .folders import TRAIN_NAMES, VALIDATION_NAMES, bad_images
+from .folders import TRAIN_NAMES, VALIDATION_NAMES, announce_test, bad_images
 from .images import EncodedImage, ImageSource
 
 logger = logging.getLogger(__name__)
@@ -102,12 +102,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _loaded(data: Any, name: str, choice: Choice, *, validation: float | None, seed: int, skip_bad: bool) -> ImageData:
-    train, own = _parts(data, name)
+    train, own, own_name = _parts(data, name)
     image_column = _image_column(train.features, choice, name)
     column = _label_column(train, choice, name)
     if own is not None and validation is not None:
         logger.warning("A part of `%s` is not used: `validation` asks for a share of the training images.", name)
         own = None
+    if own is not None:
+        announce_test(own_name, name)
     train_examples = _examples(train, image_column, column, name, skip_bad=skip_bad)
     own_examples = None if own is None else _examples(own, image_column, column, name, skip_bad=skip_bad)
     parts = divide(name, column.labels, train_examples, own_examples, share=validation, seed=seed)
@@ -120,10 +122,10 @@ def _loaded(data: Any, name: str, choice: Choice, *, validation: float | None, s
     )
 
 
-def _parts(data: Any, name: str) -> tuple[Any, Any | None]:
-    """The part to train on and the one to validate on."""
+def _parts(data: Any, name: str) -> tuple[Any, Any | None, str]:
+    """The part to train on and the one to validate on, with its name."""
     if not hasattr(data, "keys"):
-        return data, None
+        return data, None, ""
     train = next((data[part] for part in TRAIN_NAMES if part in data), None)
     if train is None and len(data) == 1:
         train = next(iter(data.values()))
@@ -136,7 +138,8 @@ def _parts(data: Any, name: str) -> tuple[Any, Any | None]:
     unused = [part for part in data if part not in (*TRAIN_NAMES, *held[:1])] if len(data) > 1 else []
     if unused:
         logger.warning("Of `%s`, %s is not used.", name, quoted(unused))
-    return train, data[held[0]] if held and data[held[0]] is not train else None
+    own = data[held[0]] if held and data[held[0]] is not train else None
+    return train, own, held[0] if held else ""
 
 
 def _image_column(features: Any, choice: Choice, name: str) -> str:
