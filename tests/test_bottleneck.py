@@ -1,0 +1,86 @@
+"""Fields of the bottleneck that wiring and presets do not show: scales, stochastic depth, Adapter+."""
+
+import copy
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+import inarch
+from inarch.attach import modules_at, slot_of
+from inarch.methods import read_config
+from inarch.plan import plan
+from inarch.testing import tiny, tiny_inputs
+
+
+def attached(config):
+    """A ViT in float64 with an active adapter `a` off its initial weights; and its inputs."""
+    model = tiny("vit").double()
+    adapters = inarch.attach(model)
+    adapters.add("a", config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
+    adapters.activate("a")
+    return model, {"pixel_values": tiny_inputs("vit")["pixel_values"].double()}, adapters
+
+
+def test_adapter_plus_stands_behind_whole_blocks():
+    """Steitz and Roth 2024: y = z + s * (W_up GELU(W_down z + b_down) + b_up) of the output z of each block."""
+    model, inputs, adapters = attached("adapter_plus[reduction_factor=4]")
+    found = model(**inputs)[0]
+    weights = dict(adapters["a"])
+    assert {key.split(".bottleneck")[0] for key in weights} == {"image0.0.mlp", "image0.1.mlp"}
+    plain = copy.deepcopy(model)
+    inarch.attach(plain).detach()
+
+    def behind(number):
+        w = {key.rpartition("bottleneck.")[2]: v for key, v in weights.items() if key.startswith(f"image0.{number}.")}
+
+        def run(module, args, output):
+            u = output @ w["down.weight"].T + w["down.bias"]
+            u = u * (1 + torch.erf(u / 2**0.5)) / 2
+            return output + w["scale"] * (u @ w["up.weight"].T + w["up.bias"])
+
+        return run
+
+    for number, layer in enumerate(plain.layers):
+        layer.register_forward_hook(behind(number))
+    assert torch.allclose(found, plain(**inputs)[0], atol=1e-12, rtol=0)
+
+
+def test_adapter_plus_has_the_size_of_its_authors():
+    """12 · (2 · 768 · 8 + 8 + 768 + 768) numbers on ViT-B, with 8 units and a scale for each channel."""
+    with torch.device("meta"):
+        model = ViTModel(ViTConfig(), add_pooling_layer=False)
+    assert plan(inarch.probe(model), {"a": read_config("adapter_plus")}).num_parameters == 165_984
+
+
+@pytest.mark.parametrize("preset", ["seq_bn", "par_bn"])
+def test_a_whole_number_is_a_scale(preset):
+    model, inputs, adapters = attached(f"{preset}[reduction_factor=4,scaling=4]")
+    found = model(**inputs)[0]
+    with torch.no_grad():
+        for key, parameter in adapters["a"].items():
+            if ".up." in key:
+                parameter.mul_(4)
+    adapters.add("b", f"{preset}[reduction_factor=4,scaling=1.0]")
+    with torch.no_grad():
+        for mine, other in zip(adapters["a"].values(), adapters["b"].values(), strict=True):
+            other.copy_(mine)
+    adapters.activate("b")
+    assert torch.allclose(model(**inputs)[0], found, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("preset", ["seq_bn", "par_bn"])
+def test_stochastic_depth_drops_whole_samples_whatever_the_adapter_reads(preset):
+    """A share of 0.25 of the samples has no adapter; the others have 1 / 0.75 of it, so the mean is kept."""
+    _, _, adapters = attached(f"{preset}[reduction_factor=4,stochastic_depth=0.25]")
+    site = adapters.sites["image0.0.mlp"]
+    module = modules_at(slot_of(adapters.model, site), "a").find("bottleneck")
+    z = torch.randn(4000, 2, 32, dtype=torch.float64)
+    full, dropped = module.eval().branch(z), module.train().branch(z)
+    alive = dropped.flatten(1).abs().sum(1) > 0
+    assert alive.double().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.allclose(dropped[alive], full[alive] / 0.75, atol=1e-12, rtol=0)
