@@ -93,6 +93,10 @@ class Reft(StreamMethod):
         return [place for place in found if wanted is None or layer_number(place.site, sites) in wanted]
 
     @classmethod
+    def treats_tokens_alike(cls, config: ReftConfig) -> bool:  # noqa: ARG003  never: it asks where they stand
+        return False
+
+    @classmethod
     def formula(cls, config: ReftConfig, placement: Placement) -> str:  # noqa: ARG003  the same everywhere
         source = "W x + b" if config.non_linearity is None else f"{config.non_linearity}(W x + b)"
         inner = f"({source} − R x)" if config.subtract_projection else f"({source})"
@@ -150,7 +154,8 @@ class Intervention(nn.Module):
         return in_dtype((columns * torch.sign(triangle.diagonal())).T, self.R.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = in_dtype(x, self.W.dtype)
+        # In one piece: the last bit of a product with a part of a tensor depends on whether R requires gradients.
+        own = in_dtype(x, self.W.dtype).contiguous()
         R = self.rows()
         source = F.linear(own, self.W, self.b)
         if self.activation is not None:
