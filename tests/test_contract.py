@@ -80,7 +80,7 @@ def output(model, inputs, **more):
     found = model(**inputs, **more)
     if isinstance(found, torch.Tensor):
         return found.flatten(1)
-    keys = ("last_hidden_state", "logits", "encoder_last_hidden_state", "image_embeds", "text_embeds")
+    keys = ("last_hidden_state", "logits", "image_embeds", "text_embeds")
     return torch.cat([found[key].flatten(1) for key in keys if key in found], dim=1)
 
 
@@ -225,7 +225,8 @@ def reload(name, setup, adapters, expected, folder):
         for one in names(setup):
             adapters.save(one, folder / one)
             other.load(folder / one)
-        other.activate(setup)
+        # Frozen like the first: the last bit of a product may depend on whether its factors require gradients.
+        other.train(setup)
         assert torch.equal(still(other.model, inputs_of(name)), expected), (name, setup)
     finally:
         other.deactivate()
@@ -309,7 +310,7 @@ def setups_of(block, tokens):
     return {
         "Stack": Stack("a", "b"),
         "Fuse": Fuse("a", "b", name="f"),
-        "Split": Split("a", "b", splits=[3, tokens - 3]),
+        "Split": Split("a", "b", splits=[2, tokens - 2]),
         "BatchSplit": BatchSplit("a", "b", batch_sizes=[1, 1]),
         "Parallel": Parallel("a", "b"),
         "Average": Average("a", "b", weights=[1, 3]),
@@ -360,7 +361,7 @@ def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_ru
                 if block == "Split" and name not in TOKENS:  # its encoder and decoder see different numbers
                     continue
                 works_as_alone(adapters, setup, alone, inputs, f"{block}: {where}")
-                if block in ("Fuse", "Average") or (block == "Split" and all(claims(config, "treats_tokens_alike"))):
+                if block in ("Fuse", "Average", "Split") and not any(claims(config, "sees_whole_sequences")):
                     found = of_equals(adapters, setup, inputs, tmp_path)
                     assert torch.allclose(found, alone["a"], rtol=0, atol=CLOSE), f"{block}: {where}"
 
@@ -474,7 +475,7 @@ def gradients(model, inputs):
 
 
 @pytest.mark.parametrize("preset", first_presets())
-def test_a_cache_and_padding_on_the_left_change_no_logit(preset):
+def test_a_cache_and_padding_change_no_logit(preset):
     """Of all methods but those that see whole sequences, and say so."""
     config = asked(preset)
     if any(claims(config, "sees_whole_sequences")):
@@ -482,13 +483,15 @@ def test_a_cache_and_padding_on_the_left_change_no_logit(preset):
     for name in some(config, GENERATORS):
         ids = inputs_of(name)["input_ids"]
         mask = torch.ones_like(ids)
-        mask[1, :2] = ids[1, :2] = 0
+        # An encoder that counts distances between tokens of a row has its padding behind them.
+        padding, own = (slice(5, 7), slice(0, 5)) if name == "t5-lm" else (slice(0, 2), slice(2, 7))
+        mask[1, padding] = ids[1, padding] = 0
         with having(name, config) as (adapters, setup):
             awake(adapters, "a")
             adapters.activate(setup)
             cached = written(adapters.model, ids, mask)
             assert torch.allclose(cached, written(adapters.model, ids, mask, use_cache=False), atol=CLOSE)
-            alone = written(adapters.model, ids[1:, 2:], mask[1:, 2:])
+            alone = written(adapters.model, ids[1:, own], mask[1:, own])
             assert torch.allclose(cached[1:], alone, atol=CLOSE), name
             adapters.deactivate()
             assert not torch.allclose(cached, written(adapters.model, ids, mask)), name

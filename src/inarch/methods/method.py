@@ -142,11 +142,6 @@ class AbstractMethod(Sharing, ABC):
         return bool(getattr(config, "use_gating", False))
 
     @classmethod
-    def treats_tokens_alike(cls, config: Any) -> bool:
-        """Whether a token's result depends on that token alone, so that a `Split` of equal adapters is one of them."""
-        return not cls.sees_whole_sequences(config)
-
-    @classmethod
     def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
         """What of a configuration is no change of the base's parameters; empty if merging it is exact."""
         return f"the method `{cls.name}`"

@@ -93,10 +93,6 @@ class Reft(StreamMethod):
         return [place for place in found if wanted is None or layer_number(place.site, sites) in wanted]
 
     @classmethod
-    def treats_tokens_alike(cls, config: ReftConfig) -> bool:  # noqa: ARG003  never: it asks where they stand
-        return False
-
-    @classmethod
     def formula(cls, config: ReftConfig, placement: Placement) -> str:  # noqa: ARG003  the same everywhere
         source = "W x + b" if config.non_linearity is None else f"{config.non_linearity}(W x + b)"
         inner = f"({source} − R x)" if config.subtract_projection else f"({source})"
