@@ -334,5 +334,12 @@ def test_what_cannot_be_had_is_refused():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(inarch.SiteError, match="computed by `eager` or `sdpa`; got `flex_attention`"):
         model.encoder.layer[0].attention.self(torch.randn(2, 3, 32))
+    adapters.deactivate()
+    adapters.add("mlp", f"prefix_tuning[{SMALL}]")
+    adapters["mlp"]["text0.0.self_attention.prefix.source.embedding"].full_tensor = None  # as `fully_shard` leaves it
+    adapters.activate("mlp")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(inarch.SiteError, match="spread over processes .*, for `text0.1.self_attention`"):
+        model(**tiny_inputs("bert"))
     with pytest.raises(inarch.ConfigError, match=re.escape("must reach at least one attention")):
         adapters.add("b", "prefix_tuning[leave_out=[0,1]]")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, SiteError
 from ..core.site import Site, Sites
 from .method import (
     Placement,
@@ -117,8 +117,14 @@ class Prefix(PrefixMethod):
         """Keys and values without dropout and gates, (P, K) and (P, V)."""
         if self._flat:
             return self.keys, self.values
-        weight = self.out.weight
-        keys, values = self.out(in_dtype(self._shared[0]().to(weight.device), weight.dtype)).split(self._features, -1)
+        weight, (source,) = self.out.weight, self._shared
+        if self.source is None and hasattr(source.embedding, "full_tensor"):
+            raise SiteError(
+                "The MLP that makes prefixes is whole in every layer; got one that is spread over processes with the "
+                f"layer that keeps it, for `{self._placement.site.key}`. Train `prefix_tuning_flat`, or without "
+                "`fully_shard`."
+            )
+        keys, values = self.out(in_dtype(source().to(weight.device), weight.dtype)).split(self._features, -1)
         return keys, values
 
     @torch.no_grad()
