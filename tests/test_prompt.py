@@ -250,6 +250,33 @@ def test_what_cannot_be_told_of_the_vectors_is_refused():
         model.model(input_ids=ids, per_layer=torch.ones(2, 7, 3))
 
 
+def test_an_embedding_without_positions_is_among_the_words():
+    """ModernBERT has rotary ones, which its model makes for as many tokens as there are ids."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = transformers.ModernBertModel(
+        transformers.ModernBertConfig(vocab_size=99, pad_token_id=0, **settings)
+    ).eval()
+    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    ids = tiny_inputs("bert")["input_ids"]
+    found = model(input_ids=ids, attention_mask=RIGHT).last_hidden_state
+    adapters.deactivate()
+    embedded = in_front(model.get_input_embeddings()(ids), vectors(adapters))
+    expected = model(inputs_embeds=embedded, attention_mask=in_front(RIGHT, torch.ones(COUNT))).last_hidden_state
+    assert torch.allclose(found, expected[:, COUNT:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "config"), [("t5-lm", "prompt_tuning"), ("vit-classifier", "vpt_shallow")])
+def test_a_check_knows_that_the_input_reaches_all_layers(name, config):
+    """And measures what has the same shape with and without."""
+    report = inarch.check(tiny(name), config)
+    assert report.sound
+    assert "partial-reach" not in {finding.code for finding in report.findings}
+    assert report.evidence is not None
+    assert report.evidence.drift > 0
+    assert report.evidence.dead == ()
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [

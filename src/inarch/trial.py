@@ -27,7 +27,7 @@ def check_runs(model: nn.Module, shapes: Inputs | None, config: str, switch: Cal
             raise SiteError(
                 "An adapter that changes a sequence of tokens needs a model that takes others; got "
                 f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} from "
-                f"{type(model).__name__} with `{config}`. Use another method for this model."
+                f"{type(model).__name__} with `{config}`. Use another method for this model, or another place in it."
             ) from failure
 
 

@@ -179,6 +179,8 @@ class Entry:
     fan_in: int
     words_width: int = 0
     """Of what the table of words gives; narrower than `width` where the embedding widens it."""
+    gives_positions: bool = False
+    """Whether `embedding` has a table besides that of words, so that its tokens have their positions."""
     takes_embeddings: bool = False
     """Whether the caller takes `inputs_embeds` in the place of `input_ids`."""
 

@@ -6,11 +6,11 @@ Lester et al. 2021 (arXiv 2104.08691), section 2.
 
 They go in where the model's own embedding ends (`embedding`), so that tokens keep their positions, as the library
 `adapters` has it for BERT and its kin; or among the embedded token ids (`words`), so that all get positions and norms
-like tokens, as PEFT has it. `auto` takes the first where an embedding is a module of its own, else the second. Masks,
-positions and caches know of them; outputs, losses and pooled tokens are those of the user's tokens, at their places, so
-a result is as long as what was given. (The library `adapters` gives longer ones; with PEFT a classifier of BERT pools a
-prompt.) In an encoder and decoder they stand before the encoder's tokens, behind any padding, and the
-decoder attends to them, so `encoder_last_hidden_state` is the one result that is longer.
+like tokens, as PEFT has it. `auto` takes the first where an embedding is a module that gives positions, else the
+second. Masks, positions and caches know of them; outputs, losses and pooled tokens are those of the user's tokens, at
+their places, so a result is as long as what was given. (The library `adapters` gives longer ones; with PEFT a
+classifier of BERT pools a prompt.) In an encoder and decoder they stand before the encoder's tokens, behind any
+padding, and the decoder attends to them, so `encoder_last_hidden_state` is the one result that is longer.
 
 Initial vectors are uniform in ±0.5, as in the paper and in the library `adapters`, or embeddings of a text's tokens.
 
@@ -39,7 +39,7 @@ class PromptConfig(Config):
     insert: Literal["auto", "words", "embedding"] = option(
         "auto",
         "Where: among the embedded token ids (`words`), or behind the model's embedding (`embedding`), which gives "
-        "tokens their positions; `auto` prefers the latter where it is a module.",
+        "tokens their positions; `auto` takes the latter where one module does both.",
     )
     prompt_init: Literal["random_uniform", "from_tokens"] = option(
         "random_uniform", "Initial vectors: uniform in ±0.5, or the embeddings of `prompt_init_ids`."
@@ -88,7 +88,7 @@ class Prompt(InputMethod):
     def point(cls, config: PromptConfig, entry: Entry | None) -> Point:
         if config.insert != "auto":
             return config.insert
-        return "words" if entry is None or entry.embedding is None else "embedding"
+        return "embedding" if entry is not None and entry.gives_positions else "words"
 
     @classmethod
     def length(cls, config: PromptConfig) -> int:

@@ -41,6 +41,7 @@ def _entry(model: nn.Module, first: Site) -> Entry:
         width=width,
         fan_in=width,
         words_width=0 if words is None else int(model.get_submodule(words).weight.shape[1]),  # type: ignore[index]
+        gives_positions=embedding is not None and _num_tables(model.get_submodule(embedding)) > 1,
         takes_embeddings="inputs_embeds" in _parameters(model.get_submodule(caller)),
     )
 
@@ -70,6 +71,12 @@ def _embedding(caller: str, words: str, layer: str) -> str | None:
     prefix = f"{caller}." if caller else ""
     head, _, rest = words.removeprefix(prefix).partition(".")
     return f"{prefix}{head}" if rest and not f"{layer}.".startswith(f"{prefix}{head}.") else None
+
+
+def _num_tables(embedding: nn.Module) -> int:
+    """Tables of learned vectors: of words, positions, types."""
+    tables = [module for module in embedding.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    return sum(module.weight.dim() == 2 and not isinstance(module, nn.Linear) for module in tables)  # type: ignore[operator]
 
 
 def _width(embedding: nn.Module, table: nn.Module) -> int:

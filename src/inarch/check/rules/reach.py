@@ -87,7 +87,9 @@ def partial_reach(facts: Facts) -> Iterator[Finding]:
     stayed at ln 2 (PEFT issue 3554). Layers that `leave_out` names are not counted. Below a quarter it is an error.
     """
     for name, config in facts.configs.items():
-        reached = {m.placement.site.key for m in facts.plan.modules if m.adapter == name}
+        # What stands at the input changes all layers, though it lives at the site of one.
+        own = [m.placement for m in facts.plan.modules if m.adapter == name]
+        reached = {placement.site.key for placement in own if placement.port != "input"}
         left_out = {layer for part in config.parts for layer in getattr(part, "leave_out", ())}
         for stack, mixers in _mixers(facts, left_out).items():
             covered = [site for site in mixers if site.key in reached]
