@@ -390,6 +390,6 @@ class _LinearStep:
     def __call__(self, name: str, flow: _LinearFlow) -> _LinearFlow:
         value = flow.value
         for module in self.modules.get(name, ()):
-            reads = module.reads_base and self.base is not None
+            reads = self.base is not None and module.reads_base
             value = self.recorder.call(OnBase(module, self.base) if reads else module, flow.inputs, value)  # type: ignore[arg-type]
         return replace(flow, value=value)

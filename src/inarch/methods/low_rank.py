@@ -14,6 +14,8 @@ from ..core.config import Config, FrozenMap, config_class, option
 from ..core.site import Sites
 from .method import Placement, check_patterns, first_match, projection_placements
 
+_LAST = ("init_weights", "init_weights_seed", "leave_out", "leave_out_roles", "leave_out_projections")
+
 
 @config_class
 class ProjectionsConfig(Config):
@@ -50,6 +52,14 @@ class ProjectionsConfig(Config):
                 f"got none at `{name}`. Set `selfattn_lora=True`."
             )
         return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, what is left out last, as people read it."""
+        values = Config.to_dict(self)
+        last = [name for name in _LAST if name in values]
+        return {name: value for name, value in values.items() if name not in last} | {
+            name: values[name] for name in last
+        }
 
     def roles(self) -> dict[str, str]:
         """The projections asked for by role, each with the field that asks."""
