@@ -87,6 +87,8 @@ class Affine:
     bias: str = ""
     rows: tuple[tuple[int, int], ...] | None = None
     is_norm: bool = False
+    offset: float = 0.0
+    """What a norm adds to its weight before it multiplies by it."""
 
     @property
     def names(self) -> dict[str, str]:

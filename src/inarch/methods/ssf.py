@@ -88,6 +88,8 @@ class SSF(LinearMethod):
     def __init__(self, config: SSFConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
         size = placement.projection.num_rows
+        is_norm = placement.role not in placement.site.projections
+        self.offset = placement.vectors.offset if is_norm else 0.0
         self.scale = nn.Parameter(torch.ones(size))
         self.shift = nn.Parameter(torch.zeros(size)) if config.shift else None
         if config.init_weights == "normal":
@@ -105,7 +107,9 @@ class SSF(LinearMethod):
         return scaled if self.shift is None else scaled + in_dtype(self.shift, output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None, base: Frozen | None = None) -> tuple[Tensor, Tensor | None]:
-        scaled = weight * (self.scale if weight.dim() == 1 else self.scale[:, None])
+        # Of a norm that multiplies by 1 + w, g (1 + w) is to be 1 + the new w.
+        scale = self.scale if weight.dim() == 1 else self.scale[:, None]
+        scaled = (weight + self.offset) * scale - self.offset if self.offset else weight * scale
         if bias is None:
             return scaled, None
         return scaled, bias * self.scale if self.shift is None else bias * self.scale + self.shift

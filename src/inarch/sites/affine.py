@@ -10,17 +10,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.site import Affine, Projection, Site, Sites
 
 _AT_SUMS = ("pre_norm", "post_norm", "branch_norm")
+_BIAS = 1.0
+"""The bias that a copy of a norm is run with."""
+
+_Known = dict[tuple[object, ...], Tensor | None]
+"""What norms of a class and size gave."""
 
 
 def with_affine(model: nn.Module, sites: Sites) -> Sites:
     """The sites of a model with the vectors of their norms and projections."""
     taken: set[nn.Module] = set()
-    known: dict[tuple[object, ...], bool] = {}
+    known: _Known = {}
     found: dict[str, dict[str, Affine]] = {site.key: {} for site in sites}
     for site in sites:
         for role in _AT_SUMS:
@@ -28,28 +33,31 @@ def with_affine(model: nn.Module, sites: Sites) -> Sites:
             module = None if path is None else model.get_submodule(site.absolute(path))
             if module is not None and module not in taken:
                 taken.add(module)
-                if (vectors := _of_norm(module, path)) is not None:
+                if (vectors := _of_norm(module, path, known)) is not None:
                     found[site.key][role] = vectors
         for role, projections in site.projections.items():
             for part, projection in enumerate(projections):
                 if (bias := _of_projection(model, site, projection)) is not None:
                     found[site.key][f"{role}{part or ''}"] = bias
     for role, site, path in _other_norms(model, sites, taken, known):
-        vectors = _of_norm(model.get_submodule(site.absolute(path)), path)
+        vectors = _of_norm(model.get_submodule(site.absolute(path)), path, known)
         assert vectors is not None
         number = sum(name.startswith(role) for name in found[site.key])
         found[site.key][f"{role}{number or ''}"] = vectors
     return replace(sites, sites=tuple(replace(site, affine=found[site.key]) for site in sites))
 
 
-def _of_norm(module: nn.Module, path: str) -> Affine | None:
+def _of_norm(module: nn.Module, path: str, known: _Known) -> Affine | None:
     """The vectors of a norm; None where it has none that is called `weight` or `bias`."""
     own = {leaf: module._parameters.get(leaf) for leaf in ("weight", "bias")}
     vectors = {leaf: value for leaf, value in own.items() if value is not None and value.dim() == 1}
     if not vectors or len({len(value) for value in vectors.values()}) > 1:
         return None
     size = len(next(iter(vectors.values())))
-    return Affine(path=path, size=size, is_norm=True, **{leaf: leaf for leaf in vectors})  # type: ignore[arg-type]
+    weight, bias = (leaf if leaf in vectors else "" for leaf in ("weight", "bias"))
+    return Affine(
+        path=path, size=size, weight=weight, bias=bias, is_norm=True, offset=_offset(module, known) if weight else 0.0
+    )
 
 
 def _of_projection(model: nn.Module, site: Site, projection: Projection) -> Affine | None:
@@ -65,7 +73,7 @@ def _of_projection(model: nn.Module, site: Site, projection: Projection) -> Affi
 
 
 def _other_norms(
-    model: nn.Module, sites: Sites, taken: set[nn.Module], known: dict[tuple[object, ...], bool]
+    model: nn.Module, sites: Sites, taken: set[nn.Module], known: _Known
 ) -> Iterator[tuple[str, Site, str]]:
     """Norms without a place at a sum: `inner_norm` or `outer_norm`, the site that they are counted to, their path."""
     layers: dict[str, list[Site]] = {}
@@ -113,28 +121,46 @@ def _common(first: str, second: str) -> int:
     return count
 
 
-def _normalises(module: nn.Module, known: dict[tuple[object, ...], bool]) -> bool:
+def _normalises(module: nn.Module, known: _Known) -> bool:
     """Whether a module has a weight, or a weight and a bias, that are vectors, and gives the same for 2x as for x."""
-    own: Mapping[str, nn.Parameter | None] = module._parameters
+    own = module._parameters
     weight = own.get("weight")
-    if (
-        weight is None
-        or weight.dim() != 1
-        or len(weight) < 2
-        or [*module.children()]
-        or not {*own} <= {"weight", "bias"}
-    ):
+    is_vector = weight is not None and weight.dim() == 1 and len(weight) > 1
+    if not is_vector or [*module.children()] or not {*own} <= {"weight", "bias"}:
         return False
-    kind = (type(module), tuple(weight.shape), own.get("bias") is None)
+    small, large = (_given(module, known, 1.0, size) for size in (2.0**8, 2.0**9))
+    if small is None or large is None:
+        return False
+    return bool(torch.allclose(small, large, rtol=1e-3)) and not torch.allclose(small, small.flip(-1))
+
+
+def _offset(module: nn.Module, known: _Known) -> float:
+    """What a norm adds to its weight, which is 1 in some; 0 where it is no whole number."""
+    zero, one = (_given(module, known, weight, 2.0**8) for weight in (0.0, 1.0))
+    if zero is None or one is None:
+        return 0.0
+    unit = one - zero
+    found = float(((zero - _BIAS * (module._parameters.get("bias") is not None)) * unit).sum() / unit.square().sum())
+    return float(round(found)) if abs(found - round(found)) < 1e-3 else 0.0
+
+
+def _given(module: nn.Module, known: _Known, weight: float, size: float) -> Tensor | None:
+    """What a norm without hooks gives for an input of some size, where all its weights are the same; None for none."""
+    own: Mapping[str, nn.Parameter | None] = module._parameters
+    shape = next((tuple(p.shape) for p in own.values() if p is not None), ())
+    kind = (type(module), shape, own.get("bias") is None, weight, size)
     if kind not in known:
-        memo = {id(p): nn.Parameter(torch.ones(p.shape), requires_grad=False) for p in own.values() if p is not None}
-        x = torch.linspace(-1.0, 2.0, len(weight)).expand(2, -1)
+        memo = {
+            id(p): nn.Parameter(torch.full(shape, value, dtype=torch.float32, device="cpu"), requires_grad=False)
+            for p, value in ((own.get("weight"), weight), (own.get("bias"), _BIAS))
+            if p is not None
+        }
         try:
             twin = copy.deepcopy(module, memo).eval()
+            x = torch.linspace(-size, 2 * size, shape[-1], dtype=torch.float32, device="cpu").expand(2, -1)
             with torch.no_grad():
                 # Not by calling it: whoever put hooks on the module, or a forward of their own, is no part of it.
-                small, large = (type(module).forward(twin, x * factor) for factor in (2.0**8, 2.0**9))
-            known[kind] = bool(torch.allclose(small, large, rtol=1e-3)) and not torch.allclose(small, small.flip(-1))
+                known[kind] = type(module).forward(twin, x)
         except Exception:  # noqa: BLE001  a module may refuse such an input in any way
-            known[kind] = False
+            known[kind] = None
     return known[kind]
