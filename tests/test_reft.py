@@ -210,22 +210,12 @@ def test_blocks_give_each_sample_its_adapter(name):
     assert not torch.allclose(last(model, **inputs), alone["a"], atol=1e-2)
 
 
-def test_a_split_counts_the_tokens_of_the_whole_sequence():
-    model, adapters = adapted("bert", "loreft[prefix_positions=1,suffix_positions=1,dropout=0]")
-    adapters.add("b", "loreft[prefix_positions=1,suffix_positions=1,dropout=0]")
-    adapters.activate(Split("a", "b", splits=[3, 4]))
-    found = last(model, **tiny_inputs("bert"))
-    adapters.deactivate()
-    by_hand(adapters, "a", lambda _, x: {"prefix": [[0]] * len(x)})
-    by_hand(adapters, "b", lambda _, x: {"suffix": [[6]] * len(x)})
-    assert torch.allclose(found, last(model, **tiny_inputs("bert")), atol=1e-5)
-
-
-def test_interventions_are_not_fused():
+@pytest.mark.parametrize("block", [Fuse("a", "b"), Split("a", "b", splits=[3, 4])])
+def test_blocks_without_a_meaning_are_refused(block):
     _, adapters = adapted("bert")
     adapters.add("b", CONFIG)
-    with pytest.raises(inarch.SetupError, match="`Fuse`"):
-        adapters.activate(Fuse("a", "b"))
+    with pytest.raises(inarch.SetupError, match=f"`{type(block).__name__}`"):
+        adapters.activate(block)
 
 
 class Checkpointed(PlainTransformer):

@@ -7,6 +7,7 @@ if the wiring reads it, one on the norm after the sum if the adapter ends behind
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -219,20 +220,26 @@ def arm(
     setup: Setup,
     configs: Mapping[str, AdapterConfig],
     handles: list[Removable],
+    *,
+    skip_layers: tuple[int, ...] = (),
 ) -> None:
-    """Register the hooks a setup needs, adding what removes them to `handles`."""
+    """Register the hooks a setup needs, adding what removes them to `handles`.
+
+    `skip_layers` numbers layers that run as if they had no adapter; what is at the input of a stack is in no layer.
+    """
+    chosen = replace(sites, sites=tuple(site for site in sites if layer_number(site, sites) not in skip_layers))
     batch = Batch(setup, sum_of_rows(setup), _batch_dim(model, sites))
     slots = Slots()
-    for site in sites:
+    for site in chosen:
         handles.extend(_arm_prefix(model, site, setup, configs, batch))
-    for site in sites:
+    for site in chosen:
         handles += _arm_projections(model, site, setup, configs, batch=batch, slots=slots)
-    handles += _arm_weights(model, sites, setup, configs, slots)
+    handles += _arm_weights(model, chosen, setup, configs, slots)
     # After the projections': where both hook one module, the projection is part of the branch.
-    for site in sites:
+    for site in chosen:
         handles += _arm_sum(model, site, sites, setup, configs, batch=batch, slots=slots)
     handles += arm_inputs(model, sites, setup, _input_modules(model, sites, setup, configs), batch)
-    handles += _arm_streams(model, sites, setup, configs, batch)
+    handles += _arm_streams(model, chosen, setup, configs, batch)
     if cuts_rows(setup):
         handles.append(Watched(batch, model))
     handles += [Unnested(encoder) for encoder in nesting_encoders(model, [site.layer_path for site in sites])]

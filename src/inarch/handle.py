@@ -9,8 +9,9 @@ runs a forward of the same model.
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,10 +37,20 @@ from .combine import Combination, average, combined_config, recipe
 from .compose import Batch, Block, Fuse, Setup, Watched, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
+from .embeddings import Embeddings
 from .heads import HeadConfig, TrainedHeads, path_of, read_head
 from .loading import OtherBase
 from .merge import Merged, check_mergeable, merge
-from .methods import AdapterConfig, ConfigLike, InputMethod, fused_places, method_of, placements, read_config
+from .methods import (
+    AdapterConfig,
+    ConfigLike,
+    InputMethod,
+    check_layers,
+    fused_places,
+    method_of,
+    placements,
+    read_config,
+)
 from .methods.prefix import Prefix, PrefixConfig
 from .plan import Plan, plan
 from .plan import check_setup as check_blocks
@@ -197,6 +208,8 @@ class Adapters:
         self._unsound: set[str] = set()
         self._heads = TrainedHeads(model, sites, causal=_is_causal(model, sites))
         self._setup: Setup | None = None
+        self._skipped: tuple[int, ...] = ()
+        self._embeddings = Embeddings(model)
         self._handles: list[Removable] = []
         self._merged = Merged()
         setattr(model, _ATTRIBUTE, self)
@@ -683,6 +696,7 @@ class Adapters:
             if model.__dict__.get(_ATTRIBUTE) is not self:
                 return model
             self._arm(None)
+            self._embeddings.clear()
             if not keep_merged:
                 self.unmerge()
             self._pretrained.close()
@@ -696,8 +710,16 @@ class Adapters:
 
     # Activating and training
 
-    def activate(self, setup: Setup) -> None:
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """The layers in which the active setup does not run."""
+        return () if self._setup is None else self._skipped
+
+    def activate(self, setup: Setup, *, skip_layers: Iterable[int] = ()) -> None:
         """Run a setup in every forward from now on. Changes no `requires_grad`.
+
+        Arguments: `skip_layers` numbers layers, from 0 through all stacks, that run as if they had no adapter
+        (AdapterDrop, Rücklé et al. 2021, arXiv 2010.11918).
 
         Raises `SetupError` for an unknown name, a composition that cannot run, or one that provably does not keep the
         pre-trained function although each of its adapters does, and `SiteError` for what this model cannot run; what
@@ -705,7 +727,7 @@ class Adapters:
         """
         with _LOCK:
             self._check_setup(setup)
-            self._switch(setup)
+            self._switch(setup, skip_layers)
             self._heads.follow(setup)
 
     def deactivate(self) -> None:
@@ -715,18 +737,19 @@ class Adapters:
             self._heads.active = ()
 
     @contextmanager
-    def using(self, setup: Setup | None) -> Iterator[None]:
-        """Activate a setup, or none, for the length of a `with` block."""
-        before, heads = self._setup, self._heads.active
+    def using(self, setup: Setup | None, *, skip_layers: Iterable[int] = ()) -> Iterator[None]:
+        """Activate a setup, or none, for the length of a `with` block, as `activate` does."""
+        before, skipped, heads = self._setup, self._skipped, self._heads.active
         if setup is None:
             self.deactivate()
         else:
-            self.activate(setup)
+            self.activate(setup, skip_layers=skip_layers)
         try:
             yield
         finally:
             with _LOCK:
                 if self.model.__dict__.get(_ATTRIBUTE) is self:
+                    self._skipped = skipped
                     self._arm(before if before is None or all(name in self for name in names(before)) else None)
                     self._heads.active = tuple(head for head in heads if head in self._heads.flexible())
 
@@ -749,13 +772,75 @@ class Adapters:
         """What sees the batch of each forward, where the active setup cuts it."""
         return next((handle.batch for handle in self._handles if isinstance(handle, Watched)), None)
 
-    def train(self, setup: Setup, *, head: bool | Sequence[str] = True, fused: bool = False) -> None:
+    # Token embeddings
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The names of the token embeddings that the model has; `default` is the base's own table."""
+        return self._embeddings.names
+
+    @property
+    def active_embeddings(self) -> str:
+        """The token embeddings that run."""
+        return self._embeddings.active
+
+    def add_embeddings(
+        self, name: str, tokenizer: Any, *, reference: str | None = None, reference_tokenizer: Any = None
+    ) -> None:
+        """Give the model token embeddings for another tokenizer, and activate them. The base keeps its own.
+
+        Arguments: rows of tokens that `tokenizer` and `reference_tokenizer` both know are those of the table
+        `reference`, such as `default`; all others are drawn anew.
+
+        Raises `SetupError` for a name that is taken, or a model that has no table of tokens.
+        """
+        with _LOCK:
+            self._require_attached()
+            self._embeddings.add(name, tokenizer, reference, reference_tokenizer)
+            self._embeddings.activate(name)
+
+    def activate_embeddings(self, name: str) -> None:
+        """Run token embeddings from now on; `default` for the base's own. Raises `SetupError` for an unknown name."""
+        with _LOCK:
+            self._require_attached()
+            self._embeddings.activate(name)
+
+    def remove_embeddings(self, name: str) -> None:
+        """Forget token embeddings; where they are active, the base's own are then. Raises `SetupError` as above."""
+        with _LOCK:
+            self._require_attached()
+            self._embeddings.remove(name)
+
+    def save_embeddings(self, name: str, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+        """Write token embeddings, and a tokenizer beside them, into a folder."""
+        self._require_attached()
+        self._embeddings.save(name, Path(folder), tokenizer)
+
+    def load_embeddings(self, folder: str | os.PathLike[str], *, name: str) -> Any:
+        """Read and activate what `save_embeddings` wrote, here or in the library `adapters`.
+
+        Returns the tokenizer that was saved along, or None. Raises `StateError` for what does not fit.
+        """
+        with _LOCK:
+            self._require_attached()
+            tokenizer = self._embeddings.load(name, Path(folder))
+            self._embeddings.activate(name)
+            return tokenizer
+
+    def train(
+        self,
+        setup: Setup,
+        *,
+        head: bool | Sequence[str] = True,
+        fused: bool = False,
+        embeddings: bool = False,
+    ) -> None:
         """Make a setup the one thing that is trained: freeze the rest, unfreeze it and the task head, activate it.
 
         Of a setup with a `Fuse` the fusion layers alone are trained, and its adapters stay as they are.
 
         Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up;
-        `fused=True` trains the adapters of a setup with a `Fuse` along.
+        `fused=True` trains the adapters of a setup with a `Fuse` along, `embeddings=True` the active token embeddings.
         """
         with _LOCK:
             self._refuse_merged("An adapter is trained on the base that it will be saved for")
@@ -776,6 +861,8 @@ class Adapters:
                 self._heads.assign(name, self._heads.share(name, heads))
             for parameter in self._heads.parameters(heads).values():
                 parameter.requires_grad_(True)
+            if embeddings:
+                self._embeddings.weight(self._embeddings.active).requires_grad_(True)
 
     def penalty(self) -> Tensor:
         """What the trained fusion layers of the active setup add to the loss; zero where there are none.
@@ -797,12 +884,16 @@ class Adapters:
         with watched({name: stored(self.model, self.sites, name) for name in chosen}) as found:
             yield found
 
-    def _switch(self, setup: Setup) -> None:
+    def _switch(self, setup: Setup, skip_layers: Iterable[int] = ()) -> None:
         """Change the hooks to those of a setup; if that fails, what was active stays so."""
-        before = self._setup
+        before, skipped = self._setup, self._skipped
+        chosen = tuple(sorted(set(skip_layers)))
+        check_layers("skip_layers", chosen, self.sites)
         try:
+            self._skipped = chosen
             self._arm(setup)
         except BaseException:
+            self._skipped = skipped
             self._arm(before)
             raise
 
@@ -814,7 +905,7 @@ class Adapters:
         if setup is None:
             return
         try:
-            arm(self.model, self.sites, setup, self._configs, self._handles)
+            arm(self.model, self.sites, setup, self._configs, self._handles, skip_layers=self._skipped)
         except BaseException:
             disarm(self.model, self._handles)
             raise

@@ -31,6 +31,20 @@ def read_weights(folder: Path, safe_name: str, torch_name: str) -> dict[str, Ten
     )
 
 
+def read_tensor(folder: Path, safe_name: str, torch_name: str, key: str) -> Tensor:
+    """The one tensor of a folder: under `key` in its safetensors file, or by itself in a torch file.
+
+    Raises `StateError` as `read_weights` does.
+    """
+    if (folder / safe_name).is_file() or not (folder / torch_name).is_file():
+        tensors = read_weights(folder, safe_name, torch_name)
+        if key not in tensors:
+            raise StateError(f"`{safe_name}` must hold `{key}`; got none at `{folder}`. Save it again.")
+        return tensors[key]
+    found = _read_torch(folder / torch_name)
+    return _checked({key: found}, folder / torch_name)[key].detach()
+
+
 def _read_torch(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -8,6 +8,7 @@ from .method import Placement as Placement
 from .method import PrefixMethod as PrefixMethod
 from .method import SublayerMethod as SublayerMethod
 from .method import activation as activation
+from .method import check_layers as check_layers
 from .method import layer_number as layer_number
 from .method import renumber as renumber
 from .parameters import ParameterMethod as ParameterMethod

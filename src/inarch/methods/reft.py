@@ -93,6 +93,12 @@ class Reft(StreamMethod):
         return [place for place in found if wanted is None or layer_number(place.site, sites) in wanted]
 
     @classmethod
+    def obstacle_to_block(cls, config: ReftConfig, placement: Placement, block: str) -> str:
+        if block == "Split":
+            return "A `Split` gives each adapter its own tokens, an intervention has the ends of whole sequences"
+        return super().obstacle_to_block(config, placement, block)
+
+    @classmethod
     def formula(cls, config: ReftConfig, placement: Placement) -> str:  # noqa: ARG003  the same everywhere
         source = "W x + b" if config.non_linearity is None else f"{config.non_linearity}(W x + b)"
         inner = f"({source} − R x)" if config.subtract_projection else f"({source})"
