@@ -179,6 +179,17 @@ def test_averages_merging_and_removal():
     assert model.has_adapters() and inarch.attach(model).names == ("a", "b")
 
 
+def test_prefixes_are_ejected():
+    model = tiny("gpt2-lm")
+    adapters.init(model)
+    model.add_adapter("a", config=adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6))
+    model.set_active_adapters("a")
+    before = model(**tiny_inputs("gpt2")).logits
+    model.eject_prefix_tuning("a")
+    assert inarch.attach(model).config("a").parts[0].flat
+    torch.testing.assert_close(model(**tiny_inputs("gpt2")).logits, before, rtol=0, atol=1e-5)
+
+
 def test_models_by_name(tmp_path):
     tiny("bert").save_pretrained(tmp_path)
     model = adapters.AutoAdapterModel.from_pretrained(tmp_path)

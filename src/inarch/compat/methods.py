@@ -193,6 +193,10 @@ class ModelMethods:
         """`adapters.unmerge()`"""
         self._handle.unmerge()
 
+    def eject_prefix_tuning(self, name: str) -> None:
+        """`adapters.eject_prefix(name)`"""
+        self._handle.eject_prefix(name)
+
     def share_parameters(self, adapter_names: Sequence[str]) -> None:
         """`adapters.share(names)`"""
         self._handle.share(adapter_names)
