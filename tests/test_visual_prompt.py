@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import inarch
 from inarch import Average, BatchSplit, Parallel, Stack
@@ -214,41 +213,6 @@ def test_checkpointing_copies_and_half_precision(config):
     model.eval().to(torch.bfloat16)
     halved = model(pixel_values=inputs["pixel_values"].bfloat16()).last_hidden_state
     assert halved.dtype == torch.bfloat16
-
-
-def test_a_compiled_model_has_prompts():
-    model = tiny("vit")
-    inputs = tiny_inputs("vit")
-    grafted(model, PRESETS[0])
-    expected = model(**inputs).last_hidden_state
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(**inputs).last_hidden_state, expected, atol=1e-6)
-
-
-class Windows(nn.Module):
-    """Attention in windows of four tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.layers = nn.ModuleList(WindowLayer() for _ in range(2))
-
-    def forward(self, pixel_values):
-        x = self.patches(pixel_values).flatten(2).transpose(1, 2)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class WindowLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.q, self.o = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        z = self.norm(x).view(-1, 4, 8)
-        q = self.q(z)
-        return x + self.o((q @ z.transpose(1, 2)).softmax(-1) @ z).view(x.shape)
 
 
 def test_models_without_one_plain_sequence_are_refused():
