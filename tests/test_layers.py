@@ -96,7 +96,7 @@ LAYERS: dict[str, set[str]] = {
     "merge": GRAFT | {"check"},
     "saving": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
-    "setups": GRAFT | {"state", "loading", "pretrained"},
+    "setups": GRAFT | {"state", "loading", "pretrained", "convert"},
     "report": CORE,
     "handle": SERVICES,
     "testing": SERVICES | {"handle"},

@@ -1,16 +1,23 @@
-"""A setup's folder: `setup.json`, and below `adapters/` an adapter folder for each name in it."""
+"""A setup's folder: `setup.json`, and below `adapters/` an adapter folder for each name in it.
+
+Those of the library `adapters` have `adapter_setup.json`, and the adapter folders beside it.
+"""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from . import loading, state
 from .compose import Setup, from_data, names, to_data
+from .convert import adapterhub
 from .core.errors import SetupError, StateError
 from .core.site import Sites
 from .pretrained import FOLDER
+
+_FOREIGN = "adapter_setup.json"
 
 
 class Handle(Protocol):
@@ -35,11 +42,11 @@ def find(
 ) -> Setup:
     """The setup in a folder, all of whose adapters can be read. Raises `StateError` for anything else."""
     place = Path(folder)
-    setup = from_data(state.read_setup(place))
+    setup = from_data(_foreign(place) if _is_foreign(place) else state.read_setup(place))
     if setup is None:
         raise StateError(f"A stored setup has adapters; got none in `{place}`. Save it again.")
     for name in names(setup):
-        found = loading.locate(place / FOLDER / name)
+        found = loading.locate(_home(place) / name)
         loading.find(found, model, sites, heads=heads, head=head, other_base="refuse")
     return setup
 
@@ -47,4 +54,35 @@ def find(
 def load(handle: Handle, folder: str | os.PathLike[str], setup: Setup, *, overwrite: bool, head: bool) -> None:
     """Read the adapters of a setup that `find` found."""
     for name in names(setup):
-        handle.load(Path(folder) / FOLDER / name, name=name, overwrite=overwrite, head=head)
+        handle.load(_home(Path(folder)) / name, name=name, overwrite=overwrite, head=head)
+
+
+def _is_foreign(place: Path) -> bool:
+    return (place / _FOREIGN).is_file() and not (place / state.SETUP).is_file()
+
+
+def _home(place: Path) -> Path:
+    """Where a setup's adapter folders are."""
+    return place if _is_foreign(place) else place / FOLDER
+
+
+def _foreign(place: Path) -> Any:
+    """The setup of the library `adapters` as our data."""
+    return _block(adapterhub.read_json(place / _FOREIGN).get("adapter_setup"), place)
+
+
+def _block(data: Any, place: Path) -> Any:
+    children = data.get("children") if isinstance(data, Mapping) else None
+    if not isinstance(children, list) or not children:
+        raise StateError(
+            f"`{_FOREIGN}` must hold blocks with `type` and `children`; got {data!r} at `{place}`. Save it again."
+        )
+    if data.get("type") == "single":
+        return children[0]
+    if data.get("type") == "Fuse":
+        raise StateError(
+            "A setup of the library `adapters` is read without fusion layers; got a `Fuse` at "
+            f"`{place}`. Load its adapters and its fusion folder one by one."
+        )
+    settings = {key: value for key, value in (data.get("kwargs") or {}).items() if value is not None}
+    return {"block": data.get("type"), "children": [_block(child, place) for child in children], **settings}
