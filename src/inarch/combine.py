@@ -17,7 +17,6 @@ Sums are of updates in the units of the weight: scales such as alpha / r, also w
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +26,7 @@ from .attach import build, methods_in, stored, tensors_in
 from .bank import Modules
 from .core.config import Config
 from .core.errors import SetupError, nearest
+from .core.exact import exact_sum
 from .core.site import Sites
 from .methods import AdapterConfig, LinearMethod, method_of
 
@@ -78,8 +78,7 @@ def recipe(
             f"{nearest(str(combine), get_args(Combination))}"
         )
     is_finite = all(map(math.isfinite, chosen))
-    # As they are written: 0.1 + 0.2 - 0.3 is zero.
-    total = sum((Fraction(repr(weight)) for weight in chosen if is_finite), start=Fraction(0))
+    total = exact_sum(chosen) if is_finite else 0
     if not names or len(chosen) != len(names) or not is_finite or (normalize_weights and total <= 0):
         raise SetupError(
             "`weights` of an average are one number for each adapter, with a sum above zero to be divided by; got "

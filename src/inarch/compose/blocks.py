@@ -12,12 +12,13 @@ MultiTask    each on the rows of its task
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Union
 
 from ..core.errors import SetupError, nearest
+from ..core.exact import exact, exact_sum
 
 Setup = Union[str, "Block"]
 
@@ -147,7 +148,7 @@ class Average(Block):
         object.__setattr__(self, "children", _checked(Average, children))
         chosen = tuple(weights) if weights is not None else (1.0,) * len(children)
         finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in chosen)
-        if len(chosen) != len(children) or not finite or (normalize_weights and _exact_sum(chosen) <= 0):
+        if len(chosen) != len(children) or not finite or (normalize_weights and exact_sum(chosen) <= 0):
             raise SetupError(
                 f"`weights` of an `Average` must be one number for each child, with a sum above zero to be divided by; "
                 f"got {list(chosen)} for {len(children)} children. Give {len(children)} weights, or "
@@ -165,16 +166,8 @@ class Average(Block):
     def shares(self) -> tuple[Fraction, ...]:
         """What each child's result counts, as exact as the weights are written; and last, where the weights are not
         normalised, what is left for the input: weights then multiply what each child changes."""
-        exact = [Fraction(repr(weight)) for weight in self.weights]
-        total = _exact_sum(self.weights)
-        if self.normalize_weights:
-            return tuple(weight / total for weight in exact)
-        return (*exact, 1 - total)
-
-
-def _exact_sum(weights: Iterable[float]) -> Fraction:
-    """The sum of numbers as they are written: 0.1 + 0.2 - 0.3 is zero."""
-    return sum((Fraction(repr(float(weight))) for weight in weights), start=Fraction(0))
+        shares, total = tuple(map(exact, self.weights)), exact_sum(self.weights)
+        return tuple(share / total for share in shares) if self.normalize_weights else (*shares, 1 - total)
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {
