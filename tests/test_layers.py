@@ -52,6 +52,7 @@ SERVICES = GRAFT | {
     "admission",
     "saving",
     "setups",
+    "publish",
     "summary",
     "trainable",
 }
@@ -97,6 +98,7 @@ LAYERS: dict[str, set[str]] = {
     "saving": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
     "setups": GRAFT | {"state", "loading", "pretrained", "convert"},
+    "publish": CORE,
     "report": CORE,
     "handle": SERVICES,
     "testing": SERVICES | {"handle"},
@@ -110,7 +112,7 @@ LAYERS: dict[str, set[str]] = {
 }
 """Each top-level module or folder of the package, and those it may import besides itself."""
 
-TORCH_LAYERS = set(LAYERS) - {"core", "version", "report", "__main__"}
+TORCH_LAYERS = set(LAYERS) - {"publish", "core", "version", "report", "__main__"}
 TRAINING = {"data", "train", "sweep", "testing", "cli"}
 
 LIBRARIES: dict[str, set[str]] = {
@@ -128,7 +130,7 @@ LIBRARIES: dict[str, set[str]] = {
         "pretrained",
         "embeddings",
     },
-    "huggingface_hub": {"loading", "convert", "train", "testing", "cli", "compat"},
+    "huggingface_hub": {"loading", "publish", "convert", "train", "testing", "cli", "compat"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numpy": TRAINING,

@@ -8,6 +8,7 @@ runs a forward of the same model.
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import loading, pretrained, saving, setups, state
+from . import loading, pretrained, publish, saving, setups, state
 from .admission import check_composition, check_name, check_present, check_setup, check_streams, refusal
 from .attach import (
     Removable,
@@ -957,6 +958,7 @@ class Adapters:
         overwrite: bool = False,
         head: bool = True,
         other_base: OtherBase = "refuse",
+        revision: str | None = None,
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
@@ -964,7 +966,8 @@ class Adapters:
         task head. A flexible head that lies beside the adapter is added, and becomes active with it.
 
         Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
-        `other_base="allow"` takes an adapter made on a base with other weights.
+        `other_base="allow"` takes an adapter made on a base with other weights; `revision` is the branch, tag or commit
+        of a repository.
 
         Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
         """
@@ -973,7 +976,7 @@ class Adapters:
         if name is not None:
             self._check_new(name, overwrite)
         # Outside the lock, because a download may take minutes.
-        folder = loading.locate(source)
+        folder = loading.locate(source, revision)
         found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
         with _LOCK:
             chosen = name or found.name
@@ -999,6 +1002,30 @@ class Adapters:
                         self._heads.put(given[stored], module.requires_grad_(requires_grad=False))
             self._heads.assign(chosen, (*found.head, *map(path_of, given.values())))
             return chosen
+
+    def push(
+        self,
+        name: str,
+        repository: str,
+        *,
+        head: bool = True,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Save an adapter into a repository of the Hub, `owner/name`, which is made if need be, with a model card.
+
+        Returns the commit, which `load(repository, revision=...)` takes. Raises `StateError` where it cannot be
+        written.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "adapter"
+            self.save(name, folder, head=head)
+            text = publish.card(state.read_record(folder), str(self._configs[name]), repository)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            told = message or f"Add the adapter {name}"
+            return publish.upload(folder, repository, message=told, private=private, token=token, revision=revision)
 
     def save_setup(self, folder: str | os.PathLike[str], setup: Setup | None = None) -> None:
         """Write the active setup, or another one, with all its adapters and fusion layers, into a folder.

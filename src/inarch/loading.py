@@ -58,11 +58,12 @@ class Found:
 # Where it is
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local folder of an adapter: the folder itself, the one in that of a run, or a snapshot of a Hub repository.
 
     Of a repository the record is fetched first, so that what is no adapter, or one that this version cannot read, costs
-    no download of weights. Raises `StateError` if there is neither, and for a run without an adapter, or with several.
+    no download of weights; `revision` is its branch, tag or commit. Raises `StateError` if there is neither, and for a
+    run without an adapter, or with several.
     """
     path = Path(source).expanduser()
     text = os.fspath(source)
@@ -73,7 +74,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
             f"An adapter is a folder or a Hub repository `owner/name`; got `{text}`, which is neither. "
             f"{nearest_place(text) or 'Give the folder that `save` wrote.'}"
         )
-    folder = _fetch(text, [state.RECORD, *convert.RECORDS])
+    folder = _fetch(text, [state.RECORD, *convert.RECORDS], revision)
     if state.is_adapter(folder):
         state.read_record(folder)
         return _fetch(text, [state.TENSORS], folder.name)

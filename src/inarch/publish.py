@@ -1,0 +1,57 @@
+"""Puts an adapter folder on the Hub, with a model card that is made of its record."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .core.errors import StateError
+
+
+def card(record: Mapping[str, Any], config: str, repository: str) -> str:
+    """The model card of an adapter, with the data that the Hub reads at its head."""
+    base, head = record["base"], record.get("head") or {}
+    head_rows = [f"* head: {', '.join(head['modules'])}"] if head.get("modules") else []
+    lines = [
+        "---",
+        "library_name: inarch",
+        "tags:",
+        "- inarch",
+        "- adapter",
+        *([f"base_model: {base['id']}"] if base["id"] else []),
+        "---",
+        "",
+        f"# `{record['name']}`",
+        "",
+        f"An adapter for `{base['id'] or base['model_class']}`, made with inarch {record['versions']['inarch']}.",
+        "",
+        f"* configuration: `{config}`",
+        f"* base: `{base['model_class']}`, revision `{base['revision'] or 'unknown'}`, in {base['dtype']}",
+        *head_rows,
+        "",
+        "```python",
+        "import inarch",
+        "",
+        "adapters = inarch.attach(model)  # the base model",
+        f'name = adapters.load("{repository}")',
+        "adapters.activate(name)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def upload(folder: Path, repository: str, *, message: str, private: bool | None, token: Any, revision: Any) -> str:
+    """Upload a folder. Returns the commit that holds it. Raises `StateError` where the Hub does not take it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message, revision=revision)
+    except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries
+        reason = (str(error).splitlines() or [""])[0]
+        raise StateError(
+            f"An adapter is pushed to a Hub repository that can be written; got `{repository}`: "
+            f"{type(error).__name__}: {reason}. Check the name, the token and the connection."
+        ) from None
+    return str(done.oid)
