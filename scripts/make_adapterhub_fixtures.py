@@ -277,8 +277,9 @@ def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed:
             print(f"{folder.name}/{case}: impossible there: {error}")
             continue
         plain = outputs["__base__"]
-        if found.shape == plain.shape and torch.allclose(found, plain, atol=1e-3):
-            raise RuntimeError(f"{folder.name}/{case} changes nothing")
+        if found.shape == plain.shape and torch.allclose(found, plain, atol=1e-4):
+            print(f"{folder.name}/{case}: changes nothing there")
+            continue
         outputs[case] = found
         # A norm before an adapter, and prefixes, are there more than once, which safetensors do not store.
         is_shared = case == "inner_norms" or any(".prefix_tunings." in key for key in model.state_dict())
