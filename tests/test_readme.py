@@ -74,7 +74,7 @@ def test_the_commands_of_the_readme_are_understood(page):
 @pytest.mark.parametrize("page", READMES)
 def test_every_preset_is_in_the_table(page):
     rows = [line.split("|")[1] for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line[:3] == "| `"]
-    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    told = {name for row in rows for name in re.findall(r"`([\w+]+)`", row)}
     older = {name for method in registry.methods().values() for name in method.aliases} | OLDER_NAMES.keys()
     assert told == registry.preset_names() - older
 
