@@ -366,6 +366,7 @@ def test_fields_that_are_not_stored_have_the_meaning_they_had():
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "experts_lora": False,
         "bias": False,
         "dropout": 0.0,
         "use_gating": False,

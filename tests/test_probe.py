@@ -1033,8 +1033,12 @@ def test_experts_without_tokens_are_counted():
 
 
 def test_weights_outside_linear_modules_are_noted():
-    """Experts kept in one tensor get no projection, and a note says where they are."""
-    site = probe(tf.MixtralForCausalLM(tf.MixtralConfig(**GQA, num_local_experts=4)))["text0.0.mlp"]
+    """Experts kept in one tensor get none of the common roles; where their shapes leave a doubt, a note says where."""
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**GQA, num_local_experts=4))
+    assert set(probe(model)["text0.0.mlp"].projections) == {"expert_up", "expert_down"}
+    for layer in model.model.layers:  # with a third tensor nobody can tell which are the projections
+        layer.mlp.experts.more = nn.Parameter(torch.randn(4, WIDTH, WIDTH))
+    site = probe(model)["text0.0.mlp"]
     assert site.projections == {}
     assert "`mlp.experts` (MixtralExperts) has weights that are no linear module" in site.notes
 

@@ -76,14 +76,14 @@ class AdapterTrainer(Trainer):
             logger.warning("One GPU of %d is used. Start with `accelerate launch` to use all.", args.n_gpu)
             args._n_gpu = 1  # noqa: SLF001  as the trainer itself does for models spread over devices
         super().__init__(model, args, *positional, **options)
-        handle = attached(self._network)
-        if handle is not None and handle.flexible_heads and self.args.label_names is None:
-            self.label_names = list(handle.targets)  # the parent reads those of the model's class
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SetupError(
                 "AdapterTrainer runs on one process, or on several with a whole model each; got FSDP or DeepSpeed in "
                 "the arguments. Turn it off, or use `transformers.Trainer`."
             )
+        handle = attached(self._network)
+        if handle is not None and handle.flexible_heads and self.args.label_names is None:
+            self.label_names = list(handle.targets)  # the parent reads those of the model's class
         # The trainer divides by the number of accumulated parts; with older versions of it accelerate does so again.
         self.accelerator.gradient_accumulation_steps = 1
 
