@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .bank import argument_of, refuse_replica
+from .bank import argument_of, refuse_replica, thread
 from .compose import Average, Cut, Cutter, Fuse, Setup, Take, run, walk
 from .core.errors import SetupError, SiteError
 from .core.site import Site
@@ -257,26 +257,26 @@ class PrefixSlot:
     def hold_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook on the query projection: keep what the gates read."""
         inputs = args[0] if args else kwargs[self._input_name]
-        self._inputs[_thread()] = inputs.movedim(self.site.batch_dim, 0) if inputs.dim() == 3 else inputs
+        self._inputs[thread()] = inputs.movedim(self.site.batch_dim, 0) if inputs.dim() == 3 else inputs
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook on the attention."""
         refuse_replica(module)
         if not torch.compiler.is_compiling():
-            self._calls.setdefault(_thread(), []).append(0)
+            self._calls.setdefault(thread(), []).append(0)
         if self.way in ("fused", "scores"):
             mode = _Attending(self) if self.way == "fused" else _Scoring(self, module)
-            self._modes.setdefault(_thread(), []).append(mode)
+            self._modes.setdefault(thread(), []).append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation there
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the attention, also called after an exception."""
         if self.way in ("fused", "scores"):
-            self._modes[_thread()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
-        self._inputs.pop(_thread(), None)
+            self._modes[thread()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
+        self._inputs.pop(thread(), None)
         if torch.compiler.is_compiling():
             return
-        calls = self._calls.get(_thread())
+        calls = self._calls.get(thread())
         if calls and not calls.pop() and output is not None:
             raise SiteError(
                 "A prefix is put before the keys where the attention attends; got a forward of "
@@ -363,8 +363,8 @@ class PrefixSlot:
 
     def count(self) -> None:
         """Remember that the running forward has attended."""
-        if not torch.compiler.is_compiling() and self._calls.get(_thread()):
-            self._calls[_thread()][-1] += 1
+        if not torch.compiler.is_compiling() and self._calls.get(thread()):
+            self._calls[thread()][-1] += 1
 
     def prefix(self, rows: Tensor) -> Prefixed:
         """What the setup puts before the keys and values of these rows, (B, N)."""
@@ -373,7 +373,7 @@ class PrefixSlot:
     def _read_inputs(self, rows: Tensor) -> Tensor | None:
         if not self._reads_input:
             return None
-        inputs = self._inputs.get(_thread())
+        inputs = self._inputs.get(thread())
         if inputs is None or inputs.dim() != 3 or len(inputs) != len(rows):
             raise SiteError(
                 "A gate of a prefix reads the input of the query projection, (B, L, D); got "
@@ -544,7 +544,3 @@ def _attend(function: Callable[..., Any], implementation: str, module: nn.Module
     if slot is None:
         return function(module, *args, **kwargs)
     return slot.attend_by_interface(function, implementation, module, *args, **kwargs)
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
