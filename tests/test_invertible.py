@@ -186,7 +186,7 @@ def test_blocks_without_a_meaning_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("vit", "no stack of layers is called with"), ("whisper", "decoder writes")]
+    ("name", "message"), [("vit", "no stack of layers gets token ids"), ("whisper", "decoder writes")]
 )
 def test_a_model_without_text_is_refused(name, message):
     with pytest.raises(inarch.ConfigError, match=f"`invertible` acts on .*{message}"):

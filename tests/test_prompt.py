@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import nn
 
 import inarch
 from inarch import Average, BatchSplit, MultiTask, Parallel, Stack
@@ -280,7 +281,7 @@ def test_a_check_knows_that_the_input_reaches_all_layers(name, config):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("vit", "prompt_tuning", "no stack of layers is called with token ids.*`vpt_deep` for images"),
+        ("vit", "prompt_tuning", "no stack of layers gets token ids.*`vpt_deep` for images"),
         ("gpt2-lm", "prompt_tuning[insert=embedding]", "need a module at which it ends; got none.*`insert=words`"),
         ("clip", "prompt_tuning[insert=words]", "takes no `inputs_embeds`. Set `insert=embedding`"),
     ],
@@ -288,6 +289,19 @@ def test_a_check_knows_that_the_input_reaches_all_layers(name, config):
 def test_a_place_that_a_model_does_not_have_is_refused(name, config, message):
     with pytest.raises(inarch.ConfigError, match=message):
         inarch.attach(tiny(name)).add("a", config)
+
+
+def test_a_model_with_a_table_for_each_of_several_tokens_is_refused(monkeypatch):
+    """What makes sounds of codebooks: a place in the sequence is the sum of several tokens."""
+    model = tiny("gpt2-lm")
+    tables = nn.ModuleList([nn.Embedding(99, 32), nn.Embedding(99, 32)])
+    monkeypatch.setattr(type(model), "get_input_embeddings", lambda _: tables)
+    monkeypatch.setattr(type(model.transformer), "get_input_embeddings", lambda _: tables)
+    model.transformer.tables = tables
+    adapters = inarch.attach(model)
+    with pytest.raises(inarch.ConfigError, match="no stack of layers gets token ids and embeds them by one table"):
+        adapters.add("a", "prompt_tuning")
+    adapters.add("a", "seq_bn")
 
 
 def test_the_tokens_of_clip_stay_where_they_are():

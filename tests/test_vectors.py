@@ -206,6 +206,47 @@ def test_copies_pickles_and_threads_have_their_own():
     assert "weight" not in model.layers[0].layernorm_before.__dict__
 
 
+class Norm(nn.Module):
+    """Of the root mean square, with a weight that is applied as `scale` says."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(32))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale(self.weight, x, lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [
+        (lambda weight, x, norm: weight * norm(x), 0),
+        (lambda weight, x, norm: (1 + weight) * norm(x), 1),
+        (lambda weight, x, norm: norm((1 + weight) * x), 1),  # of one weight for all features it would not depend
+        (lambda weight, x, norm: torch.exp(weight) * norm(x), 0),
+    ],
+    ids=["weight", "one more", "one more, before it normalises", "nothing is added"],
+)
+def test_what_a_norm_adds_to_its_weight(scale, offset):
+    model = tiny("llama")
+    for layer in model.layers:
+        layer.input_layernorm = Norm(scale)
+    adapters = inarch.attach(model)
+    assert [site.affine["pre_norm"].offset for site in adapters.sites if site.kind == "self_attention"] == [offset] * 2
+
+
+def test_a_module_that_looks_like_a_norm_and_returns_something_else_is_none():
+    class Odd(Norm):
+        def forward(self, x):
+            return x, self.weight
+
+    model = tiny("llama")
+    model.odd = Odd(None)
+    adapters = inarch.attach(model)
+    assert all(vectors.path != "/odd" for site in adapters.sites for vectors in site.affine.values())
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [

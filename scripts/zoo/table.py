@@ -32,7 +32,8 @@ Otherwise it is **refused** by name, with the reason, or it **fails**: known to 
 
 Columns: sites and layers of the default, full-size configuration on the meta device (of the tiny one in brackets, where
 that has none); norms around the sums; ports: `h` adapters after a branch, `x` adapters that read the stream (`(x)`: at
-some sites), and the projections that LoRA reaches. What an adapting model has that is left alone stands under notes.
+some sites), and the projections that LoRA reaches, `experts` being those in one tensor. What an adapting model has that
+is left alone stands under notes.
 
 {counts}
 
@@ -82,7 +83,9 @@ def _ports(record: Mapping[str, Any]) -> str:
     if not ports or not record.get("sites"):
         return ""
     stream = {"stream:all": "h x", "stream:some": "h (x)", "stream:none": "h"}[ports[0]]
-    return " ".join([stream, *(role for role in ("q", "k", "v", "o", "up", "gate", "down") if role in ports[1:])])
+    roles = [role for role in ("q", "k", "v", "o", "up", "gate", "down") if role in ports[1:]]
+    experts = ["experts"] if any(role.startswith("expert_") for role in ports[1:]) else []
+    return " ".join([stream, *roles, *experts])
 
 
 def _notes(record: Mapping[str, Any], full: Mapping[str, Any]) -> str:

@@ -59,8 +59,9 @@ def text_entry(name: str, sites: Sites) -> tuple[Site, Entry]:
     entry = None if first is None else sites.entries.get(first.stack)
     if first is None or entry is None or entry.caller is None or entry.words is None:
         raise ConfigError(
-            f"`{name}` acts on embedded tokens of text; got {sites.model_class}, in which no stack of layers is called "
-            f"with token ids. Use a model of text{', or `vpt_deep` for images' if name == 'prompt' else ''}."
+            f"`{name}` acts on embedded tokens of text; got {sites.model_class}, in which no stack of layers gets "
+            "token ids and embeds them by one table. "
+            f"Use a model of text{', or `vpt_deep` for images' if name == 'prompt' else ''}."
         )
     if any(site.stack == first.stack and site.kind == "cross_attention" for site in sites):
         raise ConfigError(

@@ -135,13 +135,16 @@ def _normalises(module: nn.Module, known: _Known) -> bool:
 
 
 def _offset(module: nn.Module, known: _Known) -> float:
-    """What a norm adds to its weight, which is 1 in some; 0 where it is no whole number."""
-    zero, one = (_given(module, known, weight, 2.0**8) for weight in (0.0, 1.0))
-    if zero is None or one is None:
-        return 0.0
-    unit = one - zero
-    found = float(((zero - _BIAS * (module._parameters.get("bias") is not None)) * unit).sum() / unit.square().sum())
-    return float(round(found)) if abs(found - round(found)) < 1e-3 else 0.0
+    """What a norm adds to its weight, which is 1 in some: with the opposite for weights, nothing of its input is left.
+
+    Seen where it is so, and not reckoned, because a norm may apply its weight before it normalises.
+    """
+    bias = _BIAS * (module._parameters.get("bias") is not None)
+    for offset in (0.0, 1.0):
+        given = _given(module, known, -offset, 2.0**8)
+        if given is not None and torch.allclose(given, torch.full_like(given, bias), atol=1e-3):
+            return offset
+    return 0.0
 
 
 def _given(module: nn.Module, known: _Known, weight: float, size: float) -> Tensor | None:
@@ -160,7 +163,8 @@ def _given(module: nn.Module, known: _Known, weight: float, size: float) -> Tens
             x = torch.linspace(-size, 2 * size, shape[-1], dtype=torch.float32, device="cpu").expand(2, -1)
             with torch.no_grad():
                 # Not by calling it: whoever put hooks on the module, or a forward of their own, is no part of it.
-                known[kind] = type(module).forward(twin, x)
+                result = type(module).forward(twin, x)
+            known[kind] = result if isinstance(result, Tensor) and result.shape == x.shape else None
         except Exception:  # noqa: BLE001  a module may refuse such an input in any way
             known[kind] = None
     return known[kind]

@@ -51,7 +51,7 @@ def _parameters(module: nn.Module) -> frozenset[str]:
 
 
 def _words(model: nn.Module, caller: str, owners: list[str]) -> str | None:
-    """The path of the module that embeds token ids, if it lies inside of the caller."""
+    """The path of the table that embeds token ids, if it lies inside of the caller."""
     prefix = f"{caller}." if caller else ""
     for owner in (caller, *reversed(owners)):
         find = getattr(model.get_submodule(owner), "get_input_embeddings", None)
@@ -59,6 +59,8 @@ def _words(model: nn.Module, caller: str, owners: list[str]) -> str | None:
             table = find() if find is not None else None
         except (NotImplementedError, AttributeError):
             continue
+        if getattr(getattr(table, "weight", None), "ndim", 0) != 2:
+            continue  # a list of tables, one for each of several tokens that stand together
         paths = (path for path, module in model.named_modules(remove_duplicate=False) if module is table)
         found: str | None = next((path for path in paths if path.startswith(prefix)), None)
         if found is not None:
