@@ -9,7 +9,7 @@ The second form writes every architecture of that library with every kind of bot
 Runs in an environment with that library: `pip install torch==2.13.0 adapters==1.3.0`. For each model it writes
 
     base/                 a tiny base model with random weights
-    inputs.safetensors    the arguments of its forward
+    inputs.safetensors    the arguments of its forward; `inputs.<case>.safetensors` those of a case that has its own
     outputs.safetensors   the last hidden state, `__base__` without an adapter and one tensor for each case
     <case>/               an adapter with random weights, saved by the library
 
@@ -146,7 +146,10 @@ SHARED = {
 """Those with parameters that all modules share, which the library saves of a model that is part of another alone."""
 PREFIX = PrefixTuningConfig(prefix_length=3, bottleneck_size=4)
 FLAT = PrefixTuningConfig(prefix_length=3, flat=True)
+PROMPT = PromptTuningConfig(prompt_length=3)
 GATED = PrefixTuningConfig(prefix_length=3, bottleneck_size=4, use_gating=True, shared_gating=False, leave_out=[0])
+PADDED = {"prompt_tuning": PROMPT, "prompt_tuning_padded": PROMPT}
+"""Prompts without and with padding in the batch: those of DeBERTa attend to it."""
 
 CASES = {
     "bert": {"dora": DORA, "mtl_lora": MTL, **SHARED},
@@ -154,7 +157,7 @@ CASES = {
     "bart": {"cross": CROSS, "ia3": IA3Config(), "prefix": PREFIX, "prefix_gate": GATED},
     "beit": {"double": DOUBLE, "other_sum": OTHER_SUM},
     "bert_decoder": {"double": DOUBLE},
-    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config(), "prefix": PREFIX},
+    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config(), "prefix": PREFIX, **PADDED},
     "gemma2": {"double": DOUBLE, "parallel": PARALLEL, "before": BEFORE, "lora": LORA},
     "gpt2": {"lora": LORA, "ia3": IA3Config()},
     "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL, "prefix_flat": FLAT},
@@ -203,7 +206,7 @@ ALL_CASES = {
     "loreft": LoReftConfig(prefix_positions=1, suffix_positions=1),
     "noreft": NoReftConfig(prefix_positions=1, suffix_positions=1),
     "direft": DiReftConfig(prefix_positions=1, suffix_positions=1),
-    "prompt_tuning": PromptTuningConfig(prompt_length=3),
+    "prompt_tuning": PROMPT,
 }
 
 
@@ -225,6 +228,13 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     if name == "bert_decoder":
         batch["encoder_hidden_states"] = torch.randn(2, 3, WIDTH)
     return batch
+
+
+def inputs_of(name: str, case: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments of the forward of a case: without padding for the prompts of DeBERTa, which attend to it."""
+    if name in ("deberta", "deberta-v2") and case == "prompt_tuning":
+        return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    return dict(batch)
 
 
 @torch.no_grad()
@@ -272,7 +282,7 @@ def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed:
     outputs = {"__base__": base(**batch).last_hidden_state.contiguous()}
     for case, config in cases.items():
         try:
-            found, model = adapted(folder, type(base), config, batch)
+            found, model = adapted(folder, type(base), config, given := inputs_of(folder.name, case, batch))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             print(f"{folder.name}/{case}: impossible there: {error}")
             continue
@@ -281,6 +291,8 @@ def write(folder: Path, make: Callable[[], Any], cases: Mapping[str, Any], seed:
             print(f"{folder.name}/{case}: changes nothing there")
             continue
         outputs[case] = found
+        if any(not torch.equal(given[key], batch[key]) for key in batch):
+            save_file(given, folder / f"inputs.{case}.safetensors")
         # A norm before an adapter, and prefixes, are there more than once, which safetensors do not store.
         is_shared = case == "inner_norms" or any(".prefix_tunings." in key for key in model.state_dict())
         model.save_adapter(str(folder / case), "a", use_safetensors=not is_shared)

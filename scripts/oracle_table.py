@@ -3,8 +3,9 @@
     python scripts/oracle_table.py ORACLE_DIR [--architectures vit,bert] [--cases seq_bn,lora] [--tolerance 1e-5]
 
 ORACLE_DIR holds, for every model type, the base model `base/`, the forward arguments `inputs.safetensors`, the outputs
-by case `outputs.safetensors`, and one adapter folder for each case, all written by that library. Each cell of the table
-is the largest absolute difference of the last hidden states in float32, or what stands in the way:
+by case `outputs.safetensors`, and one adapter folder for each case, all written by that library; a case with arguments
+of its own has `inputs.<case>.safetensors`. Each cell of the table is the largest absolute difference of the last hidden
+states in float32, or what stands in the way:
 
     refused   the adapter cannot be read exactly and is refused; `--reasons` prints why
     -         the reference has no such case
@@ -76,9 +77,10 @@ def compare(
         except inarch.InarchError as error:
             results[case] = str(error)
             continue
-        given = inputs
+        own = folder / f"inputs.{case}.safetensors"
+        given = load_file(own) if own.is_file() else inputs
         if by_sdpa and case == "prompt_tuning":  # there the reference cannot extend the mask, and has none
-            given = {key: value for key, value in inputs.items() if key != "attention_mask"}
+            given = {key: value for key, value in given.items() if key != "attention_mask"}
         results[case] = difference(model, given, outputs[case])
         adapters.deactivate()
         adapters.remove(name)
@@ -165,7 +167,9 @@ A folder of ReFT does not tell NoReFT from DiReFT, so both are refused until `su
 
 A bare base model of that library saves VeRA and Compacter without the parameters that their modules share; such folders
 are refused. Here these adapters were saved from a model with a head. With `sdpa`, prompts are computed there without
-the mask of the tokens. Prompts on DeBERTa differ where a batch is padded, and agree where it is not."""
+the mask of the tokens. On DeBERTa
+prompts attend to padding there, so that what they compute depends on how far a batch is padded: `load` refuses them
+unless `other_base="allow"` is passed, for one that was trained without padding. Their rows compare on such a batch."""
 
 
 def page(found: dict[str, dict[str, Difference | str]], root: Path, tolerance: float) -> str:

@@ -12,7 +12,6 @@ are brought up to date as the reference does it: renamed modules, `gelu` of fold
 """
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,17 +32,17 @@ from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA, LoRAConfig
 from ..methods.mtl_lora import MTLLoRA, MTLLoRAConfig
 from ..methods.prefix import PrefixConfig
+from ..methods.prompt import PromptConfig
 from .adapterhub_config import translate
 from .adapterhub_fused import asked_thirds, thirds_of_roles, widened
-from .adapterhub_inputs import input_key
+from .adapterhub_inputs import check_prompts, input_key
 from .adapterhub_low_rank import drop_idle_weights, of_dora, shared_tensors, take_shared, vera_as_lora
 from .adapterhub_names import RANDOM_BASES, Place, Tower, interface_towers
 from .adapterhub_prefix import check_prefixes, take_prefixes
 from .adapterhub_sites import Stacks, fused_with_gate, known_towers, match_stacks
 from .adapterhub_stream import take_streams
+from .consent import consent
 from .weights import read_weights
-
-logger = logging.getLogger(__name__)
 
 INTERFACE = "adapter_interface.json"
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
@@ -154,6 +153,8 @@ def read(
         if isinstance(part, PrefixConfig):
             difference = check_prefixes(part, model_type, folder, other_base) or difference
             prefixes = take_prefixes(name, stored, config=part, stacks=stacks, sites=sites, folder=folder)
+        elif isinstance(part, PromptConfig):
+            difference = check_prompts(model_type, folder, other_base) or difference
     tensors = prefixes | streams | _convert(_Source(folder, name, stacks, config, asked_thirds(settings)), stored)
     config, tensors = of_dora(config, tensors | common, model, sites)
     return Converted(
@@ -235,13 +236,7 @@ def check_base(record: Mapping[str, Any], sites: Sites, folder: Path, other_base
         remedy = "Train the adapter anew"
     else:
         return ""
-    if other_base == "refuse":
-        raise StateError(
-            f'{difference[0].upper()}{difference[1:]}. {remedy}, or pass `other_base="allow"` if the change is wanted.'
-        )
-    if other_base == "allow":
-        logger.warning("Loading %s although %s.", folder, difference)
-    return difference
+    return consent(difference, remedy, folder, other_base)
 
 
 def _updated(record: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Any:

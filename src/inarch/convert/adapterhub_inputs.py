@@ -10,6 +10,7 @@ from ..methods.invertible import Invertible, InvertibleConfig
 from ..methods.prompt import Prompt, PromptConfig
 from ..methods.visual_prompt import VisualPrompt, VisualPromptConfig
 from .adapterhub_sites import Stacks
+from .consent import consent
 
 _INVERTIBLE = re.compile(r"(?:\w+\.)*invertible(?:_lang)?_adapters\.(.+)\.([FG])\.([02])\.(weight|bias)")
 _PROMPT = re.compile(r"(?:\w+\.)*prompt_tunings\.(.+)\.prompt_embedding\.weight")
@@ -18,6 +19,7 @@ _PROMPT_FIELDS = {
     "init_weights_seed",
 }
 _STEPS = {"0": "down", "2": "up"}
+_SEES_PADDING = ("deberta", "deberta-v2")
 
 
 def updated_inputs(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,23 @@ def prompt_reasons(row: Mapping[str, Any], stacks: Stacks, *, later: bool) -> li
         found.append(("combine", combine, "prompts behind the first token"))
     unknown = [(key, value) for key, value in row.items() if value and key not in _PROMPT_FIELDS]
     return found + [(key, value, "a field of a later version") for key, value in unknown if later]
+
+
+def check_prompts(model_type: str, folder: object, other_base: str) -> str:
+    """How the reference's prompts may have been trained otherwise than they act here, as a sentence; empty if not.
+
+    Its DeBERTa extends the mask of pairs of tokens by rows of ones, so that prompts attend to padding, and what an
+    adapter computes depends on how far its batch was padded. Raises `StateError` unless that is allowed.
+    """
+    if model_type not in _SEES_PADDING:
+        return ""
+    difference = (
+        "prompts must have been trained where they do not attend to padding; got some of the library `adapters`, which "
+        f"hides none of it from prompts on `{model_type}`, at `{folder}`"
+    )
+    return consent(
+        difference, "Train the adapter anew", folder, other_base, where="it was trained on batches without padding"
+    )
 
 
 def _sees_images(stacks: Stacks) -> bool:

@@ -11,7 +11,6 @@ DistilBERT adds one to their scores where there is padding. By `eager` it does n
 of keys, not of queries, so all its relative biases are those of other distances.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +23,7 @@ from ..core.site import Kind, Site, Sites
 from ..methods import placements
 from ..methods.prefix import Prefix, PrefixConfig
 from .adapterhub_sites import Stack, Stacks
-
-logger = logging.getLogger(__name__)
+from .consent import consent
 
 _MISPLACED = {"bart", "distilbert", "gpt2", "llama", "mbart", "mistral", "plbart", "whisper"}
 _SHIFTED = {"t5", "mt5"}
@@ -57,14 +55,8 @@ def check_prefixes(config: PrefixConfig, model_type: str, folder: object, other_
         "prefixes must have been trained where every query sees them as they are; got some of the library `adapters`, "
         f"which does not see to that on `{model_type}` unless it attends by `eager`, at `{folder}`"
     )
-    if other_base == "refuse":
-        raise StateError(
-            f'{difference[0].upper()}{difference[1:]}. Train the adapter anew, or pass `other_base="allow"` for one '
-            'that was trained with `attn_implementation="eager"`.'
-        )
-    if other_base == "allow":
-        logger.warning("Loading %s although %s.", folder, difference)
-    return difference
+    where = 'it was trained with `attn_implementation="eager"`'
+    return consent(difference, "Train the adapter anew", folder, other_base, where=where)
 
 
 def take_prefixes(

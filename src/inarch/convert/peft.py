@@ -32,6 +32,7 @@ from ..methods.dora import DoRA
 from ..methods.ia3 import IA3, IA3Config
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA, VeRAConfig
+from .consent import consent
 from .peft_names import Names
 from .peft_norms import read_norms
 from .peft_prefix import read_prefix
@@ -271,14 +272,8 @@ def _check_family(source: _Source, adapted: Iterable[str]) -> str:
     else:
         return ""
     text = f"the model that an adapter was made for must be of the same type; got {difference} at `{folder}` and {own}"
-    if source.other_base == "refuse":
-        raise StateError(
-            f"{text[0].upper()}{text[1:]}. Load the base model `{record.get('base_model_name_or_path')}`, or pass "
-            '`other_base="allow"` if the change is wanted.'
-        )
-    if source.other_base == "allow":
-        logger.warning("Loading %s although %s.", folder, text)
-    return text
+    remedy = f"Load the base model `{record.get('base_model_name_or_path')}`"
+    return consent(text, remedy, folder, source.other_base)
 
 
 # LoRA
