@@ -80,7 +80,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
         return _fetch(text, [state.TENSORS], folder.name)
     if not convert.is_adapterhub(folder) and not convert.is_peft(folder):
         raise _unknown(text)
-    weights = convert.adapterhub.WEIGHTS if convert.is_adapterhub(folder) else convert.peft.WEIGHTS
+    weights = convert.adapterhub_record.WEIGHTS if convert.is_adapterhub(folder) else convert.peft_record.WEIGHTS
     for record, (safe, other) in weights.items():
         if (folder / record).is_file() and not (_fetch(text, [safe], folder.name) / safe).is_file():
             _fetch(text, [other], folder.name)

@@ -63,14 +63,16 @@ def write(
         written, settings = convert.write_peft(
             adapter.name, adapter.config, both, head=adapter.head, model=model, sites=sites
         )
-        state.write(folder, written, settings, state.Files(convert.peft.SAFE, convert.peft.RECORD))
+        state.write(folder, written, settings, state.Files(convert.peft_record.SAFE, convert.peft_record.RECORD))
     elif format_ == "adapterhub":
         if adapter.head:
             logger.warning("Of `%s` only the adapter is written: the library `adapters` has other heads.", adapter.name)
         written, settings = convert.write_adapterhub(
             adapter.name, adapter.config, adapter.tensors, model=model, sites=sites
         )
-        state.write(folder, written, settings, state.Files(convert.adapterhub.SAFE, convert.adapterhub.RECORD))
+        state.write(
+            folder, written, settings, state.Files(convert.adapterhub_record.SAFE, convert.adapterhub_record.RECORD)
+        )
     else:
         state.write(folder, both, _record(adapter, model, sites, heads, processor))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import loading, state
 from .compose import Setup, from_data, names, to_data
-from .convert import adapterhub
+from .convert import adapterhub_record
 from .core.errors import SetupError, StateError
 from .core.site import Sites
 from .pretrained import FOLDER
@@ -68,7 +68,7 @@ def _home(place: Path) -> Path:
 
 def _foreign(place: Path) -> Any:
     """The setup of the library `adapters` as our data."""
-    return _block(adapterhub.read_json(place / _FOREIGN).get("adapter_setup"), place)
+    return _block(adapterhub_record.read_json(place / _FOREIGN).get("adapter_setup"), place)
 
 
 def _block(data: Any, place: Path) -> Any:

@@ -12,12 +12,12 @@ from ..core.errors import ConfigError, StateError
 from ..core.site import Kind, Site, Sites
 from ..methods import AdapterConfig, layer_number
 from ..methods.fusion import Fusion, FusionConfig
-from .adapterhub import (
+from .adapterhub import Converted
+from .adapterhub_record import (
     FUSION_RECORD,
     FUSION_SAFE,
     FUSION_TORCH,
     RECORD,
-    Converted,
     base_towers,
     check_base,
     read_json,

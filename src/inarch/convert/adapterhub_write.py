@@ -18,10 +18,12 @@ from ..core.site import Sites
 from ..methods import AdapterConfig, Placement, method_of, placements
 from ..methods.bottleneck import BottleneckConfig
 from ..methods.lora import LoRAConfig
-from .adapterhub import RECORD, tensors_of
 from .adapterhub_config import translate
+from .adapterhub_fused import asked_thirds
 from .adapterhub_names import TOWERS, Place
+from .adapterhub_record import RECORD
 from .adapterhub_sites import Stack, Stacks, known_towers, match_stacks
+from .adapterhub_tensors import Source, tensors_of
 
 VERSION = "adapters.1.3.0"
 _OURS = {
@@ -55,7 +57,7 @@ def write_adapterhub(
     if _computing(again.parts[0]) != _computing(part):
         different = [key for key, value in _computing(part).items() if _computing(again.parts[0]).get(key) != value]
         raise _refusal(name, f"{', '.join(f'`{key}`' for key in different)}, which mean something else there,")
-    back = tensors_of(Path(RECORD), name, written, stacks=stacks, config=again, settings=settings)
+    back = tensors_of(Source(Path(RECORD), name, stacks, again, asked_thirds(settings)), written)
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith("head.")}
     if back.keys() != own.keys() or any(not torch.equal(back[key], own[key].detach()) for key in own):
         raise _refusal(name, "weights that have another place there")

@@ -1,0 +1,44 @@
+"""Whole modules that PEFT trained (`modules_to_save`): the adapter's task head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..core.errors import StateError
+from .peft_source import Source, own_path
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A whole module that was trained, by its path in the folder."""
+
+    stored: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def take_heads(source: Source, stored: dict[str, Tensor]) -> dict[str, Head]:
+    """The modules that `modules_to_save` names, by their path in this model; takes their tensors out of `stored`."""
+    wanted = source.record.get("modules_to_save") or ()
+    found: dict[str, Head] = {}
+    for key in [
+        key for key in stored if not any(word in key for word in ("lora_", "ia3_l", "vera_", "ln_tuning_layers"))
+    ]:
+        parents = [key[:place] for place, letter in enumerate(key) if letter == "."]
+        path = next((path for path in parents if any(path.endswith(name) for name in wanted)), None)
+        if path is not None:
+            leaf = key.removeprefix(f"{path}.").removeprefix("modules_to_save.").removeprefix("default.")
+            found.setdefault(path, Head(path)).tensors[leaf] = stored.pop(key)
+    return {own_path(path, source.model): head for path, head in found.items()}
+
+
+def head_tensors(heads: Mapping[str, Head], source: Source) -> dict[str, Tensor]:
+    """The tensors of a head by our keys. Raises `StateError` for a module that the model does not have."""
+    modules = dict(source.model.named_modules())
+    absent = next((head.stored for path, head in heads.items() if path not in modules), None)
+    if absent is not None:
+        raise StateError(
+            f"The task head of an adapter must exist in the model; got `{absent}` of `{source.folder}` for "
+            f"{type(source.model).__name__}. Load the model with its task head, or pass `head=False`."
+        )
+    return {f"head.{path}.{leaf}": tensor for path, head in heads.items() for leaf, tensor in head.tensors.items()}
