@@ -100,7 +100,8 @@ LAYERS: dict[str, set[str]] = {
     "setups": GRAFT | {"state", "loading", "pretrained", "convert"},
     "publish": CORE,
     "report": CORE,
-    "handle": SERVICES,
+    "grafted": SERVICES,
+    "handle": SERVICES | {"grafted"},
     "testing": SERVICES | {"handle"},
     "data": CORE,
     "train": SERVICES | {"handle", "data"},
@@ -295,6 +296,15 @@ def test_imports_follow_the_table_of_layers():
 
 def test_the_table_itself_goes_one_way():
     assert cycles({layer: allowed - {layer} for layer, allowed in LAYERS.items()}) == []
+
+
+def test_the_design_shows_the_same_table():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.search(r"## Layers of the package.*?```\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    height = {name: -number for number, row in enumerate(rows) for name in row.split(":")[0].split(", ")}
+    assert height.keys() == LAYERS.keys() - {PACKAGE}
+    wrong = [(name, other) for name in height for other in LAYERS[name] - {PACKAGE} if height[other] >= height[name]]
+    assert wrong == [], "an import goes up, or along a row"
 
 
 def test_every_library_is_a_declared_dependency():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inarch
-from inarch import convert, handle, state
+from inarch import convert, grafted, state
 from inarch.core.errors import SetupError, StateError
 from inarch.testing import tiny, tiny_inputs
 
@@ -378,9 +378,9 @@ def hub(saved, tmp_path, monkeypatch):
     remote, local, asked = saved[1], tmp_path / "snapshots" / "c0ffee", []
 
     def is_free():
-        found = handle._LOCK.acquire(blocking=False)
+        found = grafted.LOCK.acquire(blocking=False)
         if found:
-            handle._LOCK.release()
+            grafted.LOCK.release()
         return found
 
     def snapshot_download(repository, *, allow_patterns, revision):

@@ -9,68 +9,40 @@ runs a forward of the same model.
 import logging
 import os
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import loading, pretrained, publish, saving, setups, state
-from .admission import check_composition, check_name, check_present, check_setup, check_streams, refusal
-from .attach import (
-    Removable,
-    arm,
-    build,
-    disarm,
-    discard,
-    graft,
-    store,
-    stored,
-    tensors_in,
-    ungraft,
-)
-from .bank import Modules, SiteSlot
+from .admission import refusal
+from .attach import build, discard, stored, ungraft
+from .bank import SiteSlot
 from .check import Data, Report, Stored, Training, examine, report, unplaced
 from .combine import Combination, average, combined_config, recipe
-from .compose import Batch, Block, Fuse, Setup, Watched, fusions, last, leaves, names
+from .compose import Fuse, Setup, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
-from .embeddings import Embeddings
-from .heads import HeadConfig, TrainedHeads, path_of, read_head
+from .grafted import ATTRIBUTE, LOCK, Grafted
+from .heads import path_of
 from .loading import OtherBase
-from .merge import Merged, check_mergeable, merge
-from .methods import (
-    AdapterConfig,
-    ConfigLike,
-    InputMethod,
-    check_layers,
-    fused_places,
-    method_of,
-    placements,
-    read_config,
-)
+from .merge import check_mergeable, merge
+from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config
 from .methods.prefix import Prefix, PrefixConfig
-from .plan import Plan, plan
 from .plan import check_setup as check_blocks
+from .plan import plan
 from .saving import FORMATS as FORMATS
 from .saving import Format
-from .scores import Scores, watched
 from .sharing import share, unshare
-from .sites import Inputs, given_inputs, likely_inputs, probe, synthesise
-from .summary import summary
+from .sites import Inputs, given_inputs, probe, synthesise
 from .tensors import copy_into
-from .trainable import check_trainable, penalty
-from .trainer_door import TrainerDoor
-from .trial import check_runs, is_skeleton
-from .witness import verify
+from .trainable import check_trainable
+from .witness import verify_attached
 
 logger = logging.getLogger(__name__)
-
-_ATTRIBUTE = "_inarch_handle"
-_LOCK = threading.RLock()
 
 Unsound = Literal["refuse", "allow"]
 
@@ -81,15 +53,15 @@ def attach(
     """Find the residual sites of a model and make it ready for adapters. The model computes what it did.
 
     Arguments: `model` is any PyTorch Transformer; `layout` gives its sites instead of finding them, as data or as a
-    JSON file (see `Sites.to_dict`); `example_inputs`, what the model is called with, is
-    needed where none can be made up.
+    JSON file (see `Sites.to_dict`); `example_inputs`, what the model is called with, is needed where none can be made
+    up.
 
     Returns the model's handle, the same one each time. Raises `SiteError` if a residual branch cannot be found, reached
     or trusted; the model is then as it was.
     """
     model = unwrap(model)
-    with _LOCK:
-        handle = model.__dict__.get(_ATTRIBUTE)
+    with LOCK:
+        handle = model.__dict__.get(ATTRIBUTE)
         if isinstance(handle, Adapters):
             if layout is not None:
                 raise SiteError(
@@ -104,30 +76,9 @@ def attach(
             )
         sites = probe(model, layout=layout, example_inputs=example_inputs)
         if not any(parameter.is_meta for parameter in model.parameters()):
-            _verify(model, sites, example_inputs)
+            verify_attached(model, sites, example_inputs)
         shapes = None if example_inputs is None else given_inputs(example_inputs).to("meta")
         return Adapters(model, sites, shapes)
-
-
-def _verify(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
-    """Watch one real forward: a short one, and where that does not show that all is well, one that surely is right."""
-    likely = likely_inputs(model) if example_inputs is None else None
-    if likely is not None:
-        try:
-            verify(model, sites, likely.args, likely.kwargs)
-        except Exception:  # noqa: BLE001  a model may refuse made-up inputs in any way
-            logger.debug("%s did not take the shortest inputs.", type(model).__name__)
-        else:
-            return
-    inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
-    if inputs.args or inputs.kwargs:
-        verify(model, sites, inputs.args, inputs.kwargs)
-    else:  # there is a layout, or the probe would have needed inputs
-        logger.warning(
-            "No forward of %s was watched, for no inputs can be made up: nothing shows that the taps of its layout are "
-            "right. Pass `example_inputs`.",
-            type(model).__name__,
-        )
 
 
 def _batch(model: nn.Module, example_inputs: Any) -> Inputs | None:
@@ -171,7 +122,7 @@ def check(
     activated.
     """
     model = unwrap(model)
-    with _LOCK:
+    with LOCK:
         handle = attached(model)
         if handle is None and config is None:
             raise SetupError(
@@ -196,109 +147,15 @@ def check(
             handle.detach()
 
 
-class Adapters:
+class Adapters(Grafted):
     """The adapters of one model. Made by `inarch.attach`."""
 
     def __init__(self, model: nn.Module, sites: Sites, shapes: Inputs | None = None) -> None:
-        self._trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-        graft(model, sites)
-        self.model = model
-        self.sites = sites
-        self._shapes = shapes
-        self._configs: dict[str, AdapterConfig] = {}
-        self._unsound: set[str] = set()
-        self._heads = TrainedHeads(model, sites, causal=_is_causal(model, sites))
-        self._setup: Setup | None = None
-        self._skipped: tuple[int, ...] = ()
-        self._embeddings = Embeddings(model)
-        self._handles: list[Removable] = []
-        self._merged = Merged()
-        setattr(model, _ATTRIBUTE, self)
-        self._trainer = TrainerDoor(self)
+        super().__init__(model, sites, shapes)
         self._pretrained = pretrained.Door(self, self._trainer.as_base)
+        setattr(model, ATTRIBUTE, self)
 
-    # What there is
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all adapters, in the order in which they came."""
-        return tuple(self._configs)
-
-    @property
-    def setup(self) -> Setup | None:
-        """What is active: a name, a composition, or None."""
-        return self._setup
-
-    def config(self, name: str) -> AdapterConfig:
-        """The configuration of one adapter."""
-        self._require(name)
-        return self._configs[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._configs
-
-    def __getitem__(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by their key in an adapter file."""
-        self._require(name)
-        return {
-            f"{site}.{key}": parameter
-            for site, modules in stored(self.model, self.sites, name).items()
-            for key, parameter in modules.named_parameters()
-        }
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """All that an adapter file holds of one adapter: its parameters, and what it keeps frozen, such as the random
-        matrices of VeRA."""
-        self._require(name)
-        return tensors_in(stored(self.model, self.sites, name))
-
-    def head(self, name: str) -> dict[str, Tensor]:
-        """The task head that was trained with an adapter, parameters and buffers by their key in an adapter file."""
-        self._require(name)
-        return self._heads.tensors(self._heads[name])
-
-    @property
-    def flexible_heads(self) -> dict[str, HeadConfig]:
-        """The heads that `add_head` added, by name."""
-        return {name: self._heads.config(name) for name in self._heads.flexible()}
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of what the active flexible heads learn from, as the model takes it."""
-        return self._heads.targets()
-
-    @property
-    def active_head(self) -> str | tuple[str, ...] | None:
-        """The flexible head that the model runs, or several; None where it gives what its class gives.
-
-        Activating a setup activates the heads of its adapters. Where the setup cuts the batch (`Parallel`,
-        `BatchSplit`, `MultiTask`), each of several heads gets the rows of its adapter; otherwise all get all rows.
-        """
-        active = self._heads.active
-        return active[0] if len(active) == 1 else active or None
-
-    @active_head.setter
-    def active_head(self, names: str | Sequence[str] | None) -> None:
-        with _LOCK:
-            self._require_attached()
-            self._heads.active = (names,) if isinstance(names, str) else tuple(names or ())
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """The modules of the model that belong to a task and not to the base."""
-        return self._heads.known()
-
-    def plan(self, setup: Setup | None = None) -> Plan:
-        """Every module of the adapters in a setup (all adapters by default), with the formulas of the sites."""
-        chosen = self.names if setup is None else names(setup)
-        return plan(self.sites, {name: self.config(name) for name in chosen}, setup)
-
-    def summary(self) -> str:
-        """A table of the adapters: configuration, parameters, share of the base, state."""
-        return summary(self)
-
-    def __str__(self) -> str:
-        return self.summary()
+    # Proof and measurement
 
     def check(
         self,
@@ -310,7 +167,7 @@ class Adapters:
         measure: bool = True,
     ) -> Report:
         """What `inarch.check` does, for a configuration or, without one, for the active setup or the only adapter."""
-        with _LOCK:
+        with LOCK:
             inputs = _batch(self.model, example_inputs) if measure else None
             if config is not None and loading.is_source(config):
                 assert isinstance(config, str | os.PathLike)
@@ -389,7 +246,7 @@ class Adapters:
         Raises `SetupError` for a bad or taken name, `ConfigError` for a configuration that is wrong, matches
         nothing, or is unsound; nothing is added then.
         """
-        with _LOCK:
+        with LOCK:
             self._check_new(name, overwrite)
             parsed = read_config(config)
             verdict = self._judge(name, parsed)
@@ -404,7 +261,7 @@ class Adapters:
 
         They are an adapter of their own: saved, loaded and removed by that name, and active as part of the `Fuse`.
         """
-        with _LOCK:
+        with LOCK:
             for name in leaves(block):
                 self._require(name)
             parts = read_config(config).parts
@@ -421,68 +278,9 @@ class Adapters:
             self.add(block.name, whole, overwrite=overwrite)
             return block.name
 
-    def _judge(self, name: str, config: AdapterConfig) -> Report:
-        """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
-        verdict = report(self.sites, name, {name: config})
-        check_streams(verdict)
-        if isinstance(self._setup, Block) and name in names(self._setup) and verdict.sound:
-            check_composition(self._setup, self.sites, self._configs | {name: config}, self._unsound - {name})
-        return verdict
-
-    def _try(self, name: str, config: AdapterConfig, built: dict[str, Modules]) -> None:
-        """Run the model once with an adapter that changes its sequences, which no site can tell whether it takes.
-
-        Raises `SiteError` where it does not; the model is as it was in any case.
-        """
-        if not any(issubclass(method_of(part), InputMethod) for part in config.parts) or is_skeleton(self.model):
-            return
-        before, config_before, active = stored(self.model, self.sites, name), self._configs.get(name), self._setup
-        disarm(self.model, self._handles)
-        try:
-            store(self.model, self.sites, name, built)
-            self._configs[name] = config
-            check_runs(self.model, self._shapes, str(config), lambda on: self._arm(name if on else None))
-        finally:
-            disarm(self.model, self._handles)
-            store(self.model, self.sites, name, before)
-            del self._configs[name]
-            if config_before is not None:
-                self._configs[name] = config_before
-            self._arm(active)
-
-    def _store(self, name: str, config: AdapterConfig, built: dict[str, Modules], *, sound: bool) -> None:
-        """Put built modules in the model, leaving what is active as it was. What cannot run leaves everything so."""
-        before, config_before, setup = stored(self.model, self.sites, name), self._configs.get(name), self._setup
-        store(self.model, self.sites, name, built)
-        self._configs[name] = config
-        if setup is not None and name in names(setup):
-            try:
-                self._arm(setup)
-            except BaseException:
-                store(self.model, self.sites, name, before)
-                assert config_before is not None, "an active adapter has a configuration"
-                self._configs[name] = config_before
-                self._arm(setup)
-                raise
-        if any(method_of(part).sees_whole_sequences(part) for part in config.parts) and _is_causal(
-            self.model, self.sites
-        ):
-            logger.warning(
-                "The gate of `%s` is a mean over all tokens, so on %s a token sees later ones, and generation with a "
-                "cache gives something else than without. The library `adapters` does the same; new adapters of a "
-                "causal model are better off with `use_gating=False`.",
-                name,
-                type(self.model).__name__,
-            )
-        self._trainer.tell_adapters()
-        self._heads.forget(name)
-        self._unsound.discard(name)
-        if not sound:
-            self._unsound.add(name)
-
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises `SetupError` if it is active."""
-        with _LOCK:
+        with LOCK:
             self._require(name)
             if self._setup is not None and name in names(self._setup):
                 raise SetupError(
@@ -495,52 +293,6 @@ class Adapters:
             self._trainer.tell_adapters()
             self._heads.forget(name)
             self._unsound.discard(name)
-
-    def add_head(
-        self, name: str, head: str | Mapping[str, Any] | HeadConfig, *, overwrite: bool = False, **settings: Any
-    ) -> None:
-        """Give the model a flexible head, and make it the active one. It belongs to the adapter it is trained with.
-
-        The model then takes the head's targets (`labels`, or `start_positions` and `end_positions`, ...) and returns
-        its loss and scores. The head of an adapter of the same name becomes active with it.
-
-        Arguments: `head` is a kind, such as `classification` (see `inarch.heads.KINDS`), with its settings:
-        `add_head("sst", "classification", num_labels=3)`.
-
-        Raises `SetupError` for a bad or taken name, and `ConfigError` for a head that cannot be.
-        """
-        with _LOCK:
-            self._require_attached()
-            check_name(name)
-            self._check_new_head(name, overwrite=overwrite)
-            built = self._heads.build(read_head(head, **settings))
-            with self._rearmed():  # what stands in `generate` and sees output embeddings has to see these
-                self._heads.put(name, built)
-            self._heads.active = (name,)
-
-    def remove_head(self, name: str) -> None:
-        """Take a flexible head from the model. Raises `SetupError` for one that it does not have."""
-        with _LOCK:
-            self._require_attached()
-            with self._rearmed():
-                self._heads.drop(name)
-
-    def _check_new_head(self, name: str, *, overwrite: bool) -> None:
-        if name in self._heads.flexible() and not overwrite:
-            raise SetupError(
-                f"The heads of a model have different names; got `{name}` again. Choose another name, `remove_head` "
-                "the old one, or pass `overwrite=True`."
-            )
-
-    @contextmanager
-    def _rearmed(self) -> Iterator[None]:
-        """Have nothing active for the length of a `with` block."""
-        setup = self._setup
-        self._arm(None)
-        try:
-            yield
-        finally:
-            self._arm(setup)
 
     # Combining and merging
 
@@ -569,7 +321,7 @@ class Adapters:
         farthest: zero but for rounding where the way is exact. Raises `SetupError` for adapters that cannot be
         combined so.
         """
-        with _LOCK:
+        with LOCK:
             asked = recipe(
                 of,
                 weights,
@@ -592,14 +344,14 @@ class Adapters:
 
         Each is saved whole; adapters that were loaded share again after a call of this.
         """
-        with _LOCK:
+        with LOCK:
             for name in adapters:
                 self._require(name)
             share(self.model, self.sites, adapters, self._configs)
 
     def unshare(self, adapters: Sequence[str]) -> None:
         """Give adapters parameters of their own again, of the same values."""
-        with _LOCK:
+        with LOCK:
             for name in adapters:
                 self._require(name)
             unshare(self.model, self.sites, adapters)
@@ -609,7 +361,7 @@ class Adapters:
 
         Raises `SetupError` for an adapter without prefixes.
         """
-        with _LOCK:
+        with LOCK:
             self._require(name)
             adapter = stored(self.model, self.sites, name)
             found = {place: one for place, part in adapter.items() if isinstance(one := part.find(Prefix.name), Prefix)}
@@ -643,7 +395,7 @@ class Adapters:
         Returns the difference. Raises `SetupError` for an adapter that is no change of weights, for weights that
         cannot be overwritten, and for outputs that differ by more; the model is then as it was.
         """
-        with _LOCK:
+        with LOCK:
             self._require(name)
             if name in self._merged.names:
                 raise SetupError(f"An adapter is merged once; got `{name}`, which is in the weights. Call `unmerge()`.")
@@ -673,7 +425,7 @@ class Adapters:
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the weights, bit for bit."""
-        with _LOCK:
+        with LOCK:
             self._merged.restore()
             self._merged.names.clear()
 
@@ -692,9 +444,9 @@ class Adapters:
 
         The handle is of no further use. Detaching twice does nothing.
         """
-        with _LOCK:
+        with LOCK:
             model: nn.Module = self.model
-            if model.__dict__.get(_ATTRIBUTE) is not self:
+            if model.__dict__.get(ATTRIBUTE) is not self:
                 return model
             self._arm(None)
             self._embeddings.clear()
@@ -706,127 +458,10 @@ class Adapters:
             ungraft(self.model)
             for key, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trainable.get(key, parameter.requires_grad))
-            model.__dict__.pop(_ATTRIBUTE, None)
+            model.__dict__.pop(ATTRIBUTE, None)
             return model
 
-    # Activating and training
-
-    @property
-    def skipped(self) -> tuple[int, ...]:
-        """The layers in which the active setup does not run."""
-        return () if self._setup is None else self._skipped
-
-    def activate(self, setup: Setup, *, skip_layers: Iterable[int] = ()) -> None:
-        """Run a setup in every forward from now on. Changes no `requires_grad`.
-
-        Arguments: `skip_layers` numbers layers, from 0 through all stacks, that run as if they had no adapter
-        (AdapterDrop, Rücklé et al. 2021, arXiv 2010.11918).
-
-        Raises `SetupError` for an unknown name, a composition that cannot run, or one that provably does not keep the
-        pre-trained function although each of its adapters does, and `SiteError` for what this model cannot run; what
-        was active stays so then.
-        """
-        with _LOCK:
-            self._check_setup(setup)
-            self._switch(setup, skip_layers)
-            self._heads.follow(setup)
-
-    def deactivate(self) -> None:
-        """Run the base model as it is."""
-        with _LOCK:
-            self._arm(None)
-            self._heads.active = ()
-
-    @contextmanager
-    def using(self, setup: Setup | None, *, skip_layers: Iterable[int] = ()) -> Iterator[None]:
-        """Activate a setup, or none, for the length of a `with` block, as `activate` does."""
-        before, skipped, heads = self._setup, self._skipped, self._heads.active
-        if setup is None:
-            self.deactivate()
-        else:
-            self.activate(setup, skip_layers=skip_layers)
-        try:
-            yield
-        finally:
-            with _LOCK:
-                if self.model.__dict__.get(_ATTRIBUTE) is self:
-                    self._skipped = skipped
-                    self._arm(before if before is None or all(name in self for name in names(before)) else None)
-                    self._heads.active = tuple(head for head in heads if head in self._heads.flexible())
-
-    @contextmanager
-    def prepared(self, task_ids: Any = None) -> Iterator[None]:
-        """A block for inputs that you have prepared yourself for the active setup, where inarch cannot.
-
-        A `Parallel` copies what the model is called with. Parts of a model (`get_image_features`, an encoder alone) and
-        later calls with a cache are called in this block, with inputs that hold the rows of the first child, then those
-        of the second, and so on. `task_ids` are those of a `MultiTask`.
-        """
-        batch = self._watched_batch()
-        if batch is None:
-            yield
-            return
-        with batch.prepared(batch.by_hand(task_ids)):
-            yield
-
-    def _watched_batch(self) -> Batch | None:
-        """What sees the batch of each forward, where the active setup cuts it."""
-        return next((handle.batch for handle in self._handles if isinstance(handle, Watched)), None)
-
-    # Token embeddings
-
-    @property
-    def embeddings(self) -> tuple[str, ...]:
-        """The names of the token embeddings that the model has; `default` is the base's own table."""
-        return self._embeddings.names
-
-    @property
-    def active_embeddings(self) -> str:
-        """The token embeddings that run."""
-        return self._embeddings.active
-
-    def add_embeddings(
-        self, name: str, tokenizer: Any, *, reference: str | None = None, reference_tokenizer: Any = None
-    ) -> None:
-        """Give the model token embeddings for another tokenizer, and activate them. The base keeps its own.
-
-        Arguments: rows of tokens that `tokenizer` and `reference_tokenizer` both know are those of the table
-        `reference`, such as `default`; all others are drawn anew.
-
-        Raises `SetupError` for a name that is taken, or a model that has no table of tokens.
-        """
-        with _LOCK:
-            self._require_attached()
-            self._embeddings.add(name, tokenizer, reference, reference_tokenizer)
-            self._embeddings.activate(name)
-
-    def activate_embeddings(self, name: str) -> None:
-        """Run token embeddings from now on; `default` for the base's own. Raises `SetupError` for an unknown name."""
-        with _LOCK:
-            self._require_attached()
-            self._embeddings.activate(name)
-
-    def remove_embeddings(self, name: str) -> None:
-        """Forget token embeddings; where they are active, the base's own are then. Raises `SetupError` as above."""
-        with _LOCK:
-            self._require_attached()
-            self._embeddings.remove(name)
-
-    def save_embeddings(self, name: str, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
-        """Write token embeddings, and a tokenizer beside them, into a folder."""
-        self._require_attached()
-        self._embeddings.save(name, Path(folder), tokenizer)
-
-    def load_embeddings(self, folder: str | os.PathLike[str], *, name: str) -> Any:
-        """Read and activate what `save_embeddings` wrote, here or in the library `adapters`.
-
-        Returns the tokenizer that was saved along, or None. Raises `StateError` for what does not fit.
-        """
-        with _LOCK:
-            self._require_attached()
-            tokenizer = self._embeddings.load(name, Path(folder))
-            self._embeddings.activate(name)
-            return tokenizer
+    # Training
 
     def train(
         self,
@@ -843,7 +478,7 @@ class Adapters:
         Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up;
         `fused=True` trains the adapters of a setup with a `Fuse` along, `embeddings=True` the active token embeddings.
         """
-        with _LOCK:
+        with LOCK:
             self._refuse_merged("An adapter is trained on the base that it will be saved for")
             self._check_setup(setup)
             heads = self._heads.find(head, setup)
@@ -864,54 +499,6 @@ class Adapters:
                 parameter.requires_grad_(True)
             if embeddings:
                 self._embeddings.weight(self._embeddings.active).requires_grad_(True)
-
-    def penalty(self) -> Tensor:
-        """What the trained fusion layers of the active setup add to the loss; zero where there are none.
-
-        `AdapterTrainer` adds it by itself.
-        """
-        chosen = () if self._setup is None else names(self._setup)
-        return penalty([modules for name in chosen for modules in stored(self.model, self.sites, name).values()])
-
-    @contextmanager
-    def scores(self) -> Iterator[Scores]:
-        """A block in which forwards leave what gates and fusion layers of the active setup decide.
-
-        `with adapters.scores() as scores: model(**batch)`; then `scores.gates["a"]` has one number for each sample by
-        module, and `scores.fusion["a+b"]` the weights (B, L, N) of the fused adapters. What runs on a part of the batch
-        has scores of its part.
-        """
-        chosen = () if self._setup is None else names(self._setup)
-        with watched({name: stored(self.model, self.sites, name) for name in chosen}) as found:
-            yield found
-
-    def _switch(self, setup: Setup, skip_layers: Iterable[int] = ()) -> None:
-        """Change the hooks to those of a setup; if that fails, what was active stays so."""
-        before, skipped = self._setup, self._skipped
-        chosen = tuple(sorted(set(skip_layers)))
-        check_layers("skip_layers", chosen, self.sites)
-        try:
-            self._skipped = chosen
-            self._arm(setup)
-        except BaseException:
-            self._skipped = skipped
-            self._arm(before)
-            raise
-
-    def _arm(self, setup: Setup | None) -> None:
-        """Change the hooks to those of a setup; if that fails, none is active."""
-        disarm(self.model, self._handles)
-        self._setup = None
-        self._heads.watch(None, None)
-        if setup is None:
-            return
-        try:
-            arm(self.model, self.sites, setup, self._configs, self._handles, skip_layers=self._skipped)
-        except BaseException:
-            disarm(self.model, self._handles)
-            raise
-        self._setup = setup
-        self._heads.watch(setup, self._watched_batch())
 
     # Saving and loading
 
@@ -978,7 +565,7 @@ class Adapters:
         # Outside the lock, because a download may take minutes.
         folder = loading.locate(source, revision)
         found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
-        with _LOCK:
+        with LOCK:
             chosen = name or found.name
             self._check_new(chosen, overwrite)
             sound = self._judge(chosen, found.config).sound
@@ -1043,7 +630,7 @@ class Adapters:
         Raises `StateError` for a folder that cannot be read, or an adapter in it that is missing, damaged or of another
         base; the model is then unchanged.
         """
-        with _LOCK:
+        with LOCK:
             setup = setups.find(folder, self.model, self.sites, self.heads, head=head)
             for name in names(setup):
                 self._check_new(name, overwrite)
@@ -1051,56 +638,8 @@ class Adapters:
             self._check_setup(setup)
         return setup
 
-    # Checks
-
-    def _require(self, name: str) -> None:
-        self._require_attached()
-        check_present(name, self._configs)
-
-    def _require_attached(self) -> None:
-        if self.model.__dict__.get(_ATTRIBUTE) is not self:
-            raise SetupError(
-                f"A handle works on the model it was attached to; got one of {type(self.model).__name__} that was "
-                "detached. Call `inarch.attach(model)` for a new one."
-            )
-
-    def _check_new(self, name: str, overwrite: bool) -> None:
-        self._require_attached()
-        check_name(name)
-        if name in self._configs and not overwrite:
-            raise SetupError(
-                f"The adapters of a model have different names; got `{name}` again. Choose another name, `remove` the "
-                "old one, or pass `overwrite=True`."
-            )
-        self._check_unmerged(name)
-
-    def _check_unmerged(self, name: str) -> None:
-        if name in self._merged.names:
-            raise SetupError(
-                f"A merged adapter stays as it is; got `{name}`, which is in the weights. Call `unmerge()` first."
-            )
-
-    def _check_setup(self, setup: Setup) -> None:
-        self._require_attached()
-        if isinstance(setup, str | Block):
-            for name in names(setup):
-                self._check_unmerged(name)
-        check_setup(setup, self.sites, self._configs, self._unsound)
-
-
-def _is_causal(model: nn.Module, sites: Sites) -> bool:
-    """Whether the model generates, or its configuration or some attention of a layer says that it looks back only."""
-    layers = (model.get_submodule(site.layer_path) for site in sites)
-    generates, config = getattr(model, "can_generate", None), getattr(model, "config", None)
-    decodes = any(getattr(config, flag, False) is True for flag in ("is_decoder", "is_encoder_decoder"))
-    return (
-        decodes
-        or (callable(generates) and bool(generates()))
-        or any(module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules())
-    )
-
 
 def attached(model: nn.Module) -> "Adapters | None":
     """The handle of a model, if it has one."""
-    found = unwrap(model).__dict__.get(_ATTRIBUTE)
+    found = unwrap(model).__dict__.get(ATTRIBUTE)
     return found if isinstance(found, Adapters) else None

@@ -1,6 +1,7 @@
 """Watches one real forward, to show that every tap is where the sites say it is."""
 
 import itertools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ from .attach import watch_output, watch_stream
 from .bank import SiteSlot, pick
 from .core.errors import SiteError, join_problems
 from .core.site import Site, Sites
-from .sites import unfused
+from .sites import Inputs, given_inputs, likely_inputs, synthesise, unfused
 from .tensors import is_quantised
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -37,6 +40,27 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
         problems = [problem for first, second in followers if (problem := first.disagrees(second))]
     if problems:
         raise SiteError(join_problems(problems))
+
+
+def verify_attached(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
+    """Watch one real forward: a short one, and where that does not show that all is well, one that surely is right."""
+    likely = likely_inputs(model) if example_inputs is None else None
+    if likely is not None:
+        try:
+            verify(model, sites, likely.args, likely.kwargs)
+        except Exception:  # noqa: BLE001  a model may refuse made-up inputs in any way
+            logger.debug("%s did not take the shortest inputs.", type(model).__name__)
+        else:
+            return
+    inputs = Inputs((), synthesise(model) or {}) if example_inputs is None else given_inputs(example_inputs)
+    if inputs.args or inputs.kwargs:
+        verify(model, sites, inputs.args, inputs.kwargs)
+    else:  # there is a layout, or the probe would have needed inputs
+        logger.warning(
+            "No forward of %s was watched, for no inputs can be made up: nothing shows that the taps of its layout are "
+            "right. Pass `example_inputs`.",
+            type(model).__name__,
+        )
 
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
