@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from test_lora import EVERY, awake, by_hand, grafted, output
+from transformers import BertConfig, BertModel
 
 import inarch
 from inarch import MultiTask
+from inarch.methods import read_config
+from inarch.plan import plan
 from inarch.testing import tiny, tiny_inputs
 
 
@@ -82,3 +85,36 @@ def test_what_cannot_be_shared_is_told(names, message):
     _, adapters = grafted("vit", a="mtl_lora", d="mtl_lora[r=2]", e="lora")
     with pytest.raises(inarch.SetupError, match=message):
         adapters.share(names)
+
+
+def test_tasks_make_their_matrices_differ():
+    """Equal weights would give all matrices B one gradient, so that they would stay one matrix for ever."""
+    model = tiny("bert").double()
+    adapters = inarch.attach(model)
+    for name in "ab":
+        adapters.add(name, "mtl_lora[r=2,n_up_projection=3,weights_sharpness=0.5]")
+    adapters.share(["a", "b"])
+    adapters.train(MultiTask("a", "b"))
+    inputs, key = tiny_inputs("bert"), "text0.0.self_attention.mtl_lora.q"
+    weights = torch.stack([adapters[name][f"{key}.weights"].detach().clone() for name in "ab"])
+    assert len(weights.unique()) == 6
+    assert weights.abs().max() <= 3**-0.5
+    B = adapters["a"][f"{key}.B"]
+    assert not B.any()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(**inputs, task_ids=[0, 1]).last_hidden_state[:, 0, :4].square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert min((B[i] - B[j]).norm() / B.norm() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-2
+    assert (adapters["a"][f"{key}.weights"] - weights[0]).abs().min() > 0
+
+
+def test_the_size_of_the_known_model():
+    """That of the library `adapters` on BERT-base, 295,128, has a weight for each projection, which with one matrix B
+    is always one and gets no gradient."""
+    with torch.device("meta"):
+        sites = inarch.probe(BertModel(BertConfig()))
+    assert plan(sites, {"a": read_config("mtl_lora")}).num_parameters == 295_128 - 24
+    expected = 24 * (8 * 768 + 3 * 768 * 8 + 8 + 3)
+    assert plan(sites, {"a": read_config("mtl_lora[n_up_projection=3]")}).num_parameters == expected

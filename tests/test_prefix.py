@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.modeling_utils import AttentionInterface
+from zoo.build import tiny_model
+from zoo.factories import FACTORIES
+from zoo.judge import _generic
 
 import inarch
 from inarch.attach import stored
@@ -326,6 +329,26 @@ def test_a_model_of_the_users_own_that_calls_the_fused_attention():
     assert torch.overrides._len_torch_function_stack() == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("jetmoe", "got keys or values of 4 heads of 16 features, and 32 projected ones, at `text0.0.self_attention`"),
+        ("kosmos-2.5", "got a forward of `Kosmos2_5VisionAttention` that did so nowhere that can be seen"),
+    ],
+)
+def test_an_attention_that_takes_no_prefix_is_refused_before_anything_is_added(name, message):
+    """No site tells; one forward does."""
+    model = tiny_model(name)
+    inputs = FACTORIES[name](model).kwargs if name in FACTORIES else _generic(model).kwargs
+    adapters = inarch.attach(model, example_inputs=dict(inputs) if name in FACTORIES else None)
+    adapters.add("other", "lora")
+    adapters.activate("other")
+    with pytest.raises(inarch.SiteError, match=message):
+        adapters.add("a", "prefix_tuning_flat[prefix_length=3]")
+    assert (adapters.names, adapters.setup) == (("other",), "other")
+    model(**inputs)
+
+
 def test_what_cannot_be_had_is_refused():
     model = tiny("bert")
     adapters = inarch.attach(model)
@@ -335,10 +358,10 @@ def test_what_cannot_be_had_is_refused():
     with pytest.raises(inarch.SiteError, match="computed by `eager` or `sdpa`; got `flex_attention`"):
         model.encoder.layer[0].attention.self(torch.randn(2, 3, 32))
     adapters.deactivate()
+    model.config._attn_implementation = "sdpa"
     adapters.add("mlp", f"prefix_tuning[{SMALL}]")
     adapters["mlp"]["text0.0.self_attention.prefix.source.embedding"].full_tensor = None  # as `fully_shard` leaves it
     adapters.activate("mlp")
-    model.config._attn_implementation = "sdpa"
     with pytest.raises(inarch.SiteError, match="spread over processes .*, for `text0.1.self_attention`"):
         model(**tiny_inputs("bert"))
     with pytest.raises(inarch.ConfigError, match=re.escape("must reach at least one attention")):

@@ -20,7 +20,7 @@ from .core.site import Sites
 from .embeddings import Embeddings
 from .heads import HeadConfig, TrainedHeads, read_head
 from .merge import Merged
-from .methods import AdapterConfig, InputMethod, check_layers, method_of
+from .methods import AdapterConfig, InputMethod, PrefixMethod, check_layers, method_of
 from .plan import Plan, plan
 from .scores import Scores, watched
 from .sites import Inputs
@@ -364,11 +364,12 @@ class Grafted:
         return verdict
 
     def _try(self, name: str, config: AdapterConfig, built: dict[str, Modules]) -> None:
-        """Run the model once with an adapter that changes its sequences, which no site can tell whether it takes.
+        """Run the model once with an adapter of longer sequences or prefixes, which no site can tell whether it takes.
 
         Raises `SiteError` where it does not; the model is as it was in any case.
         """
-        if not any(issubclass(method_of(part), InputMethod) for part in config.parts) or is_skeleton(self.model):
+        is_tried = any(issubclass(method_of(part), InputMethod | PrefixMethod) for part in config.parts)
+        if not is_tried or is_skeleton(self.model):
             return
         before, config_before, active = stored(self.model, self.sites, name), self._configs.get(name), self._setup
         disarm(self.model, self._handles)

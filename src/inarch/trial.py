@@ -1,4 +1,4 @@
-"""Runs a model once with an adapter that changes its sequences: nothing else shows whether its layers take them."""
+"""Runs a model once with an adapter of longer sequences or prefixes: nothing else shows whether its layers take them."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,7 +25,7 @@ def check_runs(model: nn.Module, shapes: Inputs | None, config: str, switch: Cal
         switch(False)
         if _failure(model, inputs) is None:
             raise SiteError(
-                "An adapter that changes a sequence of tokens needs a model that takes others; got "
+                "An adapter that lengthens what layers or attentions see needs a model that takes others; got "
                 f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} from "
                 f"{type(model).__name__} with `{config}`. Use another method for this model, or another place in it."
             ) from failure

@@ -1,12 +1,14 @@
 """MTL-LoRA: updates of several tasks that share their outer matrices and have an inner one of their own.
 
-Yang et al. 2024 (arXiv 2410.09437), section 3.2, equations 5 and 6:
+Yang et al. 2024 (arXiv 2410.09437), and the code of its authors (`mLoRALinear`):
 
     y = W x + s · sum_i p_i B_i L A drop(x)        p = softmax(w / t), s = alpha / r
 
 A (r, in) and B_i (rows, r) are those of all tasks, the matrix L (r, r), by default a diagonal, and the weights w (n,)
 are those of one. Each task is an adapter: `share` ties A and B of several, and a `MultiTask` sends every sample through
-the adapter of its `task_ids`. L starts at the identity and the w are equal, so that training starts as that of LoRA.
+the adapter of its `task_ids`. L starts at the identity and B at zero, so that training starts as that of LoRA. The w
+are drawn between ±1 / sqrt(n): from equal ones, as in the library `adapters`, all B_i would get the same gradient from
+every task, and stay one matrix. With n = 1 there is no w, since p would be one and w get no gradient.
 
 Tensors: (..., in) and (..., rows), with B batch and L tokens in front; R rank.
 """
@@ -76,7 +78,7 @@ class MTLLoRA(LinearMethod):
         self.B = nn.Parameter(torch.zeros(count, projection.num_rows, rank))
         is_full = config.task_specific_matrix_type == "linear"
         self.task = nn.Parameter(torch.eye(rank) if is_full else torch.ones(rank))
-        self.weights = nn.Parameter(torch.ones(count)) if count > 1 else None
+        self.weights = nn.Parameter(torch.zeros(count)) if count > 1 else None
         self.sharpness = config.weights_sharpness
         self.scaling = config.scale(placement)
         self.dropout = config.dropout
@@ -85,6 +87,8 @@ class MTLLoRA(LinearMethod):
         else:
             nn.init.normal_(self.A, std=0.02, generator=generator)
             nn.init.normal_(self.B, std=0.02, generator=generator)
+        if self.weights is not None:
+            nn.init.uniform_(self.weights, -(count**-0.5), count**-0.5, generator=generator)
 
     def forward(self, inputs: Tensor, output: Tensor, base: Frozen | None = None) -> Tensor:
         """(..., in), (..., rows) -> (..., rows)."""
