@@ -158,6 +158,7 @@ SHARED_BY_METHODS = {
     "inarch.methods.low_rank",
     "inarch.methods.parameters",
     "inarch.methods.phm",
+    "inarch.methods.places",
     "inarch.methods.ports_input",
     "inarch.methods.ports_stream",
 }

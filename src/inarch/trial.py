@@ -1,4 +1,4 @@
-"""Runs a model once with an adapter of longer sequences or prefixes: nothing else shows whether its layers take them."""
+"""Runs a model once with an adapter of longer sequences or prefixes: nothing else shows whether it takes them."""
 
 from collections.abc import Callable, Iterator
 

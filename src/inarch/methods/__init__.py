@@ -8,10 +8,10 @@ from .method import Placement as Placement
 from .method import PrefixMethod as PrefixMethod
 from .method import SublayerMethod as SublayerMethod
 from .method import activation as activation
-from .method import check_layers as check_layers
-from .method import layer_number as layer_number
-from .method import renumber as renumber
 from .parameters import ParameterMethod as ParameterMethod
+from .places import check_layers as check_layers
+from .places import layer_number as layer_number
+from .places import renumber as renumber
 from .ports_input import InputMethod as InputMethod
 from .ports_stream import Span as Span
 from .ports_stream import StreamMethod as StreamMethod

@@ -11,7 +11,6 @@ from Kaiming's distribution, W_up and both biases from zero, so that training st
 Tensors: B batch, L tokens, D width of the site, R bottleneck.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Config, config_class, option
-from ..core.site import Kind, Site, Sites
-from .beside import BesideMethod, kind_placements
-from .method import Placement, in_dtype
+from ..core.site import Site, Sites
+from .beside import BesideMethod
+from .method import Placement, in_dtype, seed_option
+from .places import kind_placements
 
 
 @config_class
@@ -32,9 +32,7 @@ class AdaptFormerConfig(Config):
     scale: float = option(0.1, "Factor on the output of the bottleneck.", more_than=0)
     normed: bool = option(False, "Read the stream behind the layer's norm, where one stands before the MLP.")
     dropout: float = option(0.1, "Dropout probability between the two maps.", at_least=0, less_than=1)
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without a bottleneck, counted from 0.")
     leave_out_roles: tuple[str, ...] = option(
         (), "Sites without a bottleneck in any layer, by their role, such as `mlp_2`."
@@ -47,16 +45,11 @@ class AdaptFormer(BesideMethod):
     name = "adaptformer"
     config_class = AdaptFormerConfig
     presets: ClassVar[dict[str, Config]] = {"adaptformer": AdaptFormerConfig()}
-
-    kinds: ClassVar[Mapping[Kind, str]] = {"mlp": "adaptformer"}
+    always_starts_at_base = True
 
     @classmethod
     def placements(cls, config: AdaptFormerConfig, sites: Sites) -> list[Placement]:
-        return kind_placements(config, cls.kinds, cls.fits, sites)
-
-    @classmethod
-    def starts_at_base(cls, config: AdaptFormerConfig) -> bool:  # noqa: ARG003  always
-        return True
+        return kind_placements(config, {"mlp": "adaptformer"}, sites)
 
     @staticmethod
     def fits(config: AdaptFormerConfig, site: Site) -> bool:

@@ -45,6 +45,7 @@ class BitFit(ParameterMethod):
     name = "bitfit"
     config_class = BitFitConfig
     presets: ClassVar[dict[str, Config]] = {"bitfit": BitFitConfig()}
+    always_starts_at_base = True
 
     @classmethod
     def placements(cls, config: BitFitConfig, sites: Sites) -> list[Placement]:
@@ -56,10 +57,6 @@ class BitFit(ParameterMethod):
             leave_out_roles=config.leave_out_roles,
             sites=sites,
         )
-
-    @classmethod
-    def starts_at_base(cls, config: BitFitConfig) -> bool:  # noqa: ARG003  always
-        return True
 
     @classmethod
     def formula(cls, config: BitFitConfig, placement: Placement) -> str:  # noqa: ARG003  the same for all

@@ -26,18 +26,9 @@ from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Kind, Site, Sites
 from ..core.wiring import Carry, Circuit
-from .method import (
-    Branch,
-    Placement,
-    SublayerMethod,
-    activation,
-    check_layers,
-    check_roles,
-    in_dtype,
-    layer_number,
-    sequence_gate,
-)
+from .method import Branch, Placement, SublayerMethod, activation, in_dtype, seed_option, sequence_gate
 from .phm import PHMLinear
+from .places import asked_kinds, check_layers, kind_placements, kind_problems, layer_number
 
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 _WIDEST = 2**20
@@ -80,9 +71,7 @@ class BottleneckConfig(Config):
     init_weights: Literal["bert", "mam_adapter", "houlsby"] = option(
         "bert", "Initial weights: normal 0.02; Kaiming down and zero up; or truncated normal 0.01."
     )
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     phm_layer: bool = option(False, "Make both projections of sums of Kronecker products, as Compacter does.")
     phm_dim: int = option(4, "Number of the products; divides the width of the site and of the bottleneck.", at_least=1)
     phm_rank: int = option(1, "Rank of the second factors, where `factorized_phm_W` holds.", at_least=1)
@@ -114,12 +103,7 @@ class BottleneckConfig(Config):
     )
 
     def problems(self) -> list[str]:
-        found = []
-        if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
-            found.append(
-                "At least one of `mh_adapter`, `output_adapter` and `cross_adapter` must be true; got none at "
-                "`BottleneckConfig`. Set `output_adapter=True`."
-            )
+        found = kind_problems(self)
         if isinstance(self.reduction_factor, Mapping):
             wrong = [key for key in self.reduction_factor if key != "default" and not _LAYER.fullmatch(key)]
             if wrong:
@@ -139,16 +123,6 @@ class BottleneckConfig(Config):
                 f"{', '.join(map(repr, unknown))}. Leave the field out."
             )
         return found
-
-    def kinds(self) -> dict[Kind, str]:
-        """The kinds of site asked for, each with the field that asks."""
-        wishes: list[tuple[bool, Kind, str]] = [
-            (self.mh_adapter, "self_attention", "mh_adapter"),
-            (self.mh_adapter, "mixer", "mh_adapter"),
-            (self.output_adapter, "mlp", "output_adapter"),
-            (self.cross_adapter, "cross_attention", "cross_adapter"),
-        ]
-        return {kind: field for wanted, kind, field in wishes if wanted}
 
     def bottleneck_width(self, width: int, layer: int) -> int:
         """R for a site of D `width` in the layer of that number. Raises `ConfigError` where a mapping has no entry."""
@@ -206,33 +180,10 @@ class Bottleneck(SublayerMethod):
 
     @classmethod
     def placements(cls, config: BottleneckConfig, sites: Sites) -> list[Placement]:
-        check_layers("leave_out", config.leave_out, sites)
-        check_roles("leave_out_roles", config.leave_out_roles, sites)
         if isinstance(config.reduction_factor, Mapping):
             numbers = tuple(int(key) for key in config.reduction_factor if key != "default")
             check_layers("reduction_factor", numbers, sites)
-        kinds = config.kinds()
-        present = {site.kind for site in sites}
-        wished = set(kinds.values())
-        unmet = [f for f in sorted(wished) if not any(kinds.get(kind) == f for kind in present)]
-        if unmet:
-            raise ConfigError(
-                "Every kind of site a configuration asks for must exist; got "
-                f"{', '.join(f'`{f}=True`' for f in unmet)} for {sites.model_class}, whose sites are "
-                f"{', '.join(sorted(present))}. "
-                f"Set {'them' if len(unmet) > 1 else 'it'} to false"
-                f"{' and `mh_adapter` to true' if 'mh_adapter' not in wished else ''}."
-            )
-        found = [
-            Placement(site=site, port="sublayer")
-            for site in sites
-            if cls.fits(config, site) and layer_number(site, sites) not in config.leave_out
-        ]
-        if not found:
-            raise ConfigError(
-                f"A configuration must reach at least one site; got `leave_out={list(config.leave_out)}` with every "
-                f"layer of {sites.model_class}. Leave fewer layers out."
-            )
+        found = kind_placements(config, asked_kinds(config), sites)
         for placement in found:
             site = placement.site
             bottleneck = config.bottleneck_width(site.width, layer_number(site, sites))
@@ -251,7 +202,7 @@ class Bottleneck(SublayerMethod):
 
     @staticmethod
     def fits(config: BottleneckConfig, site: Site) -> bool:
-        return site.kind in config.kinds() and site.role not in config.leave_out_roles
+        return site.kind in asked_kinds(config) and site.role not in config.leave_out_roles
 
     @staticmethod
     def wire(
@@ -281,7 +232,7 @@ class Bottleneck(SublayerMethod):
 
     @staticmethod
     def circuit(config: BottleneckConfig, kind: Kind) -> Circuit:
-        return config.circuits.get(config.kinds().get(kind, ""), "own")
+        return config.circuits.get(asked_kinds(config).get(kind, ""), "own")
 
     def __init__(self, config: BottleneckConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

@@ -8,8 +8,8 @@ Jie and Deng 2022 (arXiv 2207.07039), section 3.2:
 It starts from the identity, W_down from Xavier's distribution, and W_up and the biases from zero, so that training
 starts at the base model. LN is the layer's norm before the branch; where none is there, the stream itself is read.
 
-Tokens (B, L, D) are those of a square grid, row by row, behind at most one class token; registers or a distillation
-token have to be counted in `prefix_tokens`, or are refused. Feature maps are their own grid.
+Tokens (B, L, D) are those of a square grid, row by row, behind at most one class token; registers, prompts or a
+distillation token have to be counted in `prefix_tokens`, or are refused. Feature maps are their own grid.
 
 Tensors: B batch, L tokens, P of them before the grid, H x W the grid, D width of the site, C channels.
 """
@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError, SiteError
-from ..core.site import Kind, Site, Sites
-from .beside import BesideMethod, kind_placements
-from .method import Placement, in_dtype
+from ..core.site import Sites
+from .beside import BesideMethod
+from .method import Placement, in_dtype, seed_option
+from .places import asked_kinds, kind_placements, kind_problems
 
 
 @config_class
@@ -43,24 +44,14 @@ class ConvpassConfig(Config):
         "a square, or no token.",
         at_least=0,
     )
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without a bypass, counted from 0.")
     leave_out_roles: tuple[str, ...] = option(
         (), "Sites without a bypass in any layer, by their role, such as `mlp_2`."
     )
 
     def problems(self) -> list[str]:
-        if self.mh_adapter or self.output_adapter:
-            return []
-        rule = "At least one of `mh_adapter` and `output_adapter` must be true; got none at `ConvpassConfig`"
-        return [f"{rule}. Set `output_adapter=True`."]
-
-    def kinds(self) -> dict[Kind, str]:
-        """The kinds of site asked for, each with the field that asks."""
-        mixers: tuple[Kind, ...] = ("self_attention", "mixer") if self.mh_adapter else ()
-        return {**dict.fromkeys(mixers, "mh_adapter"), **({"mlp": "output_adapter"} if self.output_adapter else {})}
+        return kind_problems(self)
 
 
 class Convpass(BesideMethod):
@@ -72,10 +63,11 @@ class Convpass(BesideMethod):
         "convpass": ConvpassConfig(),
         "convpass_attn": ConvpassConfig(output_adapter=False),
     }
+    always_starts_at_base = True
 
     @classmethod
     def placements(cls, config: ConvpassConfig, sites: Sites) -> list[Placement]:
-        found = kind_placements(config, config.kinds(), cls.fits, sites)
+        found = kind_placements(config, asked_kinds(config), sites)
         # Of a model of nobody's library, the data may be images.
         odd = next((place.site for place in found if not place.site.stack.startswith(("image", "data"))), None)
         if odd is not None:
@@ -86,10 +78,6 @@ class Convpass(BesideMethod):
         return found
 
     @classmethod
-    def starts_at_base(cls, config: ConvpassConfig) -> bool:  # noqa: ARG003  always
-        return True
-
-    @classmethod
     def sees_whole_sequences(cls, config: ConvpassConfig) -> bool:  # noqa: ARG003  always
         return True
 
@@ -98,10 +86,6 @@ class Convpass(BesideMethod):
         if block == "Split":
             return "A convolution runs over whole grids, of which a `Split` has none"
         return super().obstacle_to_block(config, placement, block)
-
-    @staticmethod
-    def fits(config: ConvpassConfig, site: Site) -> bool:
-        return site.kind in config.kinds() and site.role not in config.leave_out_roles
 
     @staticmethod
     def reads_normed(config: ConvpassConfig) -> bool:  # noqa: ARG004  always
@@ -135,20 +119,15 @@ class Convpass(BesideMethod):
         """Of channels (B, L, C), (L, B, C) or (B, H, W, C), the same."""
         if u.dim() == 4:
             return self._over_grid(u)
-        if self.batch_dim:
-            return self._of_tokens(u.transpose(0, 1)).transpose(0, 1)
-        return self._of_tokens(u)
-
-    def _of_tokens(self, u: Tensor) -> Tensor:
-        samples, length, channels = u.shape
+        tokens = u.movedim(self.batch_dim, 0)
+        samples, length, channels = tokens.shape
         before = self._prefix(length)
         side = math.isqrt(length - before)
-        grid = self._over_grid(u[:, before:].reshape(samples, side, side, channels)).reshape(samples, -1, channels)
-        if not before:
-            return grid
-        # Each by itself: an image of one place meets the middle of the kernel.
-        alone = self._over_grid(u[:, :before].reshape(samples * before, 1, 1, channels))
-        return torch.cat([alone.reshape(samples, before, channels), grid], dim=1)
+        # Those before it each by itself: an image of one place meets the middle of the kernel.
+        alone = self._over_grid(tokens[:, :before].reshape(samples * before, 1, 1, channels))
+        grid = self._over_grid(tokens[:, before:].reshape(samples, side, side, channels))
+        whole = torch.cat([alone.reshape(samples, before, channels), grid.flatten(1, 2)], dim=1)
+        return whole.movedim(0, self.batch_dim)
 
     def _over_grid(self, maps: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""

@@ -36,15 +36,13 @@ class DoRA(LinearMethod):
     name = "dora"
     config_class = DoRAConfig
     presets: ClassVar[dict[str, Config]] = {"dora": DoRAConfig()}
+    always_starts_at_base = True
+    always_merges = True
     reads_base = True
 
     @classmethod
     def placements(cls, config: DoRAConfig, sites: Sites) -> list[Placement]:
         return config.placements(sites)
-
-    @classmethod
-    def starts_at_base(cls, config: DoRAConfig) -> bool:  # noqa: ARG003  of every configuration
-        return True
 
     @classmethod
     def starts_from_base(cls, config: DoRAConfig) -> bool:  # noqa: ARG003  of every configuration
@@ -55,10 +53,6 @@ class DoRA(LinearMethod):
         return dropout_on_weight(config) or (
             "`bias=True`, which acts on the output of the projection," if config.bias else ""
         )
-
-    @classmethod
-    def obstacle_to_merge(cls, config: DoRAConfig) -> str:  # noqa: ARG003  of every configuration
-        return ""
 
     @classmethod
     def formula(cls, config: DoRAConfig, placement: Placement) -> str:

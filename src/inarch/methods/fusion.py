@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
-from ..core.errors import ConfigError
-from ..core.site import Kind, Site, Sites
-from .method import AbstractMethod, Placement, check_layers, check_roles, in_dtype, layer_number
+from ..core.site import Site, Sites
+from .method import AbstractMethod, Placement, in_dtype, seed_option
+from .places import KINDS, asked_kinds, kind_placements, layer_number
 
 _OFF_DIAGONAL = 1e-6
 
@@ -38,37 +38,20 @@ class FusionConfig(Config):
         0.01, "Factor of the penalty on the value's distance from the identity; 0 for none.", at_least=0
     )
     dropout: float = option(0.0, "Dropout probability on the attention's scores.", at_least=0, less_than=1)
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without fusion, counted from 0.")
     leave_out_roles: tuple[str, ...] = option((), "Sites without fusion in any layer, by their role, such as `mlp_2`.")
-
-    def kinds(self) -> set[Kind]:
-        """The kinds of site asked for."""
-        wishes: list[tuple[bool, Kind]] = [
-            (self.mh_adapter, "self_attention"),
-            (self.mh_adapter, "mixer"),
-            (self.output_adapter, "mlp"),
-            (self.cross_adapter, "cross_attention"),
-        ]
-        return {kind for wanted, kind in wishes if wanted}
 
 
 def fused_places(reached: Sequence[Site], sites: Sites) -> dict[str, Any]:
     """The fields of a configuration that say where fusion layers are, for those of adapters at these sites."""
     keys = {site.key for site in reached}
-    fields = {
-        "mh_adapter": {"self_attention", "mixer"},
-        "output_adapter": {"mlp"},
-        "cross_adapter": {"cross_attention"},
-    }
     kinds = {site.kind for site in reached}
     alike = [site for site in sites if site.kind in kinds]
     layers = {layer_number(site, sites) for site in reached}
     roles = {site.role for site in alike if site.key in keys}
     return {
-        **{field: bool(kinds & meant) for field, meant in fields.items()},
+        **{field: not kinds.isdisjoint(meant) for field, meant in KINDS.items()},
         "leave_out": sorted({layer_number(site, sites) for site in alike} - layers),
         "leave_out_roles": sorted({site.role for site in alike} - roles),
     }
@@ -86,21 +69,7 @@ class Fusion(AbstractMethod):
 
     @classmethod
     def placements(cls, config: FusionConfig, sites: Sites) -> list[Placement]:
-        check_layers("leave_out", config.leave_out, sites)
-        check_roles("leave_out_roles", config.leave_out_roles, sites)
-        found = [
-            Placement(site=site, port="fusion")
-            for site in sites
-            if site.kind in config.kinds()
-            and site.role not in config.leave_out_roles
-            and layer_number(site, sites) not in config.leave_out
-        ]
-        if not found:
-            raise ConfigError(
-                f"Fusion layers must reach at least one site; got none from {config} for {sites.model_class}. Ask for "
-                "the sites of the adapters to be fused."
-            )
-        return found
+        return kind_placements(config, asked_kinds(config), sites, port="fusion")
 
     def __init__(self, config: FusionConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

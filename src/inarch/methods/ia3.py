@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import Frozen, LinearMethod, Placement, projection_placements, sequence_gate
+from .method import Frozen, LinearMethod, Placement, sequence_gate
+from .places import projection_placements
 
 
 @config_class

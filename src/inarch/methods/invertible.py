@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
 from ..core.site import Entry, Sites
-from .method import Placement, activation, in_dtype
+from .method import Placement, activation, in_dtype, seed_option
 from .ports_input import InputMethod, Point, text_entry
 
 
@@ -37,9 +37,7 @@ class InvertibleConfig(Config):
         2.0, "Width of what a coupling reads, half of the embedding, divided by that of its bottleneck.", more_than=0
     )
     non_linearity: str = option("relu", "Activation between the two projections, by its name in transformers.")
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
 
 
 class Invertible(InputMethod):

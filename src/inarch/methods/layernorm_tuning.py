@@ -64,6 +64,7 @@ class LayerNormTuning(ParameterMethod):
     name = "layernorm_tuning"
     config_class = LayerNormTuningConfig
     presets: ClassVar[dict[str, Config]] = {"layernorm_tuning": LayerNormTuningConfig()}
+    always_starts_at_base = True
 
     @classmethod
     def placements(cls, config: LayerNormTuningConfig, sites: Sites) -> list[Placement]:
@@ -76,10 +77,6 @@ class LayerNormTuning(ParameterMethod):
             sites=sites,
         )
         return [place for place in found if config.outer_norms or plain_role(place.role) != "outer_norm"]
-
-    @classmethod
-    def starts_at_base(cls, config: LayerNormTuningConfig) -> bool:  # noqa: ARG003  always
-        return True
 
     @classmethod
     def formula(cls, config: LayerNormTuningConfig, placement: Placement) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.config import Config, FrozenMap, config_class, option
 from ..core.site import Sites
-from .method import Placement, check_patterns, first_match, projection_placements
+from .method import Placement, seed_option
+from .places import check_patterns, first_match, projection_placements
 
 _LAST = ("init_weights", "init_weights_seed", "leave_out", "leave_out_roles", "leave_out_projections")
 
@@ -35,9 +36,7 @@ class ProjectionsConfig(Config):
     leave_out_projections: tuple[str, ...] = option(
         (), "Projections without an update, by patterns such as `text0.3.self_attention.q` or `*.cross_attention.*`."
     )
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
 
     def problems(self) -> list[str]:
         found, name = [], type(self).__name__

@@ -13,24 +13,21 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.config import Config
+from ..core.config import Config, option
 from ..core.errors import ConfigError, SiteError
 from ..core.site import Affine, Entry, Kind, Projection, Site, Sites
 from ..core.wiring import Carry, Circuit, Summable
 
 V = TypeVar("V", bound=Summable)
 
-_ATTENTION = ("self_attention", "cross_attention", "mixer")
-_ATTENTION_ROLES = ("q", "k", "v", "o")
 _CUTTING = ("BatchSplit", "Split", "Parallel", "MultiTask")
 
 
@@ -128,10 +125,16 @@ class AbstractMethod(Sharing, ABC):
 
     # What a method claims: the tests hold it to this, on every architecture
 
+    always_starts_at_base: ClassVar[bool] = False
+    """What `starts_at_base` says where it does not depend on the configuration."""
+
+    always_merges: ClassVar[bool] = False
+    """Whether no configuration has an obstacle to merging."""
+
     @classmethod
     def starts_at_base(cls, config: Any) -> bool:  # noqa: ARG003  overriding methods read it
         """Whether training starts exactly at the base model: initial weights change no bit of its output."""
-        return False
+        return cls.always_starts_at_base
 
     @classmethod
     def sees_whole_sequences(cls, config: Any) -> bool:
@@ -144,7 +147,7 @@ class AbstractMethod(Sharing, ABC):
     @classmethod
     def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  overriding methods read it
         """What of a configuration is no change of the base's parameters; empty if merging it is exact."""
-        return f"the method `{cls.name}`"
+        return "" if cls.always_merges else f"the method `{cls.name}`"
 
     @classmethod
     def obstacle_to_block(cls, config: Any, placement: Placement, block: str) -> str:  # noqa: ARG003  as above
@@ -310,119 +313,9 @@ class PrefixMethod(AbstractMethod):
         return super().obstacle_to_block(config, placement, block)
 
 
-def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:
-    """Raise `ConfigError` for layer numbers the model does not have."""
-    total = sum(sites.num_layers.values())
-    unknown = [layer for layer in layers if not 0 <= layer < total]
-    if unknown:
-        raise ConfigError(
-            f"`{name}` names layers of the model, 0 to {total - 1}; got {', '.join(map(str, unknown))} "
-            f"for {sites.model_class}. Remove {'them' if len(unknown) > 1 else 'it'}."
-        )
-
-
-def check_roles(name: str, roles: tuple[str, ...], sites: Sites) -> None:
-    """Raise `ConfigError` for roles of sites that the model does not have."""
-    present = {site.role for site in sites}
-    unknown = [role for role in roles if role not in present]
-    if unknown:
-        raise ConfigError(
-            f"`{name}` names sites of a layer by their role; got {', '.join(f'`{role}`' for role in unknown)} for "
-            f"{sites.model_class}, which has {', '.join(f'`{role}`' for role in sorted(present))}. Name those."
-        )
-
-
-def layer_number(site: Site, sites: Sites) -> int:
-    """The layer's number through all stacks, as `leave_out` and per-layer settings count (encoder, then decoder)."""
-    offset = 0
-    for stack, count in sites.num_layers.items():
-        if stack == site.stack:
-            return offset + site.layer
-        offset += count
-    raise AssertionError(f"{site.key} is not a site of {sites.model_class}")
-
-
-def first_match(patterns: Mapping[str, V], key: str) -> V | None:
-    """The value of the first pattern that a key matches, `*` standing for anything; None where none does."""
-    return next((value for pattern, value in patterns.items() if fnmatchcase(key, pattern)), None)
-
-
-def check_patterns(name: str, patterns: Iterable[str], found: Iterable[Placement], sites: Sites) -> None:
-    """Raise `ConfigError` for patterns that match the key of no projection."""
-    keys = [placement.projection_key for placement in found]
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in keys)]
-    if idle:
-        raise ConfigError(
-            f"Every pattern of `{name}` must match a projection that is adapted; got "
-            f"{', '.join(f'`{pattern}`' for pattern in idle)} for {sites.model_class}. "
-            f"Write a key such as `{keys[0]}`, with `*` for anything."
-        )
-
-
-def projection_placements(
-    wishes: Mapping[str, str],
-    leave_out: tuple[int, ...],
-    leave_out_roles: tuple[str, ...],
-    leave_out_projections: tuple[str, ...],
-    sites: Sites,
-) -> list[Placement]:
-    """A placement for each projection of every layer that plays one of some roles.
-
-    Arguments: `wishes` gives the roles, each with the configuration field that asks for it; `leave_out` numbers layers,
-    `leave_out_roles` names sites and `leave_out_projections` has patterns of projections to pass over. Raises
-    `ConfigError` for anything that the model does not have, or where nothing is left.
-    """
-    check_layers("leave_out", leave_out, sites)
-    check_roles("leave_out_roles", leave_out_roles, sites)
-    present = {role for site in sites for role in site.projections}
-    unmet = [role for role in wishes if role not in present]
-    if unmet:
-        raise ConfigError(
-            f"Every projection a configuration asks for must exist; got {', '.join(f'`{role}`' for role in unmet)} "
-            f"from `{wishes[unmet[0]]}` for {sites.model_class}, which has "
-            f"{', '.join(f'`{role}`' for role in sorted(present)) or 'no known projection'}. Ask for those it has."
-        )
-    found = [
-        Placement(site=site, port="linear", role=role, part=part)
-        for site in sites
-        if layer_number(site, sites) not in leave_out and site.role not in leave_out_roles
-        for role in wishes
-        if (site.kind in _ATTENTION) == (role in _ATTENTION_ROLES)
-        for part in range(len(site.projections.get(role, ())))
-    ]
-    if found:
-        check_patterns("leave_out_projections", leave_out_projections, found, sites)
-        found = [one for one in found if not any(fnmatchcase(one.projection_key, p) for p in leave_out_projections)]
-    if not found:
-        left_out = {
-            "leave_out": leave_out,
-            "leave_out_roles": leave_out_roles,
-            "leave_out_projections": leave_out_projections,
-        }
-        given = " and ".join(f"`{field}={list(value)}`" for field, value in left_out.items() if value)
-        raise ConfigError(
-            f"A configuration must reach at least one projection; got {given or 'no site with those asked for'} "
-            f"for {sites.model_class}. Leave fewer layers out."
-        )
-    return found
-
-
-def renumber(config: Config, numbers: Mapping[int, int], others: Iterable[int]) -> Config:
-    """A configuration for a model that counts the same layers otherwise.
-
-    Arguments: `numbers` are the new numbers by the old ones, `others` those of layers to be left out besides. By
-    convention a configuration names layers in `leave_out` and in the keys of mappings.
-    """
-    changes: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
-        if name == "leave_out":
-            changes[name] = sorted({numbers[old] for old in value if old in numbers} | set(others))
-        elif isinstance(value, dict):
-            kept = {
-                str(numbers[int(key)]): item for key, item in value.items() if key.isdigit() and int(key) in numbers
-            }
-            changes[name] = kept | {key: item for key, item in value.items() if not key.isdigit()}
-    return config.replace(**changes)
+def seed_option() -> Any:
+    """The field `init_weights_seed` of a configuration."""
+    return option(None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,7 @@ class MTLLoRA(LinearMethod):
     name = "mtl_lora"
     config_class = MTLLoRAConfig
     presets: ClassVar[dict[str, Config]] = {"mtl_lora": MTLLoRAConfig()}
+    always_merges = True
     shareable = frozenset({"A", "B"})
 
     @classmethod
@@ -60,10 +61,6 @@ class MTLLoRA(LinearMethod):
     @classmethod
     def obstacle_on_weight(cls, config: MTLLoRAConfig) -> str:
         return dropout_on_weight(config)
-
-    @classmethod
-    def obstacle_to_merge(cls, config: MTLLoRAConfig) -> str:  # noqa: ARG003  of every configuration
-        return ""
 
     @classmethod
     def formula(cls, config: MTLLoRAConfig, placement: Placement) -> str:

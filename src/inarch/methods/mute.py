@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from ..core.config import Config, config_class, option
 from ..core.site import Site, Sites
 from ..core.wiring import Carry
-from .method import Branch, Placement, SublayerMethod, check_roles
+from .method import Branch, Placement, SublayerMethod
+from .places import check_roles
 
 
 @config_class

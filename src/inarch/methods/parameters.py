@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import AbstractMethod, Placement, check_layers, check_roles, layer_number
+from .method import AbstractMethod, Placement
+from .places import check_layers, check_roles, layer_number
 
 
 class ParameterMethod(AbstractMethod):
@@ -15,6 +16,8 @@ class ParameterMethod(AbstractMethod):
 
     It changes those for which it has a parameter of their name, `weight` or `bias`.
     """
+
+    always_merges = True
 
     @abstractmethod
     def effective(self, leaf: str, value: Tensor) -> Tensor:
@@ -24,10 +27,6 @@ class ParameterMethod(AbstractMethod):
     @abstractmethod
     def formula(cls, config: Any, placement: Placement) -> str:
         """What becomes of a vector `w` or `b`, for people to read."""
-
-    @classmethod
-    def obstacle_to_merge(cls, config: Any) -> str:  # noqa: ARG003  there is none
-        return ""
 
     def changes(self, leaf: str) -> bool:
         """Whether a vector is changed."""

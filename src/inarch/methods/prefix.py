@@ -19,16 +19,8 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError, SiteError
 from ..core.site import Site, Sites
-from .method import (
-    Placement,
-    PrefixMethod,
-    activation,
-    check_layers,
-    check_roles,
-    in_dtype,
-    layer_number,
-    sequence_gate,
-)
+from .method import Placement, PrefixMethod, activation, in_dtype, seed_option, sequence_gate
+from .places import check_layers, check_roles, layer_number
 
 
 @config_class
@@ -46,9 +38,7 @@ class PrefixConfig(Config):
         False, "A learned gate, one number per sequence, the mean over all its tokens, times keys and values."
     )
     shared_gating: bool = option(True, "One gate for keys and values, not one for each.")
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without prefixes, counted from 0.")
     leave_out_roles: tuple[str, ...] = option((), "Sites without prefixes in any layer, such as `cross_attention`.")
 

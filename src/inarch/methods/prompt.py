@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Entry, Sites
-from .method import Placement, in_dtype
+from .method import Placement, in_dtype, seed_option
 from .ports_input import InputMethod, Point, text_entry
 
 _SCALE = 0.5
@@ -47,9 +47,7 @@ class PromptConfig(Config):
     prompt_init_ids: tuple[int, ...] = option(
         (), "Token ids of a text, such as `tokenizer(text)['input_ids']`, repeated or cut to the number of vectors."
     )
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
 
     def problems(self) -> list[str]:
         found = []

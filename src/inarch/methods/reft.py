@@ -33,7 +33,8 @@ from torch.nn import functional as F
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import Placement, activation, check_layers, in_dtype, layer_number
+from .method import Placement, activation, in_dtype, seed_option
+from .places import check_layers, layer_number
 from .ports_stream import StreamMethod, Tokens, rewritten, stream_placements
 
 
@@ -52,9 +53,7 @@ class ReftConfig(Config):
     tied_weights: bool = option(False, "One intervention for first and last tokens, in the place of two.")
     non_linearity: str | None = option(None, "Activation f, by its name in transformers; none is the identity.")
     dropout: float = option(0.05, "Dropout probability on the changed tokens.", at_least=0, less_than=1)
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
 
     def problems(self) -> list[str]:
         found = []

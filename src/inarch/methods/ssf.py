@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config, config_class, option
 from ..core.site import Sites
-from .method import Frozen, LinearMethod, Placement, in_dtype
+from .method import Frozen, LinearMethod, Placement, in_dtype, seed_option
 from .parameters import chosen
 
 
@@ -35,9 +35,7 @@ class SSFConfig(Config):
     init_weights: Literal["identity", "normal"] = option(
         "identity", "Initial weights: ones and zeros, so that training starts at the base model; or normal 0.02 around."
     )
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option((), "Numbers of the layers without scales, counted from 0.")
     leave_out_roles: tuple[str, ...] = option((), "Sites without scales in any layer, by their role, such as `mlp_2`.")
 
@@ -48,6 +46,7 @@ class SSF(LinearMethod):
     name = "ssf"
     config_class = SSFConfig
     presets: ClassVar[dict[str, Config]] = {"ssf": SSFConfig()}
+    always_merges = True
 
     @classmethod
     def placements(cls, config: SSFConfig, sites: Sites) -> list[Placement]:
@@ -80,10 +79,6 @@ class SSF(LinearMethod):
     def formula(cls, config: SSFConfig, placement: Placement) -> str:
         inside = "n(u)" if placement.role not in placement.site.projections else "W u"
         return f"y = g · {inside}{' + b' if config.shift else ''}"
-
-    @classmethod
-    def obstacle_to_merge(cls, config: SSFConfig) -> str:  # noqa: ARG003  there is none in a configuration
-        return ""
 
     def __init__(self, config: SSFConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()

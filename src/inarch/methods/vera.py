@@ -38,6 +38,8 @@ class VeRA(LinearMethod):
     name = "vera"
     config_class = VeRAConfig
     presets: ClassVar[dict[str, Config]] = {"vera": VeRAConfig()}
+    always_starts_at_base = True
+    always_merges = True
     signless: ClassVar[frozenset[str]] = frozenset({"d"})
 
     @classmethod
@@ -45,16 +47,8 @@ class VeRA(LinearMethod):
         return config.placements(sites)
 
     @classmethod
-    def starts_at_base(cls, config: VeRAConfig) -> bool:  # noqa: ARG003  of every configuration
-        return True
-
-    @classmethod
     def obstacle_on_weight(cls, config: VeRAConfig) -> str:
         return dropout_on_weight(config)
-
-    @classmethod
-    def obstacle_to_merge(cls, config: VeRAConfig) -> str:  # noqa: ARG003  of every configuration
-        return ""
 
     @classmethod
     def combinations(cls, config: VeRAConfig) -> tuple[str, ...]:  # noqa: ARG003  of every configuration

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Entry, Site, Sites
-from .method import Placement, check_layers, in_dtype, layer_number
+from .method import Placement, in_dtype, seed_option
+from .places import check_layers, layer_number
 from .ports_input import InputMethod, Point
 
 
@@ -32,9 +33,7 @@ class VisualPromptConfig(Config):
     prompt_length: int = option(50, "Number of prompts.", at_least=1, at_most=2**16)
     deep: bool = option(False, "New prompts at every layer, in the place of what the layer before made of its own.")
     dropout: float = option(0.1, "Dropout probability on the prompts.", at_least=0, less_than=1)
-    init_weights_seed: int | None = option(
-        None, "Seed of the initial weights; none takes the global generator.", at_least=0, at_most=2**32 - 1
-    )
+    init_weights_seed: int | None = seed_option()
     leave_out: tuple[int, ...] = option(
         (), "Numbers of the layers without prompts of their own, counted from 0: those of the layer before go on."
     )
