@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from inarch.compat import METHODS
-from inarch.compat.configuration import PRESETS
+from inarch.compat import METHODS, refused
+from inarch.compat.composition import parse_composition
+from inarch.compat.configuration import FIXED, PRESETS, RENAMED, UNIONS, AdapterConfig
 from inarch.compat.models import AdapterSetup, AutoAdapterModel, init, load_model
+from inarch.compat.trainer import AdapterTrainer, Seq2SeqAdapterTrainer
+from inarch.compat.training import setup_adapter_training
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrate.md"
 HEAD = """# From the library `adapters`
@@ -16,6 +19,8 @@ forked classes. Or call inarch itself: `adapters = inarch.attach(model)` is the 
 
 What differs:
 
+* Every public name of adapters 1.3.0, and every argument of its methods, is here or is refused with what to write
+  instead (`tests/test_compat_surface.py` compares them with a list made there).
 * A configuration that loses the pre-trained function is refused when it is added, with what to change.
 * The head of a task class (`AutoModelForSequenceClassification`) is trained as it is; a flexible head is added to a
   base model (`AutoAdapterModel`), or beside it.
@@ -24,6 +29,12 @@ What differs:
 * Folders are written in the format of inarch, `adapter.safetensors` and `inarch.json`, and read in both;
   `inarch convert` writes those of `adapters`.
 * Fusion layers of `Fuse("a", "b")` are named `a+b`, not `a,b`.
+* `use_safetensors` chooses nothing: no folder is written with a pickle, and one that is read is not run. The folder
+  says what its adapter is, so `config` and `model_name` of `load_adapter` are not needed; `version` is a revision.
+* `model.get_adapter(name)` names modules by layer and by the role of their site, `adapter_summary(as_dict=True)` has
+  the columns of `adapters.rows()`, and `"vera"` is the preset of the paper (`r=256`, `VeraConfig()` has 8).
+* `AdapterSetup` holds for every thread, and for deep copies of a model too.
+* After `adapters.detach()` the methods are gone with the adapters.
 * `AdapterTrainer` adds the regularisation of fusion layers and refuses a model with nothing to train, or a base that is
   not frozen.
 * In data for dependency parsing negative numbers are padding, whatever the `pad_token_id` is.
@@ -46,10 +57,26 @@ def page() -> str:
             ("load_model(name, class)", load_model),
             ("AutoAdapterModel", AutoAdapterModel),
             ("AdapterSetup(setup)", AdapterSetup),
+            ("AdapterTrainer", AdapterTrainer),
+            ("Seq2SeqAdapterTrainer", Seq2SeqAdapterTrainer),
+            ("AdapterConfig.load(config)", AdapterConfig),
+            ("setup_adapter_training(model, args, name)", setup_adapter_training),
+            ("parse_composition(setup)", parse_composition),
         )
     ]
-    other += [("`adapters.AdapterTrainer`", "`inarch.AdapterTrainer`"), ("`adapters.ConfigUnion(a, b)`", '`"a\\|b"`')]
-    configs = [(f"`adapters.{name}(...)`", f'`"{preset}[...]"`') for name, preset in PRESETS.items()]
+    other += [("`adapters.ConfigUnion(a, b)`", '`"a\\|b"`')]
+    other += [("`adapters.BertAdapterModel`, ...", "`AutoModel` and `inarch.attach`, for one model type")]
+    made = {**PRESETS, **{name: preset for name, (preset, _) in UNIONS.items()}}
+    configs = [(f"`adapters.{name}(...)`", f'`"{preset.partition("[")[0]}[...]"`') for name, preset in made.items()]
+    fields = [
+        (f"`{name}({field}=...)`", f"is `{value!r}`. {told}")
+        for name, values in FIXED.items()
+        for field, (value, told) in values.items()
+    ]
+    fields += [(f"`{name}({old}=...)`", f"`{new}`") for name, names in RENAMED.items() for old, new in names.items()]
+    refusals = [(f"`model.{name}(...)`", told) for name, told in refused.METHODS.items()]
+    refusals += [(f"`adapters.{name}`", told) for name, told in refused.NAMES.items()]
+    refusals += [(f"the argument `{name}`", told) for name, told in refused.KEYWORDS.items()]
     parts = [
         HEAD,
         "## Calls on a model\n",
@@ -57,7 +84,11 @@ def page() -> str:
         "## Other names\n",
         table(("`adapters`", "inarch"), other) + "\n",
         "## Configurations\n",
-        table(("`adapters`", "inarch"), configs),
+        table(("`adapters`", "inarch"), configs) + "\n",
+        "Fields that have one value or another name:\n",
+        table(("`adapters`", "inarch"), fields) + "\n",
+        "## What is refused\n",
+        table(("`adapters`", "instead"), refusals),
     ]
     return "\n".join(parts) + "\n"
 

@@ -1,5 +1,6 @@
 """The names of the library `adapters` over inarch, and three of its published usage patterns."""
 
+import copy
 import importlib.util
 import pickle
 from pathlib import Path
@@ -17,6 +18,11 @@ from inarch.testing import tiny, tiny_inputs
 ROOT = Path(__file__).parent.parent
 BATCH = tiny_inputs("bert", batch=8)
 LABELS = torch.arange(8) % 2
+
+
+def weights(model, name):
+    places = [places for layer in model.get_adapter(name).values() for places in layer.values()]
+    return [parameter for module in places for parameter in module.parameters()]
 
 
 def fit(model, tmp_path, **batch):
@@ -65,15 +71,17 @@ def test_fusion_of_three_tasks(tmp_path):
     assert model.get_fusion_regularization_loss() > 0
     before, after = fit(model, tmp_path / "run", **BATCH, labels=LABELS)
     assert after < before
-    model.save_adapter_fusion(tmp_path / "fusion", setup)
+    model.save_adapter_fusion(tmp_path / "fusion", ",".join(tasks))
+    model.save_head(tmp_path / "head", "cb")
     model.save_all_adapters(tmp_path / "all")
     model.eval()
     fresh = tiny("bert")
     adapters.init(fresh)
     for task in tasks:
         fresh.load_adapter(tmp_path / "all" / task)
-    fresh.load_adapter_fusion(tmp_path / "fusion")
-    fresh.set_active_adapters(setup)
+    fresh.load_adapter_fusion(tmp_path / "fusion", set_active=True)
+    assert fresh.active_adapters == setup and fresh.active_adapters.flatten() == {*tasks, setup.name}
+    fresh.active_head = fresh.load_head(tmp_path / "head")
     assert torch.equal(fresh(**BATCH).logits, model(**BATCH).logits)
 
 
@@ -84,7 +92,7 @@ def test_a_language_is_changed_below_a_task(tmp_path):
         adapters.init(model)
         torch.manual_seed(seed)
         model.add_adapter(name, config=adapters.SeqBnInvConfig(reduction_factor=2))
-        for parameter in model.get_adapter(name).values():
+        for parameter in weights(model, name):
             parameter.data.normal_(std=0.2)
         model.save_adapter(tmp_path / name, name)
     model = tiny("bert")
@@ -98,7 +106,7 @@ def test_a_language_is_changed_below_a_task(tmp_path):
     choices = {"input_ids": torch.stack([BATCH["input_ids"], BATCH["input_ids"].flip(0)], dim=1)}
     before, after = fit(model, tmp_path / "run", **choices, labels=LABELS)
     assert after < before
-    assert not any(parameter.requires_grad for parameter in model.get_adapter("en").values())
+    assert not any(parameter.requires_grad for parameter in weights(model, "en"))
     model.eval()
     english = model(**choices).logits
     model.active_adapters = ac.Stack("zh", "copa")
@@ -164,7 +172,7 @@ def test_averages_merging_and_removal():
     adapters.init(model)
     for name in "ab":
         model.add_adapter(name, config=adapters.LoRAConfig(r=4, alpha=8))
-        for parameter in model.get_adapter(name).values():
+        for parameter in weights(model, name):
             parameter.data.normal_(std=0.1)
     model.average_adapter("c", ["a", "b"], weights=[0.3, 0.7], combine_strategy="lora_delta_w_svd", svd_rank=8)
     batch = tiny_inputs("gpt2")
@@ -218,3 +226,214 @@ def test_the_page_tells_every_call():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/docs_migrate.py"
+
+
+def test_a_setup_holds_for_copies_and_is_used_again():
+    model = tiny("bert")
+    adapters.init(model)
+    for name in "ab":
+        model.add_adapter(name, config=adapters.SeqBnConfig(init_weights="mam_adapter"))
+        for parameter in weights(model, name):
+            parameter.data.add_(0.1)
+    again = copy.deepcopy(model)
+    expected = {}
+    for name in "ab":
+        model.set_active_adapters(name)
+        expected[name] = model(**BATCH).last_hidden_state
+    model.set_active_adapters("a")
+    block = adapters.AdapterSetup("b")
+    for _ in range(2):
+        with block:
+            assert torch.equal(model(**BATCH).last_hidden_state, expected["b"])
+            assert torch.equal(again(**BATCH).last_hidden_state, expected["b"])
+            with adapters.AdapterSetup(None, ignore_empty=True):
+                assert torch.equal(model(**BATCH).last_hidden_state, expected["b"])
+            with adapters.AdapterSetup(None):
+                assert model.active_adapters == None  # noqa: E711  it is no None, and equals it
+        assert model.active_adapters == "a" and again.active_adapters == None  # noqa: E711
+    assert torch.equal(model(**BATCH).last_hidden_state, expected["a"])
+
+
+def test_the_door_closes_with_its_handle():
+    model = tiny("bert")
+    adapters.init(model)
+    model.add_adapter("a", set_active=True)
+    adapters.init(model)
+    assert model.active_adapters == "a" and len(model._forward_pre_hooks) == 1
+    inarch.attach(model).detach()
+    model(**BATCH)
+    assert not model._forward_pre_hooks
+    assert not {"add_adapter", "active_head", "adapters_config", "iter_attentions"} & set(model.__dict__)
+    inarch.attach(model)
+    adapters.init(model)
+    model.add_adapter("b")
+    inarch.attach(model).detach()
+    adapters.init(model)  # without a forward in between
+    model.add_adapter("b")
+    model.add_tagging_head("b")
+    model.set_active_adapters("b")
+    assert model(**BATCH).logits.shape == (8, 7, 2)
+    assert list(model.adapters_config) == ["b"] and "a" not in model.adapters_config
+    assert model.adapters_config.get("a") is None and str(model.adapters_config.get("b")) == "seq_bn"
+
+
+def test_layers_modules_and_rows():
+    model = tiny("bert")
+    adapters.init(model)
+    model.add_adapter("a", config="double_seq_bn|lora")
+    found = model.get_adapter("a")
+    assert set(found) == {0, 1} and set(found[0]) == {"self_attention", "mlp"}
+    own = {id(parameter) for parameter in inarch.attach(model)["a"].values()}
+    assert {id(parameter) for parameter in weights(model, "a")} == own
+    assert [layer for _, layer in model.iter_layers()] == list(model.encoder.layer)
+    assert model.get_layer(1) is model.encoder.layer[1]
+    adapter, base = model.adapter_summary(as_dict=True)
+    count = sum(parameter.numel() for parameter in weights(model, "a"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert (adapter["adapter"], adapter["parameters"], adapter["active"]) == ("a", count, False)
+    assert (base["adapter"], base["parameters"]) == ("(base)", total - count)
+    assert adapter["of base"] == count / (total - count)
+    model.adapter_to("a", dtype=torch.float64)
+    assert {parameter.dtype for parameter in weights(model, "a")} == {torch.float64}
+    assert model.supports_adapter("lora") and not model.supports_adapter("lora[gate_lora=True,selfattn_lora=False]")
+    assert not model.supports_adapter("vpt_shallow")
+    model.set_active_adapters("a", skip_layers=[0])
+    assert model.adapters_config.skip_layers == (0,) and model.adapters_config.active_setup == "a"
+    model.delete_adapter("a")
+    assert model.active_adapters == None and not model.has_adapters()  # noqa: E711
+
+
+class Tokens:
+    """A tokenizer, as far as its vocabulary goes."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def get_vocab(self):
+        return {f"w{number}": number for number in range(self.count)}
+
+
+def test_embeddings_are_exchanged(tmp_path):
+    model = tiny("bert")
+    adapters.init(model)
+    own = model.get_input_embeddings().weight
+    model.add_embeddings("long", Tokens(120), "default", Tokens(99))
+    assert model.active_embeddings == "long" and list(model.loaded_embeddings) == ["default", "long"]
+    assert torch.equal(model.loaded_embeddings["long"].weight[:99], own)
+    model.add_adapter("a")
+    model.train_adapter("a", train_embeddings=True)
+    assert model.loaded_embeddings["long"].weight.requires_grad and not own.requires_grad
+    model.freeze_embeddings()
+    assert not model.loaded_embeddings["long"].weight.requires_grad
+    expected = model.eval()(input_ids=torch.tensor([[110]])).last_hidden_state
+    model.save_embeddings(tmp_path, "long")
+    model.set_active_embeddings("default")
+    model.delete_embeddings("long")
+    assert model.load_embeddings(tmp_path, "again") is None
+    assert torch.equal(model(input_ids=torch.tensor([[110]])).last_hidden_state, expected)
+
+
+def test_heads_by_object_by_file_and_averaged(tmp_path):
+    model = tiny("bert")
+    adapters.init(model)
+    for name in "ab":
+        model.add_prediction_head(adapters.TaggingHead(model, name, num_labels=3, id2label={0: "x", 1: "y", 2: "z"}))
+    model.add_prediction_head_from_config("c", {"head_type": "tagging", "num_labels": 3, "layers": 1}, set_active=False)
+    assert model.active_head == "b" and model.get_labels_dict() == {0: "x", 1: "y", 2: "z"}
+    assert model.get_labels("c") is None
+    model.average_head("d", ["a", "b"], set_active=True)
+    model.save_all_heads(tmp_path)
+    fresh = tiny("bert")
+    adapters.init(fresh)
+    assert fresh.load_head(tmp_path / "d", load_as="e", id2label={0: "p", 1: "q", 2: "r"}) == "e"
+    assert fresh.get_labels("e") == ["p", "q", "r"]
+    assert torch.equal(fresh(**BATCH, head="e").logits, model(**BATCH).logits)
+    with pytest.raises(inarch.StateError, match="of one of the types .*; got `poetry`"):
+        model.add_prediction_head_from_config("f", {"head_type": "poetry"})
+
+
+def test_setups_and_all_that_is_saved(tmp_path):
+    model = tiny("bert")
+    adapters.init(model)
+    for name in "ab":
+        model.add_adapter(name, config="seq_bn[reduction_factor=4]")
+        model.add_classification_head(name)
+    model.add_adapter_fusion(["a", "b"], config="static")
+    model.save_all_adapter_fusions(tmp_path / "fusions")
+    model.save_all_adapters(tmp_path / "all", with_head=False)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"a", "b"}
+    assert [path.name for path in (tmp_path / "fusions").iterdir()] == ["a+b"]
+    model.save_adapter_setup(tmp_path / "setup", ac.Parallel("a", "b"))
+    fresh = tiny("bert")
+    adapters.init(fresh)
+    assert fresh.load_adapter_setup(tmp_path / "setup", set_active=True) == (ac.Parallel("a", "b"), ["a", "b"])
+    assert fresh.has_parallel_adapters
+    one = fresh.load_adapter(tmp_path / "setup" / "adapters" / "a", load_as="c", id2label={0: "no", 1: "yes"})
+    assert fresh.get_labels(one) == ["no", "yes"]
+
+
+def test_the_arguments_of_example_scripts(tmp_path):
+    model = tiny("bert")
+    adapters.init(model)
+    assert adapters.setup_adapter_training(model, adapters.AdapterArguments(), "a") == (None, None)
+    with pytest.raises(SetupError, match="one to load and `train_adapter=False`"):
+        adapters.setup_adapter_training(model, adapters.AdapterArguments(load_adapter="x"), "a")
+    (args,) = transformers.HfArgumentParser(adapters.AdapterArguments).parse_args_into_dataclasses(
+        ["--train_adapter", "True", "--adapter_config", "lora[r=4]"]
+    )
+    assert adapters.setup_adapter_training(model, args, "a", {"alpha": 16}) == ("a", None)
+    assert model.active_adapters == "a" and str(model.adapters_config.get("a")) == "lora[r=4,alpha=16]"
+    model.save_adapter(tmp_path / "a", "a")
+    args = adapters.AdapterArguments(train_adapter=True, load_lang_adapter=str(tmp_path / "a"))
+    assert adapters.setup_adapter_training(model, args, "b") == ("b", "a")
+    assert model.active_adapters == ac.Stack("a", "b")
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".b." in key for key in trained)
+
+
+def test_a_trainer_of_sequences_generates(tmp_path):
+    model = tiny("t5")
+    adapters.init(model)
+    model.add_adapter("a")
+    model.add_seq2seq_lm_head("a")
+    model.train_adapter("a")
+    ids = tiny_inputs("t5", batch=4)["input_ids"]
+    rows = [{"input_ids": row, "labels": row[:3]} for row in ids]
+    args = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", predict_with_generate=True,
+        generation_max_length=5,
+    )  # fmt: skip
+    said = []
+    trainer = adapters.Seq2SeqAdapterTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=rows,
+        compute_metrics=lambda found: {"rows": len(said.append(found.predictions) or found.predictions)},
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_rows"] == 4 and found["eval_loss"] > 0
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=5)
+    assert said[0][:, :5].tolist() == expected.tolist() and not said[0][:, 5:].any()  # padded to the longest there is
+
+
+def test_configurations_are_read_as_they_are_written_there():
+    assert adapters.SeqBnConfig(inv_adapter="nice", inv_adapter_reduction_factor=2) == adapters.SeqBnInvConfig()
+    assert str(adapters.VeraConfig(vera_d=0.2)) == "vera[r=8,d_initial=0.2]"
+    assert adapters.AdapterConfig.load("pfeiffer", reduction_factor=4) == adapters.SeqBnConfig(reduction_factor=4)
+    fields = {"architecture": "lora", "r": 4, "alpha": 8, "use_dora": False, "composition_mode": "add"}
+    assert adapters.AdapterConfig.from_dict(fields) == adapters.LoRAConfig(r=4, alpha=8)
+    scales = {"architecture": "lora", "composition_mode": "scale", "r": 1, "attn_matrices": ["k"]}
+    assert adapters.AdapterConfig.load(scales) == adapters.IA3Config(attn_matrices=["k"])
+    union = {"architecture": "union", "configs": [fields, {"architecture": None, "reduction_factor": 4}]}
+    assert [part.r for part in adapters.AdapterConfig.load(union).parts[:1]] == [4]
+    mam = adapters.MAMConfig(adapter=adapters.ParBnConfig(reduction_factor=4))
+    assert mam.parts[0].bottleneck_size == 800 and mam.parts[1].reduction_factor == 4
+    with pytest.raises(ConfigError, match="the architecture 'reft'"):
+        adapters.AdapterConfig.load({"architecture": "reft", "orthogonality": False})
+    assert isinstance(adapters.BertAdapterModel(tiny("bert").config), transformers.BertModel)
+    with pytest.raises(SetupError, match="`RobertaAdapterModel` is a model of type `roberta`; got `bert`"):
+        adapters.RobertaAdapterModel.from_config(tiny("bert").config)
+    with pytest.raises(SetupError, match="adapter_names=.* What is trained is saved"):
+        adapters.AdapterTrainer(model=None, adapter_names=[["a"]])

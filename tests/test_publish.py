@@ -31,10 +31,10 @@ class Hub:
             raise PermissionError("403 Forbidden")
         self.calls.append((repository, private, exist_ok))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, revision):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, commit_description, revision, create_pr):
         commit = f"c{len(list(self.place.iterdir()))}"
         shutil.copytree(folder_path, self.place / commit)
-        self.calls.append((repo_id, commit_message, revision))
+        self.calls.append((repo_id, commit_message, commit_description, revision, create_pr))
         return SimpleNamespace(oid=commit)
 
     def snapshot_download(self, repository, *, allow_patterns, revision):
@@ -61,7 +61,7 @@ def test_what_is_pushed_is_read_back_at_its_revision(hub):
             parameter.data.normal_(std=0.3)
         commit = adapters.push("a", "me/a", private=True)
         outputs[commit] = model(**tiny_inputs("bert")).logits
-    assert hub.calls[:2] == [("me/a", True, True), ("me/a", "Add the adapter a", None)]
+    assert hub.calls[:2] == [("me/a", True, True), ("me/a", "Add the adapter a", None, None, False)]
     for commit, expected in outputs.items():
         fresh = tiny("bert")
         other = inarch.attach(fresh)

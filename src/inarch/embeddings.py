@@ -82,14 +82,18 @@ class Embeddings:
         """All that can be active."""
         return (DEFAULT, *self.tables)
 
+    def module(self, name: str) -> nn.Module:
+        """What holds a table (V, D) as its `weight`. Raises `SetupError` for an unknown name."""
+        if name == DEFAULT:
+            return self._home()
+        self._require(name)
+        return self.tables[name]
+
     def weight(self, name: str) -> Tensor:
         """A table, (V, D). Raises `SetupError` for an unknown name."""
-        if name == DEFAULT:
-            own = self._home()._parameters.get("weight")
-            assert own is not None
-            return own
-        self._require(name)
-        return self.tables[name].weight
+        found = self.module(name)._parameters.get("weight")
+        assert found is not None
+        return found
 
     # Changes
 

@@ -8,23 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import head_files, state
 from .admission import check_composition, check_name, check_present, check_setup, check_streams
 from .attach import Removable, arm, disarm, graft, store, stored, tensors_in
 from .bank import Modules
-from .check import Report, report
+from .check import Report, report, unplaced
+from .combine import recipe
 from .compose import Batch, Block, Setup, Watched, names
-from .core.errors import SetupError
+from .core.errors import ConfigError, SetupError, SiteError
 from .core.site import Sites
 from .embeddings import Embeddings
-from .heads import HeadConfig, TrainedHeads, read_head
+from .heads import HeadConfig, TrainedHeads, path_of, read_head
 from .merge import Merged
-from .methods import AdapterConfig, InputMethod, PrefixMethod, check_layers, method_of
+from .methods import AdapterConfig, ConfigLike, InputMethod, PrefixMethod, check_layers, method_of, read_config
 from .plan import Plan, plan
 from .scores import Scores, watched
 from .sites import Inputs
-from .summary import summary
+from .summary import rows, summary
+from .tensors import copy_into
 from .trainable import penalty
 from .trainer_door import TrainerDoor
 from .trial import check_runs, is_skeleton
@@ -95,6 +99,50 @@ class Grafted:
         self._require(name)
         return self._heads.tensors(self._heads[name])
 
+    def modules(self, name: str) -> dict[int, dict[str, nn.Module]]:
+        """The modules of one adapter by layer, numbered as for `skip_layers`, and by the role of their site."""
+        self._require(name)
+        places = {path: number for number, path in enumerate(dict.fromkeys(site.layer_path for site in self.sites))}
+        found: dict[int, dict[str, nn.Module]] = {}
+        by_key = stored(self.model, self.sites, name)
+        for site in self.sites:
+            if site.key in by_key:
+                found.setdefault(places[site.layer_path], {})[site.role] = by_key[site.key]
+        return found
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers of the model, through all its stacks, numbered as for `skip_layers`."""
+        return tuple(map(self.model.get_submodule, dict.fromkeys(site.layer_path for site in self.sites)))
+
+    @property
+    def fusions(self) -> tuple[str, ...]:
+        """The names of those adapters that are the layers of a `Fuse`."""
+        return tuple(name for name, config in self._configs.items() if hasattr(config.parts[0], "regularization"))
+
+    def supports(self, config: ConfigLike) -> bool:
+        """Whether the model has a place for a configuration, and can make it. (`check` says why not.)"""
+        parsed = read_config(config)
+        if unplaced(self.sites, parsed) is not None:
+            return False
+        try:
+            for module in self._judge("adapter", parsed).plan.modules:
+                module.sketch()
+        except (ConfigError, SiteError):
+            return False
+        return True
+
+    def move(
+        self, name: str, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Put one adapter and its task head on another device, or into another type."""
+        with LOCK:
+            self._require(name)
+            heads = (self.model.get_submodule(path) for path in self._heads[name])
+            for module in (*stored(self.model, self.sites, name).values(), *heads):
+                module.to(device=device, dtype=dtype)
+            self._arm(self._setup)
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The modules of the model that belong to a task and not to the base."""
@@ -108,6 +156,10 @@ class Grafted:
     def summary(self) -> str:
         """A table of the adapters: configuration, parameters, share of the base, state."""
         return summary(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of that table as data: counts as numbers, shares of the base, flags (None where in part)."""
+        return rows(self)
 
     def __str__(self) -> str:
         return self.summary()
@@ -291,6 +343,67 @@ class Grafted:
             with self._rearmed():
                 self._heads.drop(name)
 
+    def average_heads(
+        self,
+        name: str,
+        of: Sequence[str] | Mapping[str, float],
+        weights: Sequence[float] | None = None,
+        *,
+        normalize_weights: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        """Add a flexible head that is the weighted average of others, which are built alike. It is not active.
+
+        Arguments: those of `average`. Raises `SetupError` for heads that there are not, or that differ.
+        """
+        with LOCK:
+            self._require_attached()
+            asked = recipe(of, weights, "linear", normalize_weights=normalize_weights, rank=None, density=None, seed=0)
+            check_name(name)
+            self._check_new_head(name, overwrite=overwrite)
+            built = self._heads.averaged(asked.names, asked.weights)
+            with self._rearmed():
+                self._heads.put(name, built)
+
+    def name_labels(self, head: str, labels: Sequence[str]) -> None:
+        """Name the labels of a flexible head, in their order. Raises `ConfigError` for another number of them."""
+        with LOCK:
+            self._require_attached()
+            self._heads.rename_labels(head, labels)
+
+    def heads_of(self, setup: Setup) -> tuple[str, ...]:
+        """The flexible heads that become active with a setup: those of the adapters that have the last word in it."""
+        self._check_setup(setup)
+        return self._heads.of_setup(setup)
+
+    def save_head(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Write a flexible head alone. (`save` writes that of an adapter with it.) Raises `StateError` as `save`."""
+        self._require_attached()
+        config = self._heads.config(name)
+        start = f"head.{path_of(name)}."
+        tensors = {key.removeprefix(start): tensor for key, tensor in self._heads.tensors([path_of(name)]).items()}
+        head_files.write(folder, name, config, tensors)
+
+    def load_head(self, folder: str | os.PathLike[str], *, name: str | None = None, overwrite: bool = False) -> str:
+        """Read a flexible head that `save_head` wrote, here or in the library `adapters`. It is not active.
+
+        Arguments: `name` replaces the stored name. Returns the head's name. Raises `StateError` for what does not fit.
+        """
+        with LOCK:
+            self._require_attached()
+            found, config, tensors = head_files.read(folder, self.model)
+            chosen = name or found
+            check_name(chosen)
+            self._check_new_head(chosen, overwrite=overwrite)
+            built = self._heads.build(config)
+            wanted = built.state_dict(keep_vars=True)
+            state.check_tensors(tensors, wanted, str(folder))
+            for key, tensor in wanted.items():
+                copy_into(tensor, tensors[key])
+            with self._rearmed():
+                self._heads.put(chosen, built.requires_grad_(requires_grad=False))
+            return chosen
+
     def _check_new_head(self, name: str, *, overwrite: bool) -> None:
         if name in self._heads.flexible() and not overwrite:
             raise SetupError(
@@ -309,6 +422,10 @@ class Grafted:
     def active_embeddings(self) -> str:
         """The token embeddings that run."""
         return self._embeddings.active
+
+    def embedding(self, name: str) -> nn.Module:
+        """The module that has a table (V, D) as its `weight`. Raises `SetupError` for an unknown name."""
+        return self._embeddings.module(name)
 
     def add_embeddings(
         self, name: str, tokenizer: Any, *, reference: str | None = None, reference_tokenizer: Any = None

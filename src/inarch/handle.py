@@ -600,8 +600,14 @@ class Adapters(Grafted):
         token: str | bool | None = None,
         revision: str | None = None,
         message: str | None = None,
+        description: str | None = None,
+        datasets: Sequence[str] = (),
+        pull_request: bool = False,
     ) -> str:
         """Save an adapter into a repository of the Hub, `owner/name`, which is made if need be, with a model card.
+
+        Arguments: `message` and `description` are those of the commit; `datasets` are named on the card, by their ids
+        on the Hub; `pull_request=True` proposes the commit instead of making it.
 
         Returns the commit, which `load(repository, revision=...)` takes. Raises `StateError` where it cannot be
         written.
@@ -609,10 +615,19 @@ class Adapters(Grafted):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "adapter"
             self.save(name, folder, head=head)
-            text = publish.card(state.read_record(folder), str(self._configs[name]), repository)
+            text = publish.card(state.read_record(folder), str(self._configs[name]), repository, datasets)
             (folder / "README.md").write_text(text, encoding="utf-8")
             told = message or f"Add the adapter {name}"
-            return publish.upload(folder, repository, message=told, private=private, token=token, revision=revision)
+            return publish.upload(
+                folder,
+                repository,
+                message=told,
+                description=description,
+                private=private,
+                token=token,
+                revision=revision,
+                pull_request=pull_request,
+            )
 
     def save_setup(self, folder: str | os.PathLike[str], setup: Setup | None = None) -> None:
         """Write the active setup, or another one, with all its adapters and fusion layers, into a folder.

@@ -1,14 +1,14 @@
 """Puts an adapter folder on the Hub, with a model card that is made of its record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .core.errors import StateError
 
 
-def card(record: Mapping[str, Any], config: str, repository: str) -> str:
-    """The model card of an adapter, with the data that the Hub reads at its head."""
+def card(record: Mapping[str, Any], config: str, repository: str, datasets: Sequence[str] = ()) -> str:
+    """The model card of an adapter, with the data that the Hub reads at its head; `datasets` are ids of the Hub."""
     base, head = record["base"], record.get("head") or {}
     head_rows = [f"* head: {', '.join(head['modules'])}"] if head.get("modules") else []
     lines = [
@@ -18,6 +18,7 @@ def card(record: Mapping[str, Any], config: str, repository: str) -> str:
         "- inarch",
         "- adapter",
         *([f"base_model: {base['id']}"] if base["id"] else []),
+        *(["datasets:", *(f"- {name}" for name in datasets)] if datasets else []),
         "---",
         "",
         f"# `{record['name']}`",
@@ -40,14 +41,31 @@ def card(record: Mapping[str, Any], config: str, repository: str) -> str:
     return "\n".join(lines)
 
 
-def upload(folder: Path, repository: str, *, message: str, private: bool | None, token: Any, revision: Any) -> str:
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    description: str | None,
+    private: bool | None,
+    token: Any,
+    revision: Any,
+    pull_request: bool,
+) -> str:
     """Upload a folder. Returns the commit that holds it. Raises `StateError` where the Hub does not take it."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message, revision=revision)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=str(folder),
+            commit_message=message,
+            commit_description=description,
+            revision=revision,
+            create_pr=pull_request,
+        )
     except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries
         reason = (str(error).splitlines() or [""])[0]
         raise StateError(

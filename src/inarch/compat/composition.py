@@ -1,9 +1,40 @@
 """The composition blocks: `import inarch.compat.composition as ac`."""
 
+from typing import Any
+
 from ..compose import Average as Average
 from ..compose import BatchSplit as BatchSplit
+from ..compose import Block, Setup
 from ..compose import Fuse as Fuse
 from ..compose import MultiTask as MultiTask
 from ..compose import Parallel as Parallel
 from ..compose import Split as Split
 from ..compose import Stack as Stack
+from .refused import NAMES, not_here
+
+AdapterCompositionBlock = Block
+
+
+def parse_composition(adapter_composition: Any, level: int = 0, model_type: str | None = None) -> Setup:  # noqa: ARG001  there alone
+    """The setup itself: a name or a block; a list is a `Stack`"""
+    return as_setup(adapter_composition)
+
+
+def as_setup(setup: Any) -> Setup:
+    """A setup as it may be written there: a list is a `Stack`."""
+    if isinstance(setup, list | tuple):
+        return as_setup(setup[0]) if len(setup) == 1 else Stack(*map(as_setup, setup))
+    return setup  # type: ignore[no-any-return]  # a name or a block, or refused where it is used
+
+
+def as_fuse(names: Any) -> Fuse:
+    """A `Fuse` as it may be written there: a list, or names in a text."""
+    if isinstance(names, Fuse):
+        return names
+    return Fuse(*(names.split(",") if isinstance(names, str) else names))
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        raise not_here(name, NAMES[name])
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")

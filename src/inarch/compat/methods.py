@@ -3,34 +3,22 @@
 The first line of each docstring is that call; `docs/migrate.md` is made of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..compose import Fuse, Setup, Stack
-from ..core.errors import SetupError
+from ..compose import names as names_in
 from ..handle import Adapters
 from ..methods import ConfigLike
-
-_OF_TRANSFORMERS = frozenset({"peft_model_id", "adapter_name", "peft_config", "adapter_state_dict", "adapter_config"})
-"""Arguments that the methods of transformers of the same name take, and those of `adapters` do not."""
-_FUSIONS = {"dynamic": "dynamic_fusion", "static": "static_fusion"}
-
-
-def as_setup(setup: Any) -> Setup:
-    """A setup as it may be written there: a list is a `Stack`."""
-    if isinstance(setup, list | tuple):
-        return setup[0] if len(setup) == 1 else Stack(*setup)
-    return setup  # type: ignore[no-any-return]  # a name or a block, or refused where it is used
-
-
-def as_fuse(names: Any) -> Fuse:
-    """A `Fuse` as it may be written there: a list, or names in a text."""
-    if isinstance(names, Fuse):
-        return names
-    return Fuse(*(names.split(",") if isinstance(names, str) else names))
+from .composition import as_fuse, as_setup
+from .configuration import DEFAULT_ADAPTER_CONFIG, DEFAULT_ADAPTERFUSION_CONFIG, FUSIONS, as_config
+from .file_methods import FileMethods
+from .head_methods import HeadMethods
+from .own import OF_TRANSFORMERS, own_method
+from .refused import refuse
 
 
 class Active:
@@ -49,6 +37,10 @@ class Active:
     def __hash__(self) -> int:
         return hash(self.setup)
 
+    def flatten(self) -> set[str]:
+        """The names in the setup."""
+        return set() if self.setup is None else set(names_in(self.setup))
+
     def __bool__(self) -> bool:
         return self.setup is not None
 
@@ -56,29 +48,19 @@ class Active:
         return repr(self.setup)
 
 
-class ModelMethods:
+class ModelMethods(HeadMethods, FileMethods):
     """The methods of one model."""
 
     def __init__(self, handle: Adapters) -> None:
         self._handle = handle
         self._model = handle.model
 
-    def _own(self, name: str) -> Callable[..., Any]:
-        """The method of that name that the model's class has."""
-        found = getattr(type(self._model), name, None)
-        if found is None:
-            raise SetupError(
-                f"A call in the form of transformers needs its method; got none named `{name}` for "
-                f"{type(self._model).__name__}. Call it in the form of `adapters`."
-            )
-        return found.__get__(self._model)  # type: ignore[no-any-return]
-
     # Adapters
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """`adapters.add(name, config)`"""
-        if hasattr(args[0] if args else None, "peft_type") or _OF_TRANSFORMERS & set(kwargs):
-            return self._own("add_adapter")(*args, **kwargs)
+        if hasattr(args[0] if args else None, "peft_type") or OF_TRANSFORMERS & set(kwargs):
+            return own_method(self._model, "add_adapter")(*args, **kwargs)
         return self._add_adapter(*args, **kwargs)
 
     def _add_adapter(
@@ -88,26 +70,31 @@ class ModelMethods:
         overwrite_ok: bool = False,
         set_active: bool = False,
     ) -> None:
-        self._handle.add(adapter_name, "seq_bn" if config is None else config, overwrite=overwrite_ok)
+        self._handle.add(adapter_name, as_config(config or DEFAULT_ADAPTER_CONFIG), overwrite=overwrite_ok)
         if set_active:
             self._handle.activate(adapter_name)
 
-    def delete_adapter(self, adapter_name: str | None = None, **kwargs: Any) -> Any:
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """`adapters.remove(name)`"""
-        if kwargs:
-            return self._own("delete_adapter")(**kwargs)
-        return self._handle.remove(str(adapter_name))
+        if "adapter_names" in kwargs:
+            return own_method(self._model, "delete_adapter")(**kwargs)
+        return self._delete_adapter(*args, **kwargs)
 
-    def train_adapter(self, adapter_setup: Any) -> None:
-        """`adapters.train(setup)`"""
-        self._handle.train(as_setup(adapter_setup))
+    def _delete_adapter(self, adapter_name: str) -> None:
+        if self._handle.setup in (adapter_name, Stack(adapter_name)):
+            self._handle.deactivate()
+        self._handle.remove(adapter_name)
 
-    def set_active_adapters(self, adapter_setup: Any) -> None:
-        """`adapters.activate(setup)`, or `adapters.deactivate()` for none"""
+    def train_adapter(self, adapter_setup: Any, train_embeddings: bool = False) -> None:
+        """`adapters.train(setup)`, with `embeddings=True` to train the active token embeddings along"""
+        self._handle.train(as_setup(adapter_setup), embeddings=train_embeddings)
+
+    def set_active_adapters(self, adapter_setup: Any, skip_layers: Sequence[int] | None = None) -> None:
+        """`adapters.activate(setup, skip_layers=...)`, or `adapters.deactivate()` for none"""
         if adapter_setup is None:
             self._handle.deactivate()
         else:
-            self._handle.activate(as_setup(adapter_setup))
+            self._handle.activate(as_setup(adapter_setup), skip_layers=skip_layers or ())
 
     def freeze_model(self, freeze: bool = True) -> None:
         """`parameter.requires_grad_(False)`, which `adapters.train` does by itself"""
@@ -116,17 +103,43 @@ class ModelMethods:
             if id(parameter) not in own:
                 parameter.requires_grad_(not freeze)
 
-    def adapter_summary(self) -> str:
-        """`adapters.summary()`"""
-        return self._handle.summary()
+    def freeze_embeddings(self, freeze: bool = True) -> None:
+        """`adapters.embedding(adapters.active_embeddings).requires_grad_(False)`"""
+        self._handle.embedding(self._handle.active_embeddings).requires_grad_(not freeze)
+
+    def adapter_summary(self, as_dict: bool = False) -> str | list[dict[str, Any]]:
+        """`adapters.summary()`, or `adapters.rows()`"""
+        return self._handle.rows() if as_dict else self._handle.summary()
 
     def has_adapters(self) -> bool:
         """`bool(adapters.names)`"""
         return bool(self._handle.names)
 
-    def get_adapter(self, name: str) -> dict[str, nn.Parameter]:
-        """`adapters[name]`: parameters by site"""
-        return self._handle[name]
+    def supports_adapter(self, type_or_config: ConfigLike) -> bool:
+        """`adapters.supports(config)`"""
+        return self._handle.supports(as_config(type_or_config))
+
+    def get_adapter(self, name: str) -> dict[int, dict[str, nn.Module]]:
+        """`adapters.modules(name)`: modules by layer and role; `adapters[name]` has the parameters"""
+        return self._handle.modules(name)
+
+    def adapter_to(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """`adapters.move(name, device=..., dtype=...)`"""
+        self._handle.move(name, device=device, dtype=dtype)
+
+    def adapter_fusion_to(
+        self, adapter_names: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """`adapters.move(Fuse("a", "b").name, device=..., dtype=...)`"""
+        self._handle.move(as_fuse(adapter_names).name, device=device, dtype=dtype)
+
+    def iter_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """`enumerate(adapters.layers)`"""
+        return iter(enumerate(self._handle.layers))
+
+    def get_layer(self, idx: int) -> nn.Module:
+        """`adapters.layers[number]`"""
+        return self._handle.layers[idx]
 
     # Fusion, averages, merging
 
@@ -141,8 +154,8 @@ class ModelMethods:
         """`adapters.add_fusion(Fuse("a", "b"), config)`"""
         block = as_fuse(adapter_names)
         block = block if name is None else Fuse(*block.children, name=name)
-        wish = "dynamic" if config is None else config
-        known = _FUSIONS.get(wish) if isinstance(wish, str) else None
+        wish = DEFAULT_ADAPTERFUSION_CONFIG if config is None else config
+        known = FUSIONS.get(wish) if isinstance(wish, str) else None
         self._handle.add_fusion(block, known or wish, overwrite=overwrite_ok)
         if set_active:
             self._handle.activate(block)
@@ -197,157 +210,61 @@ class ModelMethods:
         """`adapters.eject_prefix(name)`"""
         self._handle.eject_prefix(name)
 
-    def share_parameters(self, adapter_names: Sequence[str]) -> None:
-        """`adapters.share(names)`"""
-        self._handle.share(adapter_names)
+    def share_parameters(
+        self, adapter_names: Any, name: str | None = None, reference_adapter_name: str | None = None
+    ) -> None:
+        """`adapters.share(names)`: the first one's are shared"""
+        refuse("share_parameters", name=name)
+        first = [] if reference_adapter_name is None else [reference_adapter_name]
+        self._handle.share(list(dict.fromkeys([*first, *_listed(adapter_names)])))
 
-    def unshare_parameters(self, adapter_names: Sequence[str]) -> None:
+    def unshare_parameters(self, adapter_names: Any, name: str | None = None) -> None:
         """`adapters.unshare(names)`"""
-        self._handle.unshare(adapter_names)
+        refuse("unshare_parameters", name=name)
+        self._handle.unshare(_listed(adapter_names))
 
-    # Saving and loading
+    # Token embeddings
 
-    def save_adapter(
+    def add_embeddings(
         self,
-        save_directory: str,
-        adapter_name: str,
-        with_head: bool = True,
+        name: str,
+        tokenizer: Any,
+        reference_embedding: str | None = None,
+        reference_tokenizer: Any = None,
+        embedding_dim: int | None = None,
     ) -> None:
-        """`adapters.save(name, folder)`, with `format="adapterhub"` for the library `adapters`"""
-        self._handle.save(adapter_name, save_directory, head=with_head)
+        """`adapters.add_embeddings(name, tokenizer, reference=..., reference_tokenizer=...)`"""
+        refuse("add_embeddings", embedding_dim=embedding_dim)
+        self._handle.add_embeddings(
+            name, tokenizer, reference=reference_embedding, reference_tokenizer=reference_tokenizer
+        )
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """`adapters.load(folder_or_repository, name=...)`"""
-        if _OF_TRANSFORMERS & set(kwargs):
-            return self._own("load_adapter")(*args, **kwargs)
-        return self._load_adapter(*args, **kwargs)
+    def load_embeddings(self, path: str, name: str) -> Any:
+        """`adapters.load_embeddings(folder, name=...)`"""
+        return self._handle.load_embeddings(path, name=name)
 
-    def _load_adapter(
-        self,
-        adapter_name_or_path: str,
-        *,
-        load_as: str | None = None,
-        with_head: bool = True,
-        set_active: bool = False,
-    ) -> str:
-        name = self._handle.load(adapter_name_or_path, name=load_as, head=with_head, overwrite=True)
-        if set_active:
-            self._handle.activate(name)
-        return name
+    def save_embeddings(self, path: str, name: str, tokenizer: Any = None) -> None:
+        """`adapters.save_embeddings(name, folder, tokenizer=...)`"""
+        self._handle.save_embeddings(name, path, tokenizer=tokenizer)
 
-    def save_all_adapters(self, save_directory: str, with_head: bool = True) -> None:
-        """`for name in adapters.names: adapters.save(name, folder)`"""
-        for name in self._handle.names:
-            self._handle.save(name, Path(save_directory) / name, head=with_head)
+    def delete_embeddings(self, name: str) -> None:
+        """`adapters.remove_embeddings(name)`"""
+        self._handle.remove_embeddings(name)
 
-    def save_adapter_fusion(self, save_directory: str, adapter_names: Any) -> None:
-        """`adapters.save(Fuse("a", "b").name, folder)`"""
-        self._handle.save(as_fuse(adapter_names).name, save_directory)
+    def set_active_embeddings(self, name: str) -> None:
+        """`adapters.activate_embeddings(name)`"""
+        self._handle.activate_embeddings(name)
 
-    def load_adapter_fusion(self, adapter_fusion_name_or_path: str, load_as: str | None = None) -> str:
-        """`adapters.load(folder, name=...)`"""
-        return self._handle.load(adapter_fusion_name_or_path, name=load_as, overwrite=True)
 
-    def save_adapter_setup(self, save_directory: str, adapter_setup: Any) -> None:
-        """`adapters.save_setup(folder, setup)`"""
-        self._handle.save_setup(save_directory, as_setup(adapter_setup))
-
-    def load_adapter_setup(self, save_directory: str, set_active: bool = False) -> Setup:
-        """`adapters.load_setup(folder)`"""
-        setup = self._handle.load_setup(save_directory, overwrite=True)
-        if set_active:
-            self._handle.activate(setup)
-        return setup
-
-    # Heads
-
-    def _head(self, name: str, kind: str, *, overwrite_ok: bool, **settings: Any) -> None:
-        labels = settings.pop("id2label", None)
-        named = {} if labels is None else {"labels": [labels[number] for number in sorted(labels)]}
-        pooled = {"pooling": "pooler"} if settings.pop("use_pooler", False) else {}
-        self._handle.add_head(name, kind, overwrite=overwrite_ok, **settings, **named, **pooled)
-
-    def add_classification_head(
-        self,
-        head_name: str,
-        num_labels: int = 2,
-        overwrite_ok: bool = False,
-        multilabel: bool = False,
-        **settings: Any,
-    ) -> None:
-        """`adapters.add_head(name, "classification", num_labels=...)`, or `"multilabel_classification"`"""
-        kind = "multilabel_classification" if multilabel else "classification"
-        self._head(head_name, kind, overwrite_ok=overwrite_ok, num_labels=num_labels, **settings)
-
-    def add_image_classification_head(
-        self,
-        head_name: str,
-        num_labels: int = 2,
-        overwrite_ok: bool = False,
-        **settings: Any,
-    ) -> None:
-        """`adapters.add_head(name, "image_classification", num_labels=...)`"""
-        self._head(head_name, "image_classification", overwrite_ok=overwrite_ok, num_labels=num_labels, **settings)
-
-    def add_tagging_head(
-        self,
-        head_name: str,
-        num_labels: int = 2,
-        overwrite_ok: bool = False,
-        **settings: Any,
-    ) -> None:
-        """`adapters.add_head(name, "tagging", num_labels=...)`"""
-        self._head(head_name, "tagging", overwrite_ok=overwrite_ok, num_labels=num_labels, **settings)
-
-    def add_multiple_choice_head(
-        self,
-        head_name: str,
-        num_choices: int = 2,
-        overwrite_ok: bool = False,
-        **settings: Any,
-    ) -> None:
-        """`adapters.add_head(name, "multiple_choice", num_choices=...)`"""
-        self._head(head_name, "multiple_choice", overwrite_ok=overwrite_ok, num_choices=num_choices, **settings)
-
-    def add_qa_head(self, head_name: str, overwrite_ok: bool = False, **settings: Any) -> None:
-        """`adapters.add_head(name, "question_answering")`"""
-        self._head(head_name, "question_answering", overwrite_ok=overwrite_ok, **settings)
-
-    def add_dependency_parsing_head(
-        self,
-        head_name: str,
-        num_labels: int = 2,
-        overwrite_ok: bool = False,
-        **settings: Any,
-    ) -> None:
-        """`adapters.add_head(name, "dependency_parsing", num_labels=...)`"""
-        self._head(head_name, "dependency_parsing", overwrite_ok=overwrite_ok, num_labels=num_labels, **settings)
-
-    def add_masked_lm_head(self, head_name: str, overwrite_ok: bool = False, **settings: Any) -> None:
-        """`adapters.add_head(name, "masked_lm")`"""
-        self._head(head_name, "masked_lm", overwrite_ok=overwrite_ok, **settings)
-
-    def add_causal_lm_head(self, head_name: str, overwrite_ok: bool = False, **settings: Any) -> None:
-        """`adapters.add_head(name, "causal_lm")`"""
-        self._head(head_name, "causal_lm", overwrite_ok=overwrite_ok, **settings)
-
-    def add_seq2seq_lm_head(self, head_name: str, overwrite_ok: bool = False, **settings: Any) -> None:
-        """`adapters.add_head(name, "seq2seq_lm")`"""
-        self._head(head_name, "seq2seq_lm", overwrite_ok=overwrite_ok, **settings)
-
-    def delete_head(self, head_name: str) -> None:
-        """`adapters.remove_head(name)`"""
-        self._handle.remove_head(head_name)
-
-    def get_labels(self, head_name: str) -> list[str] | None:
-        """`adapters.flexible_heads[name].labels`"""
-        labels = getattr(self._handle.flexible_heads[head_name], "labels", None)
-        return None if labels is None else list(labels)
+def _listed(names: Any) -> list[str]:
+    """Names as they may be written there: one, some, or a block."""
+    return [names] if isinstance(names, str) else list(getattr(names, "children", names))
 
 
 METHODS = {
     name: str(method.__doc__).strip()
-    for name, method in vars(ModelMethods).items()
+    for kind in (ModelMethods, FileMethods, HeadMethods)
+    for name, method in vars(kind).items()
     if not name.startswith("_") and callable(method)
 }
 """The methods that a model gets, and what each is in inarch."""

@@ -2,35 +2,48 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NoReturn, Self
 
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
-from ..compose import Setup, names
+from ..compose import Parallel, Setup, names, walk
 from ..core.errors import SetupError
-from ..handle import Adapters, attach
-from ..train.trainer import AdapterTrainer as AdapterTrainer
-from .methods import METHODS, Active, ModelMethods, as_setup
+from ..handle import Adapters, attach, attached
+from ..methods import AdapterConfig
+from . import refused
+from .composition import as_setup
+from .methods import METHODS, Active, ModelMethods
+from .refused import not_here
 
-_MODELS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_DOORS: "weakref.WeakSet[_Door]" = weakref.WeakSet()
+_ATTRIBUTE = "adapters_config"
+"""Where a model has what leads to its door."""
 
 
-def init(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def init(model: nn.Module, adapters_config: Any = None, interface: Any = None) -> None:
     """`adapters = inarch.attach(model)`: give a model the methods of the library `adapters`."""
-    if args or any(value is not None for value in kwargs.values()):
+    if adapters_config is not None or interface is not None:
         raise SetupError(
             "inarch finds the places of adapters by itself; got a configuration or an interface for "
             f"{type(model).__name__}. Call `init(model)` alone; add adapters with `model.add_adapter`."
         )
     handle = attach(model)
+    before = _door_of(handle.model)
+    if before is not None:
+        if before.handle is handle:
+            return
+        before.close()
     door = _Door(handle)
     for name in METHODS:
         handle.model.__dict__[name] = _Bound(door, name)
+    for name in refused.METHODS:
+        if not hasattr(type(handle.model), name):
+            handle.model.__dict__[name] = _Refused(name)
+    handle.model.__dict__[_ATTRIBUTE] = _Known(door)
     door.show()
-    handle.model.register_forward_pre_hook(door.before_forward, with_kwargs=True, prepend=True)
-    _MODELS.add(handle.model)
+    door.hook = handle.model.register_forward_pre_hook(door.before_forward, with_kwargs=True, prepend=True)
 
 
 class _Door:
@@ -39,14 +52,26 @@ class _Door:
     def __init__(self, handle: Adapters) -> None:
         self.handle = handle
         self.methods = ModelMethods(handle)
+        self.hook: Any = None
         self._head = handle.active_head
+        _DOORS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a model has a door of its own."""
+        self.__dict__.update(state)
+        _DOORS.add(self)
 
     def show(self) -> None:
         """Put what is active where it is read."""
-        model = self.handle.model
-        self._head = self.handle.active_head
-        model.__dict__["active_adapters"] = Active(self.handle.setup, _OwnActive(model))
+        model, handle = self.handle.model, self.handle
+        self._head = handle.active_head
+        model.__dict__["active_adapters"] = Active(handle.setup, _OwnActive(model))
         model.__dict__["active_head"] = self._head
+        model.__dict__["has_parallel_adapters"] = any(isinstance(block, Parallel) for block in walk(handle.setup or ""))
+        model.__dict__["model_name"] = getattr(getattr(model, "config", None), "name_or_path", None)
+        if callable(getattr(model, "get_input_embeddings", None)):
+            model.__dict__["active_embeddings"] = handle.active_embeddings
+            model.__dict__["loaded_embeddings"] = _Tables(handle)
 
     def read(self) -> None:
         """Activate what was assigned."""
@@ -59,6 +84,9 @@ class _Door:
 
     def before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Pre-hook on the model: what was assigned holds from this forward on."""
+        if attached(model) is not self.handle:
+            self.close()
+            return
         before = tuple(model._forward_pre_hooks)
         self.read()
         if tuple(model._forward_pre_hooks) != before:
@@ -67,6 +95,24 @@ class _Door:
                 f"{self.handle.setup} assigned to `active_adapters` of {type(model).__name__}. Call the model again, "
                 "or use `model.set_active_adapters`."
             )
+
+    def close(self) -> None:
+        """Take what was put on the model, whose handle is detached."""
+        self.hook.remove()
+        model = self.handle.model
+        for name in (*METHODS, *refused.METHODS, *_SHOWN, _ATTRIBUTE):
+            model.__dict__.pop(name, None)
+        _DOORS.discard(self)
+
+
+_SHOWN = (
+    "active_adapters",
+    "active_head",
+    "has_parallel_adapters",
+    "model_name",
+    "active_embeddings",
+    "loaded_embeddings",
+)
 
 
 class _Bound:
@@ -84,6 +130,16 @@ class _Bound:
             self.door.show()
 
 
+class _Refused:
+    """A method that says what to write instead."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise not_here(f"model.{self._name}", refused.METHODS[self._name])
+
+
 class _OwnActive:
     """The method `active_adapters` that a model's class has."""
 
@@ -94,54 +150,169 @@ class _OwnActive:
         return type(self._model).active_adapters(self._model)  # type: ignore[attr-defined]  # transformers'
 
 
-@contextmanager
-def AdapterSetup(adapter_setup: Any, head_setup: Any = None) -> Iterator[None]:
+class _Known:
+    """`model.adapters_config`: which adapters there are, and their configurations."""
+
+    def __init__(self, door: _Door) -> None:
+        self.door = door
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.door.handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.door.handle.names)
+
+    def __len__(self) -> int:
+        return len(self.door.handle.names)
+
+    def get(self, name: str) -> AdapterConfig | None:
+        """`adapters.config(name)`, or None."""
+        return self.door.handle.config(name) if name in self else None
+
+    @property
+    def active_setup(self) -> Setup | None:
+        """`adapters.setup`"""
+        return self.door.handle.setup
+
+    @property
+    def skip_layers(self) -> tuple[int, ...]:
+        """`adapters.skipped`"""
+        return self.door.handle.skipped
+
+
+class _Tables:
+    """`model.loaded_embeddings`: the modules of token embeddings by name."""
+
+    def __init__(self, handle: Adapters) -> None:
+        self._handle = handle
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self._handle.embedding(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._handle.embeddings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handle.embeddings)
+
+    def __len__(self) -> int:
+        return len(self._handle.embeddings)
+
+
+class AdapterSetup:
     """`with adapters.using(setup)`: a block with another setup, on every model that has its adapters."""
-    setup = as_setup(adapter_setup)
-    doors = [door for model in _MODELS if _has((door := _door_of(model)).handle, setup)]
-    if not doors:
-        raise SetupError(
-            f"A setup is for models that have its adapters; got {setup!r} and {len(_MODELS)} models. Add them first."
-        )
-    with ExitStack() as stack:
-        for door in doors:
-            stack.callback(door.show)  # when all is as it was
-            stack.enter_context(door.handle.using(setup))
-            if head_setup is not None:
-                door.handle.active_head = head_setup
-            door.show()
-        yield
+
+    def __init__(self, adapter_setup: Any, head_setup: Any = None, ignore_empty: bool = False) -> None:
+        self.adapter_setup, self.head_setup = as_setup(adapter_setup), head_setup
+        self._is_idle = ignore_empty and adapter_setup is None and head_setup is None
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for door in () if self._is_idle else self._doors():
+                door.read()
+                stack.callback(door.show)  # when all is as it was
+                stack.enter_context(door.handle.using(self.adapter_setup))
+                if self.head_setup is not None:
+                    door.handle.active_head = self.head_setup
+                door.show()
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
+
+    def _doors(self) -> list[_Door]:
+        wanted = () if self.adapter_setup is None else names(self.adapter_setup)
+        open_doors = [door for door in _DOORS if attached(door.handle.model) is door.handle]
+        doors = [door for door in open_doors if all(name in door.handle for name in wanted)]
+        if not doors:
+            raise SetupError(
+                f"A setup is for models that have its adapters; got {self.adapter_setup!r} and {len(open_doors)} "
+                "models. Add them first."
+            )
+        return doors
 
 
-def _has(handle: Adapters, setup: Setup) -> bool:
-    return all(name in handle for name in names(setup))
-
-
-def _door_of(model: nn.Module) -> _Door:
-    found: _Door = model.__dict__["add_adapter"].door
-    return found
+def _door_of(model: nn.Module) -> _Door | None:
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found.door if isinstance(found, _Known) else None
 
 
 class AutoAdapterModel:
     """`AutoModel` and `inarch.attach`: a base model for adapters and flexible heads."""
 
+    types: tuple[str, ...] = ()
+    """The model types that are meant; none for all."""
+
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """The base model of that name."""
-        model = AutoModel.from_pretrained(*args, **kwargs)
+        if cls.types:
+            cls._check(kwargs.get("config") or AutoConfig.from_pretrained(name))
+        model = AutoModel.from_pretrained(name, *args, **kwargs)
         init(model)
         return model
 
     @classmethod
-    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_config(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
         """A base model with initial weights."""
-        model = AutoModel.from_config(*args, **kwargs)  # type: ignore[no-untyped-call]
+        cls._check(config)
+        model = AutoModel.from_config(config, *args, **kwargs)  # type: ignore[no-untyped-call]
         init(model)
         return model
 
+    def __new__(cls, config: Any) -> Any:
+        """A base model with initial weights, as `BertAdapterModel(config)` is."""
+        return cls.from_config(config)
 
-def load_model(model_name_or_path: str, model_class: Any, **kwargs: Any) -> Any:
+    @classmethod
+    def _check(cls, config: Any) -> None:
+        if cls.types and config.model_type not in cls.types:
+            raise SetupError(
+                f"`{cls.__name__}` is a model of type {' or '.join(f'`{kind}`' for kind in cls.types)}; got "
+                f"`{config.model_type}`. Use `AutoAdapterModel`."
+            )
+
+
+_TYPES = {
+    "Albert": "albert",
+    "Bart": "bart",
+    "Beit": "beit",
+    "Bert": "bert",
+    "BertGeneration": "bert-generation",
+    "CLIP": "clip",
+    "Deberta": "deberta",
+    "DebertaV2": "deberta-v2",
+    "DistilBert": "distilbert",
+    "Electra": "electra",
+    "GPT2": "gpt2",
+    "GPTJ": "gptj",
+    "Llama": "llama",
+    "MBart": "mbart",
+    "MT5": "mt5",
+    "Mistral": "mistral",
+    "PLBart": "plbart",
+    "Roberta": "roberta",
+    "T5": "t5",
+    "ViT": "vit",
+    "Whisper": "whisper",
+    "XLMRoberta": "xlm-roberta",
+    "Xmod": "xmod",
+}
+MODELS = {
+    f"{name}AdapterModel": type(f"{name}AdapterModel", (AutoAdapterModel,), {"types": (kind,), "__module__": __name__})
+    for name, kind in _TYPES.items()
+}
+"""`AutoAdapterModel` for one model type."""
+
+
+def load_model(model_name_or_path: str, model_class: Any, interface: Any = None, *args: Any, **kwargs: Any) -> Any:
     """`model_class.from_pretrained(...)` and `inarch.attach`."""
-    model = model_class.from_pretrained(model_name_or_path, **kwargs)
+    if interface is not None:
+        raise SetupError(
+            f"inarch finds the places of adapters by itself; got an interface for {model_class.__name__}. Leave it out."
+        )
+    model = model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     init(model)
     return model

@@ -117,12 +117,13 @@ def read(
         tensors=tensors,
         model_type=model_type,
         base=str(record.get("model_name") or ""),
-        head=_read_head(folder) if head else None,
+        head=read_head(folder) if head else None,
         difference=difference,
     )
 
 
-def _read_head(folder: Path) -> StoredHead | None:
+def read_head(folder: Path) -> StoredHead | None:
+    """The prediction head in a folder, if there is one."""
     if not any((folder / file).is_file() for file in (HEAD_SAFE, HEAD_TORCH)):
         return None
     config = read_json(folder / HEAD_RECORD) if (folder / HEAD_RECORD).is_file() else {}

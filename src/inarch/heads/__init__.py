@@ -3,15 +3,19 @@
 A model has one of its own, or it is given flexible ones (`Adapters.add_head`), of the kinds in `kinds.py`.
 """
 
+from .custom import register as register
 from .flexible import name_at as name_at
 from .flexible import path_of as path_of
 from .foreign import read_foreign as read_foreign
+from .foreign import read_foreign_settings as read_foreign_settings
 from .kinds import KINDS as KINDS
 from .kinds import HeadConfig as HeadConfig
 from .kinds import head_data as head_data
 from .kinds import read_head as read_head
+from .layers import Head as Head
 from .outputs import HeadOutput as HeadOutput
 from .outputs import MultiHeadOutput as MultiHeadOutput
+from .states import States as States
 from .task_head import id2label as id2label
 from .task_head import task_head as task_head
 from .trained import TrainedHeads as TrainedHeads

@@ -20,7 +20,7 @@ from ..bank import CHILD, LayerSlot
 from ..compose import Batch, Setup, ends, shares
 from ..core.errors import ConfigError, SetupError, nearest
 from ..core.site import Sites
-from .generating import generate
+from .generating import generate, generation_config
 from .kinds import HeadConfig, LanguageModelHead, MultipleChoiceHead, Seq2SeqLMHead
 from .layers import HEADS, Head, LanguageModel
 from .outputs import HeadOutput, MultiHeadOutput, joined
@@ -183,6 +183,13 @@ def install(model: nn.Module, *, causal: bool) -> FlexibleHeads:
     return found
 
 
+def put(model: nn.Module, name: str, head: Head, *, causal: bool) -> None:
+    """Give a model a flexible head, in the place of any of that name."""
+    install(model, causal=causal)[name] = head
+    if isinstance(head, LanguageModel) and not hasattr(model, "generation_config") and hasattr(model, "config"):
+        model.__dict__["generation_config"] = generation_config(model)  # trainers read it from there
+
+
 def uninstall(model: nn.Module) -> None:
     """Give a model its own forward back, and take its flexible heads."""
     forward = model.__dict__.get("forward")
@@ -214,6 +221,7 @@ class HeadedForward:
             self.model.__dict__["forward"] = self.own
         if self.gives_generate:
             self.model.__dict__.pop("generate", None)
+            self.model.__dict__.pop("generation_config", None)
 
     @property
     def heads(self) -> FlexibleHeads:

@@ -64,6 +64,17 @@ def read_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], model
     )
 
 
+def read_foreign_settings(settings: Mapping[str, Any]) -> HeadConfig:
+    """The configuration of a head, from what that library has in `config`. Raises `StateError` for none of ours."""
+    kind = KINDS.get("multilabel_classification" if _is_old_multilabel(settings) else str(settings.get("head_type")))
+    if kind is None:
+        raise StateError(
+            f"A prediction head is of one of the types {', '.join(f'`{known}`' for known in KINDS)}; got "
+            f"`{settings.get('head_type')}`. Add one of them."
+        )
+    return _config(kind, settings, {})
+
+
 def _is_old_multilabel(settings: Mapping[str, Any]) -> bool:
     return settings.get("head_type") == "classification" and bool(settings.get("multilabel"))
 

@@ -6,6 +6,13 @@ from typing import Any
 from torch import nn
 
 
+def generation_config(model: Any) -> Any:
+    """What `generate` goes by, for a model whose class has none."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_model_config(model.config)
+
+
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What transformers' `generate` makes of the model's forward."""
     return _generating()(model).generate(*args, **kwargs)
@@ -13,15 +20,14 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _generating() -> Any:
-    from transformers import GenerationConfig, GenerationMixin
+    from transformers import GenerationMixin
 
     class Generating(GenerationMixin):
         """Stands for a model before the code that generates, which asks for the methods of this class."""
 
         def __init__(self, model: Any) -> None:
             self._model = model
-            own = getattr(model, "generation_config", None)
-            self.generation_config = own or GenerationConfig.from_model_config(model.config)
+            self.generation_config = model.generation_config
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.__dict__["_model"], name)

@@ -1,15 +1,17 @@
 """Keeps what the adapters of one model have to do with its task heads."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..compose import Batch, Setup, ends
 from ..core.errors import SetupError, nearest
 from ..core.site import Sites
 from ..tensors import copy_into
-from .flexible import FlexibleHeads, build_head, heads_in, install, name_at, path_of, uninstall
+from .flexible import FlexibleHeads, build_head, heads_in, name_at, path_of, put, uninstall
 from .kinds import HeadConfig
 from .layers import Head
 from .task_head import task_head
@@ -33,8 +35,8 @@ class TrainedHeads:
         """Copies, by adapter, of heads that another adapter has trained since."""
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
-        """The paths of the modules trained with an adapter; none where no head was."""
-        return self._paths.get(name, ())
+        """The paths of the modules that belong to an adapter: those trained with it, or its flexible namesake."""
+        return self._paths.get(name) or ((path_of(name),) if name in self.flexible() else ())
 
     def known(self) -> tuple[str, ...]:
         """The paths of all modules that belong to a task and not to the base."""
@@ -71,7 +73,7 @@ class TrainedHeads:
 
     def put(self, name: str, head: Head) -> None:
         """Give the model a flexible head, in the place of any of that name."""
-        install(self._model, causal=self._is_causal)[name] = head
+        put(self._model, name, head, causal=self._is_causal)
 
     def drop(self, name: str) -> None:
         """Take a flexible head from the model. Raises `SetupError` for one that there is not."""
@@ -83,6 +85,27 @@ class TrainedHeads:
         self._paths = {owner: paths for owner, paths in left.items() if paths}
         if not heads:
             uninstall(self._model)
+
+    def rename_labels(self, name: str, labels: Sequence[str]) -> None:
+        """Name the labels of a flexible head. Raises `ConfigError` for another number of them."""
+        head = self._require(name).head(name)
+        head.config = head.config.replace(labels=tuple(labels))
+
+    def averaged(self, names: Sequence[str], weights: Sequence[float]) -> Head:
+        """A new head, the weighted sum of others. Raises `SetupError` for heads that differ in their configuration."""
+        heads = [self._require(name).head(name) for name in names]
+        first = names[0]
+        for name in names[1:]:
+            if self.config(name) != self.config(first):
+                raise SetupError(
+                    f"Heads are averaged where they are built alike; got `{first}` ({self.config(first)}) and `{name}` "
+                    f"({self.config(name)}). Leave one of them out."
+                )
+        result, values = copy.deepcopy(heads[0]), [head.state_dict() for head in heads]
+        with torch.no_grad():
+            for key, tensor in result.state_dict(keep_vars=True).items():
+                tensor.copy_(sum(share * value[key] for share, value in zip(weights, values, strict=True)))
+        return result.requires_grad_(requires_grad=False)
 
     def leave(self) -> None:
         """Take all flexible heads from the model."""

@@ -45,6 +45,10 @@ class AdapterConfig:
                 "Join both into one configuration, or add two adapters and activate a `Stack` of them."
             )
 
+    def replace(self, **changes: Any) -> "AdapterConfig":
+        """A copy with changed fields, in every method that has them. Raises `ConfigError` for a field of none."""
+        return AdapterConfig(spread(str(self), self.parts, changes))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, read back by `read_config`."""
         return {"methods": [{"method": method_of(part).name, **part.to_dict()} for part in self.parts]}
