@@ -43,6 +43,7 @@ SERVICES = GRAFT | {
     "pretrained",
     "trainer_door",
     "report",
+    "archives",
     "loading",
     "combine",
     "merge",
@@ -97,7 +98,8 @@ LAYERS: dict[str, set[str]] = {
     "admission": GRAFT | {"check"},
     "merge": GRAFT | {"check"},
     "saving": GRAFT | {"state", "fingerprint", "convert", "heads"},
-    "loading": GRAFT | {"state", "fingerprint", "convert", "heads"},
+    "archives": CORE,
+    "loading": GRAFT | {"state", "fingerprint", "convert", "heads", "archives"},
     "head_files": GRAFT | {"state", "convert", "heads"},
     "setups": GRAFT | {"state", "loading", "pretrained", "convert"},
     "publish": CORE,
@@ -115,7 +117,7 @@ LAYERS: dict[str, set[str]] = {
 }
 """Each top-level module or folder of the package, and those it may import besides itself."""
 
-TORCH_LAYERS = set(LAYERS) - {"publish", "core", "version", "report", "__main__"}
+TORCH_LAYERS = set(LAYERS) - {"archives", "publish", "core", "version", "report", "__main__"}
 TRAINING = {"data", "train", "sweep", "testing", "cli"}
 
 LIBRARIES: dict[str, set[str]] = {

@@ -190,8 +190,12 @@ class Adapters(Grafted):
         self, source: str | os.PathLike[str], inputs: Inputs | None, training: Training | None, data: Data | None
     ) -> Report:
         """The report on a stored adapter, with its weights and without its task head."""
-        folder = loading.locate(source)
+        with loading.opened(source) as folder:
+            return self._check_folder(folder, inputs, training, data)
 
+    def _check_folder(
+        self, folder: Path, inputs: Inputs | None, training: Training | None, data: Data | None
+    ) -> Report:
         def find(*, head: bool) -> loading.Found:
             return loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base="tell")
 
@@ -549,6 +553,7 @@ class Adapters(Grafted):
     ) -> str:
         """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
 
+        A zip or tar archive of a folder is read too, here or at an address (`https://...`).
         Folders of the library `adapters` are read too, and those of PEFT, where whole modules that were trained are the
         task head. A flexible head that lies beside the adapter is added, and becomes active with it.
 
@@ -563,8 +568,8 @@ class Adapters(Grafted):
         if name is not None:
             self._check_new(name, overwrite)
         # Outside the lock, because a download may take minutes.
-        folder = loading.locate(source, revision)
-        found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
+        with loading.opened(source, revision) as folder:
+            found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
         with LOCK:
             chosen = name or found.name
             self._check_new(chosen, overwrite)

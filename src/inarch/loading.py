@@ -7,14 +7,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from . import convert, state
+from . import archives, convert, state
 from .attach import build, tensors_in
 from .bank import Modules
 from .core.errors import StateError, nearest_place
@@ -58,6 +59,37 @@ class Found:
 # Where it is
 
 
+@contextmanager
+def opened(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Path]:
+    """The folder of an adapter for the length of a block: what `locate` finds, or what is packed in an archive.
+
+    An archive, here or at an address, is unpacked into a folder that is gone afterwards. Raises `StateError` as these
+    do, and for an archive with no adapter, or with several.
+    """
+    if not archives.is_packed(source):
+        yield locate(source, revision)
+        return
+    with archives.unpacked(source) as place:
+        yield _packed(place, os.fspath(source))
+
+
+def _packed(place: Path, source: str) -> Path:
+    """The one adapter folder of an archive: all of it, or a folder in it."""
+    inside = [folder for folder in (place, *sorted(place.rglob("*"))) if folder.is_dir() and _is_adapter(folder)]
+    if len(inside) != 1:
+        got = ", ".join(f"`{folder.relative_to(place)}`" for folder in inside[:6]) or "none"
+        raise StateError(
+            f"An archive holds one adapter; got {got} in `{source}`. "
+            f"{'Unpack it and give one of the folders.' if inside else 'Give the archive of an adapter folder.'}"
+        )
+    return inside[0]
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder is that of an adapter, in any format."""
+    return state.is_adapter(folder) or convert.is_adapterhub(folder) or convert.is_peft(folder)
+
+
 def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local folder of an adapter: the folder itself, the one in that of a run, or a snapshot of a Hub repository.
 
@@ -71,7 +103,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
         return _of_run(path)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise StateError(
-            f"An adapter is a folder or a Hub repository `owner/name`; got `{text}`, which is neither. "
+            f"An adapter is a folder, an archive or a Hub repository `owner/name`; got `{text}`, which is neither. "
             f"{nearest_place(text) or 'Give the folder that `save` wrote.'}"
         )
     folder = _fetch(text, [state.RECORD, *convert.RECORDS], revision)
@@ -89,7 +121,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 def _of_run(folder: Path) -> Path:
     """The adapter folder in that of a run; any other folder as it is."""
-    if state.is_adapter(folder) or convert.is_adapterhub(folder) or convert.is_peft(folder):
+    if _is_adapter(folder):
         return folder
     if state.is_adapter(folder / ADAPTER_FOLDER):
         return folder / ADAPTER_FOLDER
@@ -152,12 +184,14 @@ def head_labels(folder: Path) -> tuple[str, ...]:
 
 
 def is_source(text: object) -> bool:
-    """Whether something that may be a configuration is a place of adapters: a folder, or the name of a repository."""
+    """Whether what may be a configuration is a place of adapters: a folder, an archive, an address or a repository."""
     if not isinstance(text, str | os.PathLike):
         return False
     words = os.fspath(text)
     if not words or words in preset_names():  # a preset stays one, whatever lies in the working directory
         return False
+    if archives.is_packed(words):
+        return True
     return Path(words).expanduser().is_dir() or ("/" in words and "[" not in words and not words.endswith(".json"))
 
 

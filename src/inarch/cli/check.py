@@ -58,7 +58,7 @@ def check(
     with importing():
         from ..check import Training
         from ..handle import attach
-        from ..loading import head_labels, is_source, locate
+        from ..loading import head_labels, is_source, opened
         from ..methods import read_config
         from .skeleton import is_type
 
@@ -68,7 +68,10 @@ def check(
             f"`--fix` changes a configuration; got the folder of an adapter, `{adapter}`. Leave `--fix` out, or give "
             "the configuration that it was trained with."
         )
-    labels = head_labels(locate(adapter)) if stored else ()
+    labels: tuple[str, ...] = ()
+    if stored:
+        with opened(adapter) as folder:
+            labels = head_labels(folder)
     network = _network(model, labels, with_weights=measure or (stored and not is_type(model)))
     config = adapter if stored else read_config(adapter)
     training = None if learning_rate is None else Training(learning_rate=learning_rate)

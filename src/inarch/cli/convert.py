@@ -22,7 +22,8 @@ class Target(StrEnum):
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="The folder or Hub repository of an adapter of inarch, of `adapters` or of PEFT.")
+        str,
+        typer.Argument(help="An adapter of inarch, `adapters` or PEFT: a folder, archive, address or Hub repository."),
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to write.")],
     *,
@@ -38,17 +39,17 @@ def convert(
     """Write an adapter of one library in the format of another, so that it computes the same there."""
     with importing():
         from ..handle import attach
-        from ..loading import head_labels, locate, named_base
+        from ..loading import head_labels, named_base, opened
         from .skeleton import with_own_weights
 
-    folder = locate(source)
-    base = model or named_base(folder)
-    if not base:
-        raise StateError(
-            f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
-            "`--model`."
-        )
-    adapters = attach(with_own_weights(base, head_labels(folder) if head else ()))
-    name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
+    with opened(source) as folder:
+        base = model or named_base(folder)
+        if not base:
+            raise StateError(
+                f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
+                "`--model`."
+            )
+        adapters = attach(with_own_weights(base, head_labels(folder) if head else ()))
+        name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
     adapters.save(name, destination, head=head, format=to.value)
     say(f"{name} for {adapters.sites.model_class}, in the format {to.value}, is in {destination}", style="bold")
