@@ -60,6 +60,8 @@ def unpacked(source: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         try:
             _unpack(file, folder, text)
+        except StateError:
+            raise
         except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
             raise _refusal(f"one that cannot be read ({error})", text) from None
         except (tarfile.TarError, zipfile.BadZipFile) as error:
@@ -87,9 +89,9 @@ def _download(address: str, file: Path) -> None:
     """Put what is at an address into a file. Raises `StateError` where that cannot be had."""
     if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
         raise _out_of_reach(address, "`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` is set")
-    request = urllib.request.Request(address, headers={"User-Agent": "inarch"})
+    request = urllib.request.Request(address, headers={"User-Agent": "inarch"})  # noqa: S310 - an address of http or https
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("xb") as target:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("xb") as target:  # noqa: S310 - as above
             if not is_address(answer.url):
                 raise _out_of_reach(address, f"it leads to `{answer.url}`")
             _copy(answer, target, MOST_BYTES, address)
@@ -124,15 +126,7 @@ def _unpack(file: Path, folder: Path, source: str) -> None:
 
 def _entries(file: Path, source: str) -> Iterator[tuple[str, int, IO[bytes]]]:
     """Name, size and content of every file. Raises `StateError` for an entry that is neither a file nor a folder."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                kind = (entry.external_attr >> 16) & 0o170000  # the kind of file, where Unix wrote it
-                if kind not in (0, 0o100000, 0o040000):
-                    raise _refusal(f"`{entry.filename}`, which is no plain file,", source)
-                if not entry.is_dir():
-                    yield entry.filename, entry.file_size, archive.open(entry)
-    elif tarfile.is_tarfile(file):
+    if tarfile.is_tarfile(file):  # first, because one that holds a zip at its end looks like a zip
         with tarfile.open(file) as archive:
             for member in archive:
                 content = archive.extractfile(member) if member.isreg() else None
@@ -140,6 +134,14 @@ def _entries(file: Path, source: str) -> Iterator[tuple[str, int, IO[bytes]]]:
                     raise _refusal(f"`{member.name}`, which is no plain file,", source)
                 if content is not None:
                     yield member.name, member.size, content
+    elif zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                kind = (entry.external_attr >> 16) & 0o170000  # the kind of file, where Unix wrote it
+                if kind not in (0, 0o100000, 0o040000):
+                    raise _refusal(f"`{entry.filename}`, which is no plain file,", source)
+                if not entry.is_dir():
+                    yield entry.filename, entry.file_size, archive.open(entry)
     else:
         raise _refusal("something else", source)
 

@@ -23,7 +23,7 @@ class Target(StrEnum):
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="An adapter of inarch, `adapters` or PEFT: a folder, archive, address or Hub repository."),
+        typer.Argument(help="An adapter of inarch, `adapters` or PEFT: folder, archive, address or Hub repository."),
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to write.")],
     *,
