@@ -134,6 +134,7 @@ LIBRARIES: dict[str, set[str]] = {
         "compat",
         "pretrained",
         "embeddings",
+        "convert",
     },
     "huggingface_hub": {"loading", "publish", "convert", "train", "testing", "cli", "compat"},
     "typer": {"cli"},

@@ -267,6 +267,46 @@ def test_an_adapter_of_another_model_type_is_refused_where_its_names_say_so(tmp_
     assert adapters.load(edited("bert_task", tmp_path / "b", auto_mapping=None), head=False, other_base="allow") == "b"
 
 
+@pytest.mark.parametrize(
+    ("made_for", "same"),
+    [
+        ({"base_model_class": "BertForMaskedLM", "parent_library": "transformers.models.bert.modeling_bert"}, True),
+        ({"base_model_class": "BertModel", "parent_library": "transformers.models.old.bert.modeling_bert"}, True),
+        ({"base_model_class": "BertForSequenceClassification", "parent_library": "__main__"}, True),
+        (
+            {
+                "base_model_class": "BertGenerationEncoder",
+                "parent_library": "transformers.models.bert_generation.modeling_bert_generation",
+            },
+            False,
+        ),
+        ({"base_model_class": "Model", "parent_library": "elsewhere"}, False),
+    ],
+)
+def test_the_type_that_an_adapter_was_made_for_is_that_of_its_class(made_for, same, tmp_path):
+    adapters = inarch.attach(tiny("bert-classifier"))
+    folder = edited("bert_task", tmp_path / "a", auto_mapping=made_for)
+    if same:
+        assert adapters.load(folder) == "a"
+        return
+    with pytest.raises(inarch.StateError, match=f"of the same type; got `{made_for['base_model_class']}` at"):
+        adapters.load(folder)
+
+
+@pytest.mark.parametrize(("word", "same"), [("encoder", True), ("mine", True), ("roberta", False), ("vit", False)])
+def test_the_first_word_of_a_path_may_be_anything_but_another_model_type(word, same, tmp_path):
+    def renamed(tensors):
+        return {key.replace("model.bert.", f"model.{word}."): tensor for key, tensor in tensors.items()}
+
+    folder = edited("bert_task", tmp_path / "a", renamed, auto_mapping=None)
+    adapters = inarch.attach(tiny("bert-classifier"))
+    if same:
+        assert adapters.load(folder) == "a"
+        return
+    with pytest.raises(inarch.StateError, match=f"of the same type; got modules such as `{word}.encoder"):
+        adapters.load(folder)
+
+
 @pytest.mark.parametrize("tower", ["text_model.encoder", "decoder"])
 def test_an_adapter_of_another_tower_is_refused_though_its_shapes_fit(tower, tmp_path):
     model = tiny("clip-vision")

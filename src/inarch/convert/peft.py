@@ -12,7 +12,6 @@ PEFT keeps nothing of its base but an id, so nothing shows that a model of the s
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.site import Sites
 from ..methods import AdapterConfig
-from .consent import consent
+from .peft_family import check_family
 from .peft_head import Head, head_tensors, take_heads
 from .peft_ia3 import read_ia3
 from .peft_lora import read_lora
@@ -39,12 +38,6 @@ logger = logging.getLogger(__name__)
 
 
 _PREFIX = "base_model.model."
-
-_COMMON_WORDS = {
-    *("model", "transformer", "encoder", "decoder", "layer", "layers", "block", "blocks", "h", "backbone"),
-    *("base_model", "text_model", "vision_model", "language_model", "vision_tower"),
-}
-"""First words of module paths that name no model type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +77,6 @@ def read(
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     check_method(record, folder)
     stored = {key.removeprefix(_PREFIX): tensor for key, tensor in read_weights(folder, SAFE, TORCH).items()}
-    if record["peft_type"] == "PREFIX_TUNING":
-        prefix, tensors = read_prefix(record, stored, model, sites, folder)
-        base = str(record.get("base_model_name_or_path") or "")
-        config = AdapterConfig((prefix,))
-        return Converted(config=config, tensors=tensors, head=(), base=base, difference="", idle=())
     source = Source(folder, record, model, Names(sites), other_base)
     heads = take_heads(source, stored)
     if record["peft_type"] == "LORA":
@@ -100,6 +88,8 @@ def read(
         check_rest(source, stored)
         part, tensors, adapted = norms.config, norms.tensors, norms.paths
         heads |= {own_path(path, model): Head(path, found) for path, found in norms.outside.items()}
+    elif record["peft_type"] == "PREFIX_TUNING":
+        (part, tensors), adapted = read_prefix(record, stored, model, sites, folder), []
     elif record["peft_type"] == "PROMPT_TUNING":
         (part, tensors), adapted = read_prompt(record, stored, sites, folder), []
     else:
@@ -119,30 +109,6 @@ def read(
         difference=check_family(source, adapted),
         idle=_idle(record, adapted, heads),
     )
-
-
-def check_family(source: Source, adapted: Iterable[str]) -> str:
-    """How an adapter was made for another model type, as far as anything says so; empty for none.
-
-    Raises `StateError` where that is to be refused.
-    """
-    record, model, folder = source.record, source.model, source.folder
-    own = type(model).__name__
-    made_for = str((record.get("auto_mapping") or {}).get("base_model_class") or "")
-    families = [re.sub(r"(For[A-Z]\w*|Model|LMHeadModel)$", "", name) for name in (made_for, own)]
-    words = {part for name, _ in model.named_modules() for part in name.split(".")} | _COMMON_WORDS
-    known = {str(getattr(model, "base_model_prefix", "")), *words}
-    renamed = [path for path in adapted if path not in source.names.paths]
-    foreign = next((path for path in renamed if path.split(".")[0] not in known), "")
-    if made_for and not (families[0].startswith(families[1]) or families[1].startswith(families[0])):
-        difference = f"`{made_for}`"
-    elif foreign:
-        difference = f"modules such as `{foreign}`"
-    else:
-        return ""
-    text = f"the model that an adapter was made for must be of the same type; got {difference} at `{folder}` and {own}"
-    remedy = f"Load the base model `{record.get('base_model_name_or_path')}`"
-    return consent(text, remedy, folder, source.other_base)
 
 
 def _idle(record: Mapping[str, Any], adapted: list[str], heads: Mapping[str, Head]) -> tuple[str, ...]:
