@@ -311,17 +311,63 @@ def test_a_skip_lost_under_a_layer_scale_is_named_as_such():
 
 def test_images_of_another_size_than_the_base_saw_are_found():
     model = tiny("vit-classifier")
-    inarch.attach(model)
     for size, is_found in (((24, 24), True), ((32, 32), False)):
         report = inarch.check(model, "seq_bn", measure=False, data=Data(pixel_size=size))
         assert ("images-of-other-size" in codes(report)) == is_found
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "dinov2", "gemma2"])
-@pytest.mark.parametrize("setting", ["lora[dropout=1.0]", "lora[alpha=0]", "lora[r=0]", "seq_bn[dropout=1.0]"])
-def test_settings_that_can_mean_nothing_are_refused_before_any_model(name, setting):
+@pytest.mark.parametrize(
+    ("setting", "fixes"),
+    [
+        ("lora[dropout=1.0]", [{"dropout": 0.0}]),
+        ("lora[alpha=0]", [{"alpha": 8.0}]),
+        ("lora[r=0]", [{"r": 8}]),
+        ("seq_bn[dropout=1.0,reduction_factor=-2]", [{"dropout": 0.0}, {"reduction_factor": 16.0}]),
+        ("mam[dropout=1]", [{"dropout": 0.0}, {"dropout": 0.0}]),  # of the prefix, and of the bottleneck
+        ({"methods": [{"method": "lora", "r": 0}]}, [{"r": 8}]),
+    ],
+)
+def test_numbers_that_can_mean_nothing_are_found_and_refused(setting, fixes):
+    model = tiny("vit")
+    report = inarch.check(model, setting, measure=False)
+    found = [one for one in report.findings if one.code == "out-of-range"]
+    assert [dict(fix.changes) for one in found for fix in one.fixes] == fixes
+    assert report.has_errors and not report.sound
     with pytest.raises(inarch.ConfigError, match=r"must be (less than|more than|at least) \d; got"):
-        inarch.check(tiny(name), setting)
+        inarch.attach(model).add("a", setting)
+
+
+def test_other_errors_than_a_number_out_of_range_are_told_together():
+    for setting in (
+        "lora[r=0,foo=1]",
+        "lora[r=0]|nothing",
+        "lora[dropout=text]",
+        {"methods": [{"method": "x", "r": 0}]},
+    ):
+        with pytest.raises(inarch.ConfigError, match=r"has no field `foo`|begins with a preset|a number|name a method"):
+            inarch.check(tiny("vit"), setting, measure=False)
+
+
+def test_a_number_out_of_range_does_not_hide_what_else_is_wrong():
+    report = inarch.check(tiny("vit"), "seq_bn[dropout=1,original_ln_after=False]", measure=False)
+    assert codes(report) == {"out-of-range", "unsound-wiring"}
+    assert all(found.fixes for found in report.findings)
+    report = inarch.check(tiny("vit"), "lora[r=0,leave_out=[0,1]]", measure=False)
+    assert codes(report) == {"out-of-range", "no-such-place"}
+    assert all(found.fixes for found in report.findings)
+
+
+def test_a_branch_that_is_taken_out_is_measured_without_a_tensor():
+    report = inarch.check(tiny("vit"), "mute[roles=[mlp]]")
+    assert report.evidence.gradients == {} and report.evidence.dead == () and report.evidence.drift > 0
+
+
+def test_one_finding_says_what_equal_sites_of_several_widths_have_in_common():
+    report = inarch.check(tiny("swinv2"), "double_seq_bn[original_ln_after=False]", measure=False)
+    assert len(report.sites) > 2
+    (found,) = report.findings
+    stacks = {site.stack for group in report.sites for site in group.sites}
+    assert all(f"{stack} {role}, layers 0-" in found.place for stack in stacks for role in ("self_attention", "mlp"))
 
 
 def test_fixes_that_would_bring_another_error_are_not_offered():

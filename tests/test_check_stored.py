@@ -139,8 +139,12 @@ def test_dead_tensors_of_a_folder_are_found(tmp_path):
     dead = {key: torch.zeros_like(value) if ".1." in key else value for key, value in tensors.items()}
     save_file(dead, folder / "adapter.safetensors")
     report = inarch.check(tiny("vit-classifier"), folder)
-    assert "dead-tensors" not in codes(report)  # near these weights they get one
-    assert sum(value == 0 for value in report.evidence.gradients.values()) == 4
+    assert len(report.evidence.dead) == 4  # A and B of q and v
+    assert {key.split(".")[1] for key in report.evidence.dead} == {"1"}
+    assert "dead-tensors" in codes(report, "error")
+    half = {key: torch.zeros_like(value) if key.endswith(".B") else value for key, value in tensors.items()}
+    save_file(half, folder / "adapter.safetensors")
+    assert "dead-tensors" not in codes(inarch.check(tiny("vit-classifier"), folder))  # B moves, then A
 
 
 def test_a_run_is_the_adapter_in_it(tmp_path):

@@ -509,6 +509,27 @@ def test_what_cannot_be_measured_is_not_passed_over(monkeypatch):
     assert "got `demo`, whose inputs cannot be told from it. Leave `--measure` out" in result.stderr
 
 
+def test_a_number_out_of_range_is_a_finding_and_is_mended(tmp_path):
+    result = run("check", "demo", "--adapter", "lora[dropout=1.0]", "--json")
+    assert result.exit_code == 1
+    (found,) = json.loads(result.stdout)["findings"]
+    assert found["code"] == "out-of-range" and found["fixes"] == [{"dropout": 0.0}]
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps({"methods": [{"method": "lora", "r": 0}]}))
+    result = run("check", "demo", "--adapter", str(file), "--fix")
+    assert result.exit_code == 0 and "error out-of-range" in result.stdout
+    assert json.loads(file.read_text())["methods"][0]["r"] == 8
+
+
+def test_what_cannot_be_mended_is_shown_all_the_same():
+    result = run("check", "demo", "--adapter", "mute[roles=[mlp]]", "--fix")
+    assert result.exit_code == 1
+    assert "branch lost" in result.stdout and "which no change of it clears" in result.stderr
+    result = run("check", "demo", "--adapter", "mute[roles=[mlp]]", "--fix", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["findings"][0]["code"] == "unsound-wiring"
+
+
 def test_fix_rewrites_a_file_and_prints_what_it_became(tmp_path):
     file = tmp_path / "adapter.json"
     file.write_text(json.dumps(read_config("seq_bn[original_ln_after=False,scaling=0.0]").to_dict()))

@@ -15,7 +15,7 @@ from . import head_files, state
 from .admission import check_composition, check_name, check_present, check_setup, check_streams
 from .attach import Removable, arm, disarm, graft, store, stored, tensors_in
 from .bank import Modules
-from .check import Report, report, unplaced
+from .check import Report, impossible, report
 from .combine import recipe
 from .compose import Batch, Block, Setup, Watched, names
 from .core.errors import ConfigError, SetupError, SiteError
@@ -123,7 +123,7 @@ class Grafted:
     def supports(self, config: ConfigLike) -> bool:
         """Whether the model has a place for a configuration, and can make it. (`check` says why not.)"""
         parsed = read_config(config)
-        if unplaced(self.sites, parsed) is not None:
+        if impossible(self.sites, parsed) is not None:
             return False
         try:
             for module in self._judge("adapter", parsed).plan.modules:

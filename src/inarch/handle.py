@@ -21,7 +21,7 @@ from . import loading, pretrained, publish, saving, setups, state
 from .admission import refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
-from .check import Data, Report, Stored, Training, examine, report, unplaced
+from .check import Data, Report, Stored, Training, examine, impossible, model_facts, report
 from .combine import Combination, average, combined_config, recipe
 from .compose import Fuse, Setup, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
@@ -30,7 +30,7 @@ from .grafted import ATTRIBUTE, LOCK, Grafted
 from .heads import path_of
 from .loading import OtherBase
 from .merge import check_mergeable, merge
-from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config
+from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config, read_settings
 from .methods.prefix import Prefix, PrefixConfig
 from .plan import check_setup as check_blocks
 from .plan import plan
@@ -133,10 +133,12 @@ def check(
             return handle.check(config, example_inputs=example_inputs, training=training, data=data, measure=measure)
         assert config is not None
         if not measure and not loading.is_source(config):
-            sites, parsed = probe(model, layout=layout, example_inputs=example_inputs), read_config(config)
-            if (nowhere := unplaced(sites, parsed)) is not None:
-                return nowhere
-            verdict = report(sites, "adapter", {"adapter": parsed}, training=training, data=data)
+            sites = probe(model, layout=layout, example_inputs=example_inputs)
+            parsed, wrong = read_settings(config)
+            if (verdict := impossible(sites, parsed, wrong)) is not None:
+                return verdict
+            known = model_facts(model, sites, {}, (), attached=False)
+            verdict = report(sites, "adapter", {"adapter": parsed}, model=known, training=training, data=data)
             for module in verdict.plan.modules:  # what cannot be made is refused here, as `add` does
                 module.sketch()
             return verdict
@@ -173,9 +175,9 @@ class Adapters(Grafted):
                 assert isinstance(config, str | os.PathLike)
                 return self._check_stored(config, inputs, training, data)
             if config is not None:
-                parsed = read_config(config)
-                if (nowhere := unplaced(self.sites, parsed)) is not None:
-                    return nowhere
+                parsed, wrong = read_settings(config)
+                if (verdict := impossible(self.sites, parsed, wrong)) is not None:
+                    return verdict
                 with self._on_trial(parsed) as name:
                     return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data)
             if self._setup is None and len(self._configs) != 1:

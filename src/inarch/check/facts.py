@@ -1,12 +1,12 @@
 """What rules may read: the configuration and its proof; the model, its training and its data where they are known."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..compose import Setup
 from ..core.site import Site, Sites
 from ..core.table import layers
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, OutOfRange
 from ..plan import Plan
 from .proof import Proof
 
@@ -30,6 +30,14 @@ def place(sites: tuple[Site, ...]) -> str:
     """Sites of one role in words: stack, role and layers."""
     first = sites[0]
     return f"{first.stack} {first.role}, {layers([site.layer for site in sites])}"
+
+
+def places(groups: Iterable[SiteReport]) -> str:
+    """Groups in words, those of one stack, role and case together."""
+    alike: dict[tuple[str, str, str], list[Site]] = {}
+    for group in groups:
+        alike.setdefault((group.sites[0].stack, group.sites[0].role, group.case), []).extend(group.sites)
+    return "; ".join(place(tuple(sites)) + (f", {case}" if case else "") for (_, _, case), sites in alike.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +98,7 @@ class Evidence:
     gradients: Mapping[str, float]
     """By tensor of an adapter file: root mean square of its gradient at the initial weights."""
     dead: tuple[str, ...]
-    """Tensors without a gradient both at the initial weights and after a small random change of all of them."""
+    """Tensors without a gradient, both at these weights and after a small change of those that get one."""
     growth: Mapping[str, float]
     """By stack: how much larger the last layer's output is with the adapter than without."""
     is_initial: bool = True
@@ -152,3 +160,5 @@ class Facts:
     """What is known of the folder that an adapter was read from."""
     unplaced: str = ""
     """Why a configuration asks for what the model does not have; the plan and the groups are empty then."""
+    out_of_range: tuple[OutOfRange, ...] = ()
+    """Numbers that their settings cannot take; `configs` has others in their place."""

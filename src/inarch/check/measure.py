@@ -20,7 +20,7 @@ from ..core.site import Site, Sites
 from .facts import Evidence, Memory
 
 _MOVE = 1e-2
-"""Standard deviation of the random change after which gradients are looked at again."""
+"""Standard deviation of the random change that stands for steps of training."""
 _ADAM_MOMENTS = 2
 
 Run = Callable[[], Any]
@@ -45,12 +45,11 @@ def measure(
                 before, streams_before = _with_streams(model, sites, run)
             after, streams_after = _with_streams(model, sites, run)
         still = _gradients(parameters, run)
-        with _moved(parameters.values()):
-            moved = _gradients(parameters, run)
+        dead = _dead(parameters, still, run)
     return Evidence(
         drift=_relative(after, before),
         gradients=still,
-        dead=tuple(key for key in parameters if still[key] == 0 and moved[key] == 0),
+        dead=dead,
         growth={stack: streams_after[stack] / value for stack, value in streams_before.items() if value},
     )
 
@@ -112,6 +111,8 @@ def _estimated_optimizer(parameters: Sequence[nn.Parameter]) -> int:
 
 def _measured_optimizer(parameters: Sequence[nn.Parameter]) -> int:
     """Bytes that AdamW and the gradients hold after a step, taken on copies."""
+    if not parameters:
+        return 0
     copies = [nn.Parameter(torch.zeros_like(p)) for p in parameters]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
@@ -148,6 +149,8 @@ def _saved_bytes(model: nn.Module, run: Run, parameters: Sequence[nn.Parameter])
 
 def _gradients(parameters: Mapping[str, nn.Parameter], run: Run) -> dict[str, float]:
     """Root mean square of the gradient of a fixed random reading of the output, by tensor."""
+    if not parameters:
+        return {}  # of a branch that is taken out
     flags = {key: parameter.requires_grad for key, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
@@ -162,6 +165,18 @@ def _gradients(parameters: Mapping[str, nn.Parameter], run: Run) -> dict[str, fl
         key: 0.0 if gradient is None else float(gradient.detach().double().square().mean().sqrt())
         for key, gradient in zip(parameters, found, strict=True)
     }
+
+
+def _dead(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, float], run: Run) -> tuple[str, ...]:
+    """Tensors that training never moves: without a gradient, whatever those do that get one."""
+    live = {key for key, value in gradients.items() if value}
+    while live and len(live) < len(parameters):
+        with _moved([parameters[key] for key in live]):
+            reached = {key for key, value in _gradients(parameters, run).items() if value} - live
+        if not reached:
+            break
+        live |= reached
+    return tuple(key for key in parameters if key not in live)
 
 
 def _reading(output: Any) -> Tensor:

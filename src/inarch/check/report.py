@@ -9,12 +9,12 @@ from ..compose import Setup, cases, names
 from ..core.errors import ConfigError
 from ..core.site import Site, Sites
 from ..core.table import render
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, OutOfRange
 from ..plan import Plan, check_setup, plan, sublayer_sites
 from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Stored, Training, place
 from .findings import LEVELS, Finding, find
 from .proof import Proof, prove
-from .rules.reach import no_such_place
+from .rules import reach, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Report:
     """What one small batch showed; None where nothing was run."""
     memory: Memory | None = None
     """What training takes beside the weights; None where no inputs are known."""
-    placed: bool = True
-    """Whether the model has the places that the configuration asks for."""
+    possible: bool = True
+    """Whether there can be such an adapter: the model has its places, and its settings take their numbers."""
 
     @property
     def num_parameters(self) -> int:
@@ -41,7 +41,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Whether the pre-trained function is preserved at every site."""
-        return self.placed and all(group.proof.sound for group in self.sites)
+        return self.possible and all(group.proof.sound for group in self.sites)
 
     @property
     def has_errors(self) -> bool:
@@ -51,7 +51,7 @@ class Report:
     def __str__(self) -> str:
         rows = site_rows(self)
         head = f"{self.subject} on {self.model_class}: {self.num_parameters:,} parameters"
-        if not rows and self.placed:
+        if not rows and self.possible:
             head += ", no sum of the model is changed"
         tables = ((SITE_HEADERS, rows), (PROJECTION_HEADERS, projection_rows(self)))
         body = [render(headers, found) for headers, found in tables if found]
@@ -139,6 +139,7 @@ def report(
     evidence: Evidence | None = None,
     memory: Memory | None = None,
     stored: Stored | None = None,
+    out_of_range: tuple[OutOfRange, ...] = (),
 ) -> Report:
     """Prove a setup of adapters at every site of a model, and apply every rule to what is known.
 
@@ -160,25 +161,41 @@ def report(
         evidence=evidence,
         memory=memory,
         stored=stored,
+        out_of_range=out_of_range,
     )
     first = find(facts)
     errors = {finding.code for finding in first if finding.level == "error"}
     findings = [_checked(facts, finding, errors) for finding in first]
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
     subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
-    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
+    possible = not out_of_range
+    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory, possible)
 
 
-def unplaced(sites: Sites, config: AdapterConfig) -> Report | None:
-    """The report on a configuration that asks for what the model does not have; None for any other."""
+def impossible(sites: Sites, config: AdapterConfig, out_of_range: tuple[OutOfRange, ...] = ()) -> Report | None:
+    """The report on a configuration that no adapter of this model can have; None for any other.
+
+    **Arguments**: `config` has other numbers in the place of those that are out of range.
+    """
+    configs, unplaced = {"adapter": config}, ""
     try:
-        plan(sites, {"adapter": config})
+        plan(sites, configs)
     except ConfigError as error:
-        configs = {"adapter": config}
-        facts = Facts(sites=sites, setup="adapter", configs=configs, plan=Plan((), {}), groups=(), unplaced=str(error))
-        findings = tuple(_checked(facts, finding, {finding.code}) for finding in no_such_place.find(facts))
-        return Report(str(config), sites.model_class, (), findings, facts.plan, placed=False)
-    return None
+        unplaced = str(error)
+    if not unplaced:
+        return report(sites, "adapter", configs, out_of_range=out_of_range) if out_of_range else None
+    facts = Facts(
+        sites=sites,
+        setup="adapter",
+        configs=configs,
+        plan=Plan((), {}),
+        groups=(),
+        unplaced=unplaced,
+        out_of_range=out_of_range,
+    )
+    nowhere = [_checked(facts, finding, {finding.code}) for finding in reach.no_such_place.find(facts)]
+    findings = (*settings.out_of_range.find(facts), *nowhere)
+    return Report(str(config), sites.model_class, (), findings, facts.plan, possible=False)
 
 
 def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:
@@ -213,7 +230,11 @@ def _checked(facts: Facts, finding: Finding, errors: set[str]) -> Finding:
         groups = _groups(facts.sites, facts.setup, configs, planned)
         after = {
             other.code: other.level
-            for other in find(replace(facts, configs=configs, plan=planned, groups=groups, evidence=None, unplaced=""))
+            for other in find(
+                replace(
+                    facts, configs=configs, plan=planned, groups=groups, evidence=None, unplaced="", out_of_range=()
+                )
+            )
         }
         brings = {code for code, level in after.items() if level == "error"} - errors
         if finding.code not in after and not brings:

@@ -59,7 +59,7 @@ def check(
         from ..check import Training
         from ..handle import attach
         from ..loading import head_labels, is_source, opened
-        from ..methods import read_config
+        from ..methods import read_settings
         from .skeleton import is_type
 
     stored = is_source(adapter)
@@ -73,7 +73,7 @@ def check(
         with opened(adapter) as folder:
             labels = head_labels(folder)
     network = _network(model, labels, with_weights=measure or (stored and not is_type(model)))
-    config = adapter if stored else read_config(adapter)
+    config = None if stored else read_settings(adapter)[0]
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
     inputs = _batch(network, batch_size)
@@ -86,17 +86,18 @@ def check(
     def judge(candidate: "AdapterConfig | str") -> "Report":
         return handle.check(candidate, example_inputs=inputs, training=training, measure=inputs is not None)
 
-    report = judge(config)
-    if fix and report.has_errors and not isinstance(config, str):
+    report = judge(adapter)
+    if fix and report.has_errors and config is not None:
         try:
             repaired = _repaired(config, report, judge)
         except ConfigError as error:  # there is a verdict, but no way to mend it
+            say_json(report_data(report)) if json else say_report(report)
             fail(str(error))
             raise typer.Exit(ERROR) from None
         place = _write(adapter, repaired)
         if not json:
             say_report(report)
-            say(f"{report.subject} becomes {repaired}{place}", style="bold")
+            say(f"{report.subject if place else adapter} becomes {repaired}{place}", style="bold")
         report = judge(repaired)
     if json:
         say_json(report_data(report))

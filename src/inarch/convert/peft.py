@@ -111,6 +111,10 @@ def read(
     )
 
 
+_CLASSIFYING, _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS"), frozenset({"classifier", "score"})
+"""For these tasks PEFT writes both names into `modules_to_save` by itself, of which a model has one."""
+
+
 def _idle(record: Mapping[str, Any], adapted: list[str], heads: Mapping[str, Head]) -> tuple[str, ...]:
     """Entries of `target_modules` and `modules_to_save` that nothing was made for."""
     targets, saved = record.get("target_modules"), record.get("modules_to_save") or ()
@@ -121,7 +125,7 @@ def _idle(record: Mapping[str, Any], adapted: list[str], heads: Mapping[str, Hea
             for name in targets
             if not any(path == name or path.endswith(f".{name}") for path in adapted)
         ]
-    idle += [
-        f"modules_to_save: {name}" for name in saved if not any(head.stored.endswith(name) for head in heads.values())
-    ]
+    held = [name for name in saved if any(head.stored.endswith(name) for head in heads.values())]
+    own = _CLASSIFIERS if record.get("task_type") in _CLASSIFYING and not _CLASSIFIERS.isdisjoint(held) else frozenset()
+    idle += [f"modules_to_save: {name}" for name in saved if name not in held and name not in own]
     return tuple(idle)

@@ -18,9 +18,11 @@ from .ports_stream import StreamMethod as StreamMethod
 from .ports_stream import Tokens as Tokens
 from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike
+from .registry import OutOfRange as OutOfRange
 from .registry import method_of as method_of
 from .registry import methods as methods
 from .registry import placements as placements
 from .registry import preset_names as preset_names
 from .registry import presets as presets
 from .registry import read_config as read_config
+from .registry import read_settings as read_settings

@@ -8,14 +8,14 @@ import inspect
 import json
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..core import grammar
-from ..core.config import Config, shown
+from ..core.config import Config, field_problems, shown, thaw
 from ..core.errors import ConfigError, join_problems, nearest
 from ..core.site import Sites
 from .method import AbstractMethod, LinearMethod, Placement
@@ -155,8 +155,62 @@ def read_config(config: ConfigLike) -> AdapterConfig:
         return config
     if isinstance(config, Config):
         return AdapterConfig((config,))
+    return AdapterConfig(_collect(_items(config), _from_item))
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfRange:
+    """A number that a setting cannot take, and what stands in its place."""
+
+    method: str
+    field: str
+    instead: Any
+    problem: str
+    """What `read_config` says of it."""
+
+
+def read_settings(config: ConfigLike) -> tuple[AdapterConfig, tuple[OutOfRange, ...]]:
+    """As `read_config`, with what the preset has in the place of every number that is out of range.
+
+    Raises `ConfigError` for all else that `read_config` refuses.
+    """
+    try:
+        return read_config(config), ()
+    except ConfigError as error:
+        if isinstance(config, AdapterConfig | Config):
+            raise
+        parts: list[Config] = []
+        found: list[OutOfRange] = []
+        try:
+            for item in _items(config):
+                given = item.values if isinstance(item, grammar.Phrase) else item
+                numbers = {key: value for key, value in given.items() if type(value) in (int, float)}
+                wrong = [
+                    OutOfRange(method_of(part).name, field, thaw(getattr(part, field)), problems[0])
+                    for part in _from_item(_without(item, numbers))
+                    for field, value in numbers.items()
+                    if hasattr(part, field) and (problems := field_problems(type(part), field, value))
+                ]
+                parts += _from_item(_without(item, {one.field for one in wrong}))
+                found += wrong
+            whole = AdapterConfig(tuple(parts))
+        except ConfigError:
+            raise error from None
+        if not found:
+            raise
+        return whole, tuple(found)
+
+
+def _without(item: Any, fields: Collection[str]) -> Any:
+    if isinstance(item, grammar.Phrase):
+        return grammar.Phrase(item.name, {key: value for key, value in item.values.items() if key not in fields})
+    return {key: value for key, value in item.items() if key not in fields}
+
+
+def _items(config: Any) -> list[grammar.Phrase] | list[Mapping[str, Any]]:
+    """The methods that a text, a file or a mapping names, as they are written there."""
     if isinstance(config, Mapping):
-        return _from_mapping(config)
+        return _rows(config)
     if isinstance(config, os.PathLike):
         config = os.fspath(config)
     if not isinstance(config, str):
@@ -172,15 +226,11 @@ def read_config(config: ConfigLike) -> AdapterConfig:
                 f"A configuration file must be readable JSON; got `{config}`: {error}. Give a preset such as `seq_bn`, "
                 "or the path of such a file."
             ) from None
-        return _from_mapping(data)
-    return AdapterConfig(_from_text(config))
+        return _rows(data)
+    return grammar.parse(config)
 
 
-def _from_text(text: str) -> tuple[Config, ...]:
-    return _collect(grammar.parse(text), _from_phrase)
-
-
-def _collect(items: list[Any], read: Callable[[Any], tuple[Config, ...]]) -> tuple[Config, ...]:
+def _collect(items: Sequence[Any], read: Callable[[Any], tuple[Config, ...]]) -> tuple[Config, ...]:
     parts: list[Config] = []
     problems = []
     for item in items:
@@ -193,10 +243,14 @@ def _collect(items: list[Any], read: Callable[[Any], tuple[Config, ...]]) -> tup
     return tuple(parts)
 
 
+def _from_item(item: grammar.Phrase | Mapping[str, Any]) -> tuple[Config, ...]:
+    return _from_phrase(item) if isinstance(item, grammar.Phrase) else _from_row(item)
+
+
 def _from_phrase(phrase: grammar.Phrase) -> tuple[Config, ...]:
     known, name = presets(), OLDER_NAMES.get(phrase.name, phrase.name)
     if name in UNIONS:
-        return spread(name, _from_text(UNIONS[name]), phrase.values)
+        return spread(name, _collect(grammar.parse(UNIONS[name]), _from_phrase), phrase.values)
     if name not in known:
         raise ConfigError(
             f"A configuration begins with a preset or a method; got `{name}`. {nearest(name, [*known, *UNIONS])}"
@@ -211,14 +265,14 @@ def _from_phrase(phrase: grammar.Phrase) -> tuple[Config, ...]:
     return spread(name, (preset, *others), phrase.values)
 
 
-def _from_mapping(data: Any) -> AdapterConfig:
+def _rows(data: Any) -> list[Mapping[str, Any]]:
     rows = data.get("methods") if isinstance(data, Mapping) else None
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(
             "A configuration mapping has the form {'methods': [{'method': 'bottleneck', ...}]}; got "
             f"{shown(data)}. Make one with `read_config('seq_bn').to_dict()`."
         )
-    return AdapterConfig(_collect(list(rows), _from_row))
+    return list(rows)
 
 
 def _from_row(row: Mapping[str, Any]) -> tuple[Config, ...]:

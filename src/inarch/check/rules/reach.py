@@ -117,10 +117,10 @@ def _mixers(facts: Facts, left_out: set[int]) -> dict[str, list[Site]]:
 
 @rule("dead-tensors", "error")
 def dead_tensors(facts: Facts) -> Iterator[Finding]:
-    """A tensor of an adapter gets no gradient, neither at the initial weights nor after all of them have moved.
+    """A tensor of an adapter gets no gradient, neither at the weights it has nor after the others have moved.
 
-    It cannot learn. Usual causes are a projection that is zero behind it, a stack whose output the model does not use,
-    a branch that did not run on this batch, or an activation that is off for every token.
+    It cannot learn. Usual causes are a projection that is zero behind it, two factors that are both zero, a stack whose
+    output the model does not use, a branch that did not run on this batch, or an activation that is off everywhere.
     """
     if facts.evidence is None:
         return
@@ -134,6 +134,6 @@ def dead_tensors(facts: Facts) -> Iterator[Finding]:
             "dead-tensors",
             "error",
             f"{stack}, {layers([int(number) for number in numbers])}",
-            f"`{tensor}` gets no gradient from a batch, at the weights it has or near them",
+            f"`{tensor}` gets no gradient from a batch, at the weights it has or after the others have moved",
             advice="Leave these layers out with `leave_out`, or measure with `example_inputs` that reach them.",
         )

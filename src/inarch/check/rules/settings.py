@@ -20,6 +20,24 @@ def _repairs(part: Config, edits: dict[str, tuple[Any, ...]], clears: Any) -> tu
     return tuple(Repair(method_of(part).name, tuple(changes.items())) for changes in search(part, edits, clears))
 
 
+@rule("out-of-range", "error")
+def out_of_range(facts: Facts) -> Iterator[Finding]:
+    """A number with which an adapter cannot be, or cannot learn: a rank below 1, a dropout of 1, an alpha of 0.
+
+    A dropout of 1 and an alpha of 0 leave nothing of the adapter, so no gradient reaches it, and only the task head
+    learns. `add` refuses such a configuration with the same words. The rest is judged with what the preset has in
+    its place.
+    """
+    for entry in facts.out_of_range:
+        yield Finding(
+            "out-of-range",
+            "error",
+            ", ".join(f"`{name}`" for name in facts.configs),
+            entry.problem.rstrip("."),
+            (Repair(entry.method, ((entry.field, entry.instead),)),),
+        )
+
+
 @rule("zero-scale", "error")
 def zero_scale(facts: Facts) -> Iterator[Finding]:
     """The adapter's output is multiplied by zero.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ...plan import sublayer_part
-from ..facts import Facts
+from ..facts import Facts, SiteReport, places
 from ..findings import Finding, rule
 from ..repair import Repair, wiring_repairs
 
@@ -32,26 +32,37 @@ def unsound_wiring(facts: Facts) -> Iterator[Finding]:
     connection is lost, does not converge. On a pre-norm model such as ViT, `original_ln_after=False` with
     `residual_before_ln=True` is such a case: `y = h + A(x + h)` has no `x` of its own.
     """
+    alike: dict[tuple[str, tuple[Repair, ...]], list[SiteReport]] = {}
     for group in facts.groups:
-        proof = group.proof
-        if proof.sound:
-            continue
-        is_scaled = group.sites[0].post_norm is None and not group.sites[0].exact
-        reason = (is_scaled and _SCALED_REASONS.get(proof.verdict)) or _REASONS[proof.verdict]
-        formula = proof.formula
-        becomes = f"with a zero adapter branch `y = {formula.adapted}` becomes `y = {formula.at_zero}`"
-        if str(formula.adapted) == str(formula.at_zero):  # there is no branch in it
-            becomes = f"with the adapter the site computes `y = {formula.at_zero}`"
-        message = f"{proof.verdict}; {becomes}, the base model computes `y = {formula.pretrained}`: {reason}"
-        # Which adapter of a composition to change is the user's choice; a single one has a smallest repair.
-        config = facts.configs[facts.setup] if isinstance(facts.setup, str) else None
-        part = sublayer_part(config, group.sites[0]) if config is not None else None
-        places = [one.sites[0] for one in facts.groups if config and sublayer_part(config, one.sites[0]) == part]
-        found = wiring_repairs(places, part) if part is not None else []
-        yield Finding("unsound-wiring", "error", group.place, message, tuple(found), _compared(found))
+        if not group.proof.sound:
+            alike.setdefault((_message(group), _repairs(facts, group)), []).append(group)
+    for (message, found), groups in alike.items():
+        yield Finding("unsound-wiring", "error", places(groups), message, found, _compared(found))
 
 
-def _compared(found: list[Repair]) -> str:
+def _message(group: SiteReport) -> str:
+    proof = group.proof
+    is_scaled = group.sites[0].post_norm is None and not group.sites[0].exact
+    reason = (is_scaled and _SCALED_REASONS.get(proof.verdict)) or _REASONS[proof.verdict]
+    formula = proof.formula
+    becomes = f"with a zero adapter branch `y = {formula.adapted}` becomes `y = {formula.at_zero}`"
+    if str(formula.adapted) == str(formula.at_zero):  # there is no branch in it
+        becomes = f"with the adapter the site computes `y = {formula.at_zero}`"
+    return f"{proof.verdict}; {becomes}, the base model computes `y = {formula.pretrained}`: {reason}"
+
+
+def _repairs(facts: Facts, group: SiteReport) -> tuple[Repair, ...]:
+    """Of a composition none: which of its adapters to change is the user's choice."""
+    config = facts.configs[facts.setup] if isinstance(facts.setup, str) else None
+    part = sublayer_part(config, group.sites[0]) if config is not None else None
+    if config is None or part is None:
+        return ()
+    return tuple(
+        wiring_repairs([one.sites[0] for one in facts.groups if sublayer_part(config, one.sites[0]) == part], part)
+    )
+
+
+def _compared(found: tuple[Repair, ...]) -> str:
     """Whether repairs that are equally small do the same."""
     if len(found) < 2:
         return ""
