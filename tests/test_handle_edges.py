@@ -384,3 +384,35 @@ def test_a_model_that_saves_itself_in_a_way_of_its_own_is_not_written_with_adapt
     adapters.detach()
     model.save_pretrained(tmp_path / "both")
     assert (tmp_path / "both" / "note").exists()
+
+
+class _Reentrant(nn.Module):
+    """Runs its layers under reentrant checkpointing, and does not say where its tokens are embedded."""
+
+    gradient_checkpointing = True
+
+    def __init__(self):
+        super().__init__()
+        self.inner = PlainTransformer()
+
+    def gradient_checkpointing_enable(self):
+        """As transformers names it."""
+
+    def _gradient_checkpointing_func(self, *args):
+        raise AssertionError
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_model_that_cannot_be_attached_for_its_checkpointing_is_left_as_it_was():
+    model = _Reentrant()
+    before = dict(vars(model)), [*model.named_modules()]
+    with pytest.raises(SetupError, match="Reentrant checkpointing trains adapters only where"):
+        inarch.attach(model, example_inputs=torch.zeros(2, 5, 32))
+    assert (dict(vars(model)), [*model.named_modules()]) == before
+    _Reentrant.gradient_checkpointing = False
+    try:
+        assert inarch.attach(model, example_inputs=torch.zeros(2, 5, 32)).names == ()
+    finally:
+        _Reentrant.gradient_checkpointing = True

@@ -120,6 +120,97 @@ def test_saving_over_an_adapter_replaces_it_and_over_anything_else_is_refused(sa
         inarch.attach(model).save("task", other / "thesis.txt")
 
 
+def test_a_link_to_a_folder_stays_one_and_what_it_points_at_is_replaced(saved, tmp_path):
+    model, folder, _ = saved
+    before, link = (folder / state.TENSORS).read_bytes(), tmp_path / "link"
+    link.symlink_to(folder)
+    adapters = inarch.attach(model)
+    with torch.no_grad():
+        next(iter(adapters["task"].values())).add_(1)
+    adapters.save("task", link)
+    assert link.is_symlink()
+    assert (folder / state.TENSORS).read_bytes() != before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "task"]
+
+
+def test_a_folder_of_the_home_is_named_alike_by_save_and_load(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    adapters = inarch.attach(saved[0])
+    adapters.save("task", "~/one")
+    adapters.save_setup("~/two", "task")
+    assert sorted(entry.name for entry in (tmp_path / "home").iterdir()) == ["one", "two"]
+    assert adapters.load("~/one", name="again") == "again"
+    assert inarch.attach(fresh()).load_setup("~/two") == "task"
+
+
+def test_the_folder_that_the_process_is_in_is_not_replaced_under_it(saved, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for place in (".", here):
+        with pytest.raises(StateError, match="the folder that the process is in.*Name a folder in it"):
+            inarch.attach(saved[0]).save("task", place)
+    assert list(here.iterdir()) == []
+
+
+def test_a_place_that_the_system_does_not_take_is_refused_by_name(saved, tmp_path):
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for place in (tmp_path / ("x" * 300), tmp_path / "round" / "task"):
+        with pytest.raises(StateError, match=r"must be writable; got .*(name too long|symbolic links|[Ll]oop)"):
+            inarch.attach(saved[0]).save("task", place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(None, "anything with a `to_dict`; got Processor"), ({"size": {1}}, "kept as JSON; got Processor beside `task`")],
+)
+def test_a_processor_that_json_cannot_hold_is_refused_by_name(settings, message, saved, tmp_path):
+    class Processor:
+        if settings is not None:
+            to_dict = staticmethod(lambda: settings)
+
+    with pytest.raises(StateError, match=message):
+        inarch.attach(saved[0]).save("task", tmp_path / "new", processor=Processor())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A setup of two adapters with values of their own, and its folder."""
+    adapters, folder = inarch.attach(tiny("vit")), tmp_path / "setup"
+    for name in ("a", "b"):
+        adapters.add(name)
+    adapters.save_setup(folder, inarch.Stack("a", "b"))
+    return adapters, folder
+
+
+def test_a_setup_whose_second_adapter_does_not_fit_changes_nothing(pair):
+    _, folder = pair
+    file = folder / "adapters" / "b" / state.TENSORS
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key][:1].clone()}, file)
+    adapters = inarch.attach(tiny("vit"))
+    adapters.add("a", "lora")
+    before = {key: value.clone() for key, value in adapters["a"].items()}
+    with pytest.raises(StateError, match="has shape"):
+        adapters.load_setup(folder, overwrite=True)
+    assert adapters.names == ("a",)
+    assert all(torch.equal(value, before[key]) for key, value in adapters["a"].items())
+
+
+def test_a_setup_is_saved_when_all_of_its_adapters_can_be(pair):
+    adapters, folder = pair
+    before = (folder / "adapters" / "a" / state.TENSORS).read_bytes()
+    (folder / "adapters" / "b" / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        next(iter(adapters["a"].values())).add_(1)
+    with pytest.raises(StateError, match="which holds adapter.safetensors, inarch.json, notes.txt"):
+        adapters.save_setup(folder, inarch.Stack("a", "b"))
+    assert (folder / "adapters" / "a" / state.TENSORS).read_bytes() == before
+
+
 def test_a_full_disk_leaves_the_old_adapter_and_no_draft(saved, tmp_path, monkeypatch):
     model, folder, _ = saved
     before = (folder / state.TENSORS).read_bytes()

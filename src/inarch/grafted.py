@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from . import head_files, state
 from .admission import check_composition, check_name, check_present, check_setup, check_streams
-from .attach import Removable, arm, disarm, graft, store, stored, tensors_in
+from .attach import Removable, arm, disarm, graft, store, stored, tensors_in, ungraft
 from .bank import Modules
 from .check import Report, impossible, report
 from .combine import recipe
@@ -22,6 +23,8 @@ from .core.errors import ConfigError, SetupError, SiteError
 from .core.site import Sites
 from .embeddings import Embeddings
 from .heads import HeadConfig, TrainedHeads, path_of, read_head
+from .heads.layers import Head
+from .loading import Found, built
 from .merge import Merged
 from .methods import AdapterConfig, ConfigLike, InputMethod, PrefixMethod, check_layers, method_of, read_config
 from .plan import Plan, plan
@@ -45,7 +48,6 @@ class Grafted:
     def __init__(self, model: nn.Module, sites: Sites, shapes: Inputs | None) -> None:
         """`shapes` are those of inputs that a user has given."""
         self._trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-        graft(model, sites)
         self.model = model
         self.sites = sites
         self._shapes = shapes
@@ -57,7 +59,12 @@ class Grafted:
         self._embeddings = Embeddings(model)
         self._handles: list[Removable] = []
         self._merged = Merged()
-        self._trainer = TrainerDoor(self)
+        graft(model, sites)
+        try:
+            self._trainer = TrainerDoor(self)
+        except BaseException:
+            ungraft(model)
+            raise
 
     # What there is
 
@@ -457,7 +464,7 @@ class Grafted:
     def save_embeddings(self, name: str, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
         """Write token embeddings, and a tokenizer beside them, into a folder."""
         self._require_attached()
-        self._embeddings.save(name, Path(folder), tokenizer)
+        self._embeddings.save(name, Path(folder).expanduser(), tokenizer)
 
     def load_embeddings(self, folder: str | os.PathLike[str], *, name: str) -> Any:
         """Read and activate what `save_embeddings` wrote, here or in the library `adapters`.
@@ -466,7 +473,7 @@ class Grafted:
         """
         with LOCK:
             self._require_attached()
-            tokenizer = self._embeddings.load(name, Path(folder))
+            tokenizer = self._embeddings.load(name, Path(folder).expanduser())
             self._embeddings.activate(name)
             return tokenizer
 
@@ -532,6 +539,35 @@ class Grafted:
         if not sound:
             self._unsound.add(name)
 
+    def _ready(self, found: Found, name: str, *, overwrite: bool) -> "_Ready":
+        """What was found in a folder, as modules for this model. Raises for what does not fit; nothing is changed."""
+        self._check_new(name, overwrite)
+        fresh = {head: self._heads.build(config) for head, config in found.flexible.items()}
+        given = {head: name if head == found.name else head for head in fresh}
+        for head in given.values():
+            self._check_new_head(head, overwrite=overwrite)
+        wanted = {**self._heads.tensors(found.head), **self._heads.tensors_of(fresh)}
+        sound = self._judge(name, found.config).sound
+        modules = built(found, self.model, self.sites, wanted)
+        self._try(name, found.config, modules)
+        heads = {given[head]: module for head, module in fresh.items()}
+        return _Ready(name=name, found=found, sound=sound, modules=modules, heads=heads, values=wanted)
+
+    def _take(self, ready: "_Ready") -> None:
+        """Put what is ready into the model, and the values of its task head into the model's."""
+        name, found = ready.name, ready.found
+        if not ready.sound:
+            logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", name)
+        self._store(name, found.config, ready.modules, sound=ready.sound)
+        self._heads.keep([name], found.head)
+        for key, tensor in ready.values.items():
+            copy_into(tensor, found.tensors[key])
+        if ready.heads:
+            with self._rearmed():
+                for own, module in ready.heads.items():
+                    self._heads.put(own, module.requires_grad_(requires_grad=False))
+        self._heads.assign(name, (*found.head, *map(path_of, ready.heads)))
+
     # Checks
 
     def _require(self, name: str) -> None:
@@ -567,6 +603,20 @@ class Grafted:
             for name in names(setup):
                 self._check_unmerged(name)
         check_setup(setup, self.sites, self._configs, self._unsound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ready:
+    """An adapter from a folder, made for a model and not yet in it."""
+
+    name: str
+    found: Found
+    sound: bool
+    modules: dict[str, Modules]
+    heads: dict[str, Head]
+    """Flexible heads that come with it, by the name that they will have."""
+    values: dict[str, Tensor]
+    """The tensors of its heads, by their key among those that were found."""
 
 
 def _is_causal(model: nn.Module, sites: Sites) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import loading, pretrained, publish, saving, setups, state
-from .admission import refusal
+from .admission import check_setup, refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
 from .check import Data, Report, Stored, Training, examine, impossible, model_facts, report
@@ -27,7 +27,6 @@ from .compose import Fuse, Setup, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
 from .grafted import ATTRIBUTE, LOCK, Grafted
-from .heads import path_of
 from .loading import OtherBase
 from .merge import check_mergeable, merge
 from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config, read_settings
@@ -72,7 +71,8 @@ def attach(
         if any(isinstance(module, SiteSlot) for module in model.modules()):
             raise SiteError(
                 "A model has one handle, at the module it was attached to; got a part of an attached model, or a model "
-                f"around one: {type(model).__name__}. Use the handle of the whole model, or `detach()` it first."
+                f"around one: {type(model).__name__}. Use the handle of the whole model, or `detach()` it first; "
+                "copy a part of it after that."
             )
         sites = probe(model, layout=layout, example_inputs=example_inputs)
         if not any(parameter.is_meta for parameter in model.parameters()):
@@ -524,9 +524,9 @@ class Adapters(Grafted):
 
         Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
 
-        Arguments: `processor` is the image processor or tokenizer's settings to keep beside it (anything with
-        `to_dict`); `format` is that of another library: `peft` writes LoRA so that PEFT computes
-        the same, `adapterhub` a bottleneck or LoRA for the library `adapters`, to be read with `use_safetensors=True`.
+        Arguments: `processor` is the image processor whose settings are kept beside it (anything with a `to_dict`);
+        `format` is that of another library: `peft` writes LoRA so that PEFT computes the same, `adapterhub` a
+        bottleneck or LoRA for the library `adapters`, to be read with `use_safetensors=True`.
 
         Raises `StateError` if the folder holds something else or cannot be written, or for what the other library does
         not have.
@@ -573,29 +573,9 @@ class Adapters(Grafted):
         with loading.opened(source, revision) as folder:
             found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
         with LOCK:
-            chosen = name or found.name
-            self._check_new(chosen, overwrite)
-            sound = self._judge(chosen, found.config).sound
-            if not sound:
-                logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", chosen)
-            heads = self._heads.tensors(found.head)
-            fresh = {stored: self._heads.build(config) for stored, config in found.flexible.items()}
-            given = {stored: chosen if stored == found.name else stored for stored in fresh}
-            for named in given.values():
-                self._check_new_head(named, overwrite=overwrite)
-            wanted = {**heads, **self._heads.tensors_of(fresh)}
-            built = loading.built(found, self.model, self.sites, wanted)
-            self._try(chosen, found.config, built)
-            self._store(chosen, found.config, built, sound=sound)
-            self._heads.keep([chosen], found.head)
-            for key, tensor in wanted.items():
-                copy_into(tensor, found.tensors[key])
-            if fresh:
-                with self._rearmed():
-                    for stored, module in fresh.items():
-                        self._heads.put(given[stored], module.requires_grad_(requires_grad=False))
-            self._heads.assign(chosen, (*found.head, *map(path_of, given.values())))
-            return chosen
+            ready = self._ready(found, name or found.name, overwrite=overwrite)
+            self._take(ready)
+            return ready.name
 
     def push(
         self,
@@ -653,11 +633,16 @@ class Adapters(Grafted):
         base; the model is then unchanged.
         """
         with LOCK:
-            setup = setups.find(folder, self.model, self.sites, self.heads, head=head)
-            for name in names(setup):
-                self._check_new(name, overwrite)
-            setups.load(self, folder, setup, overwrite=overwrite, head=head)
-            self._check_setup(setup)
+            setup, folders = setups.find(folder)
+            ready = []
+            for name, place in folders.items():
+                found = loading.find(place, self.model, self.sites, heads=self.heads, head=head, other_base="refuse")
+                ready.append(self._ready(found, name, overwrite=overwrite))
+            configs = self._configs | {one.name: one.found.config for one in ready}
+            unsound = self._unsound - {one.name for one in ready} | {one.name for one in ready if not one.sound}
+            check_setup(setup, self.sites, configs, unsound)
+            for one in ready:
+                self._take(one)
         return setup
 
 

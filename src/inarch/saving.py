@@ -1,5 +1,6 @@
 """Writes an adapter, with the task head trained with it, as a folder of inarch, PEFT or the library `adapters`."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,24 @@ def _record(adapter: Adapter, model: nn.Module, sites: Sites, heads: Sequence[st
         }
         if adapter.head
         else None,
-        "preprocessing": processor.to_dict() if processor is not None else None,
+        "preprocessing": None if processor is None else _settings(processor, adapter.name),
         "versions": {"inarch": __version__, "torch": torch.__version__, "transformers": version("transformers")},
     }
+
+
+def _settings(processor: Any, name: str) -> dict[str, Any]:
+    """What a processor says of itself. Raises `StateError` where that is nothing that JSON can hold."""
+    if not callable(getattr(processor, "to_dict", None)):
+        raise StateError(
+            "`processor` is an image processor, or anything with a `to_dict`; got "
+            f"{type(processor).__name__} to be kept beside `{name}`. Save a tokenizer with its own `save_pretrained`."
+        )
+    settings = processor.to_dict()
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            f"The settings of a `processor` are kept as JSON; got {type(processor).__name__} beside `{name}`, whose "
+            f"`to_dict` gives something else: {error}. Leave it out, and save it by itself."
+        ) from None
+    return dict(settings)

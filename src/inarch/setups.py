@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
-
 from . import loading, state
 from .compose import Setup, from_data, names, to_data
 from .convert import adapterhub_record
 from .core.errors import SetupError, StateError
-from .core.site import Sites
 from .pretrained import FOLDER
 
 _FOREIGN = "adapter_setup.json"
@@ -24,37 +21,28 @@ class Handle(Protocol):
     """What is needed of the handle of a model."""
 
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
-    def load(self, source: str | os.PathLike[str], *, name: str, overwrite: bool, head: bool) -> str: ...
 
 
 def save(handle: Handle, folder: str | os.PathLike[str], setup: Setup | None) -> None:
-    """Write a setup with its adapters and fusion layers. Raises `SetupError` for none."""
+    """Write a setup with its adapters and fusion layers. Raises `SetupError` for none, and `StateError` for a place
+    where one of them cannot be written, before any is."""
     if setup is None:
         raise SetupError("A setup is saved; got none, and none is active. Pass the setup to `save_setup`.")
-    place = Path(folder)
+    place = Path(folder).expanduser()
+    for name in names(setup):
+        state.check_target(place / FOLDER / name)
     for name in names(setup):
         handle.save(name, place / FOLDER / name)
     state.write_setup(place, to_data(setup))
 
 
-def find(
-    folder: str | os.PathLike[str], model: nn.Module, sites: Sites, heads: tuple[str, ...], *, head: bool
-) -> Setup:
-    """The setup in a folder, all of whose adapters can be read. Raises `StateError` for anything else."""
-    place = Path(folder)
+def find(folder: str | os.PathLike[str]) -> tuple[Setup, dict[str, Path]]:
+    """The setup in a folder, and the folders of its adapters. Raises `StateError` for anything else."""
+    place = Path(folder).expanduser()
     setup = from_data(_foreign(place) if _is_foreign(place) else state.read_setup(place))
     if setup is None:
         raise StateError(f"A stored setup has adapters; got none in `{place}`. Save it again.")
-    for name in names(setup):
-        found = loading.locate(_home(place) / name)
-        loading.find(found, model, sites, heads=heads, head=head, other_base="refuse")
-    return setup
-
-
-def load(handle: Handle, folder: str | os.PathLike[str], setup: Setup, *, overwrite: bool, head: bool) -> None:
-    """Read the adapters of a setup that `find` found."""
-    for name in names(setup):
-        handle.load(_home(Path(folder)) / name, name=name, overwrite=overwrite, head=head)
+    return setup, {name: loading.locate(_home(place) / name) for name in names(setup)}
 
 
 def _is_foreign(place: Path) -> bool:

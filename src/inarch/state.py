@@ -73,6 +73,26 @@ def write(
     return _write(Path(folder), values, record, files)
 
 
+def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path:
+    """The place of an adapter folder to be written, behind any links. Raises `StateError` for what is not replaced."""
+    target = Path(folder).expanduser()
+    try:
+        is_free, found = not target.exists() or _replaceable(target, files), target.resolve()
+    except (OSError, RuntimeError) as error:  # the latter for links that go round
+        raise _unwritable(folder, error) from None
+    if not is_free:
+        raise StateError(
+            f"An adapter is saved into a new folder, an empty one, or over an adapter; got `{target}`, which holds "
+            f"{_contents(target)}. Choose another folder."
+        )
+    if found == Path.cwd():
+        raise StateError(
+            f"An adapter folder is replaced as a whole; got `{target}`, the folder that the process is in, which would "
+            "be left without one. Name a folder in it."
+        )
+    return found
+
+
 def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
     """Let the first process write, and all of them know when it has, or why it could not."""
     from torch import distributed
@@ -89,14 +109,10 @@ def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     return folder
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
+def _write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
     from safetensors.torch import save as to_bytes
 
-    if target.exists() and not _replaceable(target, files):
-        raise StateError(
-            f"An adapter is saved into a new folder, an empty one, or over an adapter; got `{target}`, which holds "
-            f"{_contents(target)}. Choose another folder."
-        )
+    target = check_target(folder, files)
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
         draft.mkdir(parents=True)
@@ -111,13 +127,17 @@ def _write(target: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any
             sync(file)
         replace_folder(draft, target)
     except OSError as error:
-        raise StateError(
-            f"An adapter folder must be writable; got `{target}`: {error.strerror or error}. Nothing was changed "
-            "there. Free some space or choose another folder."
-        ) from None
+        raise _unwritable(folder, error) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return target
+    return folder
+
+
+def _unwritable(folder: str | os.PathLike[str], error: Exception) -> StateError:
+    return StateError(
+        f"An adapter folder must be writable; got `{folder}`: {getattr(error, 'strerror', None) or error}. Nothing was "
+        "changed there. Free some space or choose another folder."
+    )
 
 
 def replace_folder(draft: Path, target: Path) -> None:

@@ -38,9 +38,9 @@ class TrainerDoor:
         model = handle.model
         self._method = next((name for name in _ENABLE if hasattr(type(model), name)), None)
         if self._method is not None:
-            model.__dict__[self._method] = self.enable_checkpointing
             if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 self._require_input_gradients()
+            model.__dict__[self._method] = self.enable_checkpointing
 
     def close(self) -> None:
         """Leave the model as it was."""
