@@ -217,6 +217,19 @@ class Grafted:
                     self._heads.active = tuple(head for head in heads if head in self._heads.flexible())
 
     @contextmanager
+    def trying(self, setup: Setup, inputs: Inputs) -> Iterator[None]:
+        """A block as `using`, for inputs that may have been made up: without heads that need more than there is."""
+        with self.using(setup):
+            self._heads.keep_fed(inputs.kwargs)
+            yield
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """A block in which no adapter runs, and the heads that ran before."""
+        with self._rearmed():
+            yield
+
+    @contextmanager
     def prepared(self, task_ids: Any = None) -> Iterator[None]:
         """A block for inputs that you have prepared yourself for the active setup, where inarch cannot.
 
@@ -496,8 +509,10 @@ class Grafted:
         if not is_tried or is_skeleton(self.model):
             return
         before, config_before, active = stored(self.model, self.sites, name), self._configs.get(name), self._setup
+        heads = self._heads.active
         disarm(self.model, self._handles)
         try:
+            self._heads.active = ()  # they may need more of a batch than can be made up
             store(self.model, self.sites, name, built)
             self._configs[name] = config
             check_runs(self.model, self._shapes, str(config), lambda on: self._arm(name if on else None))
@@ -507,6 +522,7 @@ class Grafted:
             del self._configs[name]
             if config_before is not None:
                 self._configs[name] = config_before
+            self._heads.active = heads
             self._arm(active)
 
     def _store(self, name: str, config: AdapterConfig, built: dict[str, Modules], *, sound: bool) -> None:

@@ -408,26 +408,30 @@ class Adapters(Grafted):
             check_mergeable(name, self._configs[name], self.sites)
             active = self._setup
 
+            inputs = _batch(self.model, example_inputs)
+
             @contextmanager
             def alone() -> Iterator[None]:
-                self._arm(None)
-                yield
+                with self.trying(name, inputs or Inputs((), {})), self.bare():
+                    yield
 
             try:
-                return merge(
+                found = merge(
                     self.model,
                     self.sites,
                     name,
                     self._configs[name],
                     self._merged,
-                    inputs=_batch(self.model, example_inputs),
-                    active=lambda: self.using(name),
+                    inputs=inputs,
+                    active=lambda: self.trying(name, inputs or Inputs((), {})),
                     alone=alone,
                     tolerance=tolerance,
                 )
             except BaseException:
                 self._arm(active)
                 raise
+            self._arm(None)
+            return found
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the weights, bit for bit."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..compose import Setup, cuts_rows, names
 from ..core.site import Sites
-from ..heads import id2label, task_head
+from ..heads import HeadConfig, id2label, path_of, task_head
 from ..methods import AdapterConfig
 from ..sites import Inputs, Known, RunsKnown
 from .facts import Data, Memory, ModelFacts, Stored, Training
@@ -31,7 +31,11 @@ class Subject(Protocol):
 
     def __getitem__(self, name: str) -> dict[str, nn.Parameter]: ...
     def head(self, name: str) -> dict[str, Tensor]: ...
-    def using(self, setup: Setup | None) -> AbstractContextManager[None]: ...
+    def heads_of(self, setup: Setup) -> tuple[str, ...]: ...
+    @property
+    def flexible_heads(self) -> dict[str, HeadConfig]: ...
+    def trying(self, setup: Setup, inputs: Inputs) -> AbstractContextManager[None]: ...
+    def bare(self) -> AbstractContextManager[None]: ...
 
 
 def examine(
@@ -55,22 +59,25 @@ def examine(
     parameters = {
         f"{key} of {name}" if several else key: p for name in names(setup) for key, p in subject[name].items()
     }
+    flexible = dict.fromkeys(subject.heads_of(setup))
+    paths = tuple(map(path_of, flexible)) or task_head(model, subject.sites)
     heads = [tensor for name in names(setup) for tensor in subject.head(name).values()]
-    head = [tensor for tensor in heads if isinstance(tensor, nn.Parameter)] or _head_parameters(model, subject.sites)
+    own = [] if flexible else [tensor for tensor in heads if isinstance(tensor, nn.Parameter)]
+    head = own or [p for path in paths for p in model.get_submodule(path).parameters()]
     evidence, held = None, None
     # Of a setup that cuts the batch, outputs and memory are those of each case, and of its share.
     if inputs is not None and not cuts_rows(setup):
-        with subject.using(setup):
+        with subject.trying(setup, inputs):
             run = run_of(model, inputs)
             if not _has_no_memory(model):
-                found = measure(model, subject.sites, parameters, run, lambda: subject.using(None))
+                found = measure(model, subject.sites, parameters, run, subject.bare)
                 evidence = replace(found, is_initial=on_trial and stored is None)
             held = _memory(model, run, [*parameters.values(), *head], _samples(inputs))
     return report(
         subject.sites,
         setup,
         configs,
-        model=model_facts(model, subject.sites, parameters, head, attached=not on_trial),
+        model=_model_facts(subject, parameters, head, paths, list(flexible), attached=not on_trial),
         training=training,
         data=_with_pixels(data, inputs),
         evidence=evidence,
@@ -123,32 +130,30 @@ def _samples(inputs: Inputs) -> int:
     return max((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.dim()), default=1)
 
 
-def _head_parameters(model: nn.Module, sites: Sites) -> list[nn.Parameter]:
-    return [p for path in task_head(model, sites) for p in model.get_submodule(path).parameters()]
-
-
-def model_facts(
-    model: nn.Module,
-    sites: Sites,
+def _model_facts(
+    subject: Subject,
     parameters: Mapping[str, nn.Parameter],
     head_parameters: Sequence[nn.Parameter],
+    head: tuple[str, ...],
+    flexible: Sequence[str],
     *,
     attached: bool,
 ) -> ModelFacts:
-    """What rules may know of a model's state."""
+    """What rules may know of a model's state; `flexible` names its flexible heads, of which `head` has the paths."""
+    model: nn.Module = subject.model
     config = getattr(model, "config", None)
-    head = task_head(model, sites)
-    special = {id(p) for p in (*parameters.values(), *head_parameters)}
+    others = [p for name in subject.flexible_heads for p in model.get_submodule(path_of(name)).parameters()]
+    special = {id(p) for p in (*parameters.values(), *head_parameters, *others)}
     own = {id(p) for p in parameters.values()}
-    labels = id2label(model)
-    named = labels and not all(label.startswith(_PLACEHOLDER) for label in labels.values())
+    num_labels, labels = _labels(model, head, [subject.flexible_heads[name] for name in flexible])
+    spread = getattr(config, "initializer_range", 0.02 if flexible else None)
     return ModelFacts(
-        num_labels=len(labels) if head and labels else None,
-        labels=tuple(labels[key] for key in sorted(labels)) if named else None,
+        num_labels=num_labels,
+        labels=labels,
         image_size=_image_size(config),
         head=head,
-        head_looks_untrained=_looks_untrained(model, head, getattr(config, "initializer_range", None)),
-        head_trainable=any(p.requires_grad for p in head_parameters),
+        flexible_head=flexible[0] if len(flexible) == 1 else "",
+        random_frozen=_random_frozen(model, head, spread, head_parameters, apart=bool(flexible)),
         adapter_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
         base_trainable=tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in special),
         adapter_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) in own})),
@@ -160,6 +165,35 @@ def model_facts(
         ),
         in_training=model.training,
         attached=attached,
+    )
+
+
+def _labels(
+    model: nn.Module, head: tuple[str, ...], flexible: Sequence[HeadConfig]
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """How many labels a model's head has, and their names by id; None where that is not known, or of several heads."""
+    if len(flexible) == 1:
+        count = getattr(flexible[0], "num_labels", getattr(flexible[0], "num_choices", None))
+        return count, getattr(flexible[0], "labels", None)
+    if flexible:
+        return None, None
+    labels = id2label(model)
+    named = labels and not all(label.startswith(_PLACEHOLDER) for label in labels.values())
+    return len(labels) if head and labels else None, tuple(labels[key] for key in sorted(labels)) if named else None
+
+
+def _random_frozen(
+    model: nn.Module, head: tuple[str, ...], spread: float | None, parameters: Sequence[nn.Parameter], *, apart: bool
+) -> tuple[str, ...]:
+    """The modules of a head that hold initial weights and are frozen: each for itself, or the model's own as one."""
+    if not apart:
+        frozen = not any(p.requires_grad for p in parameters)
+        return head if head and frozen and _looks_untrained(model, head, spread) else ()
+    return tuple(
+        path
+        for path in head
+        if not any(p.requires_grad for p in model.get_submodule(path).parameters())
+        and _looks_untrained(model, (path,), spread)
     )
 
 

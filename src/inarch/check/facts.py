@@ -74,8 +74,10 @@ class ModelFacts:
     image_size: tuple[int, int] | None
     head: tuple[str, ...]
     """Modules of the task head."""
-    head_looks_untrained: bool
-    head_trainable: bool
+    flexible_head: str
+    """The name of that head, where it is a flexible one; empty for the model's own, for several, and for none."""
+    random_frozen: tuple[str, ...]
+    """Those modules that hold initial weights and are not trained."""
     adapter_trainable: int
     """Trainable parameters of the adapters."""
     base_trainable: tuple[str, ...]

@@ -69,6 +69,10 @@ class Head(nn.Module):
         has_targets = all(given.get(name) is not None for name in self.targets)
         return {"loss": self.loss(scores, states, given) if has_targets else None, **scores}
 
+    def is_fed(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether these inputs of the model have what it needs."""
+        return all(inputs.get(name) is not None for name in self.extra)
+
     def start(self, std: float) -> None:
         """Initial weights: normal with that deviation, and biases of zero."""
         for module in self.modules():
@@ -152,6 +156,9 @@ class MultipleChoice(Pooled):
                 "sequences in all. Give inputs of shape (samples, choices, tokens)."
             )
         return {"logits": found.view(-1, self.config.num_choices)}
+
+    def is_fed(self, inputs: Mapping[str, Any]) -> bool:
+        return any(isinstance(value, Tensor) and value.dim() > 2 for value in inputs.values())
 
     def loss(self, scores: Mapping[str, Tensor], states: States, given: Targets) -> Tensor:
         return cross_entropy(scores["logits"], _target(given, "labels").reshape(-1))

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,12 @@ class TrainedHeads:
         heads = heads_in(self._model)
         if heads is not None:
             heads.active = tuple(names)
+
+    def keep_fed(self, inputs: Mapping[str, Any]) -> None:
+        """Leave active what runs on these inputs: all heads, or none where one of them needs more than there is."""
+        heads = heads_in(self._model)
+        if heads is not None and not all(head.is_fed(inputs) for head in heads.chosen(None).values()):
+            heads.active = ()
 
     def _require(self, name: str) -> FlexibleHeads:
         heads = heads_in(self._model)

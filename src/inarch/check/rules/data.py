@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..facts import Facts
+from ..facts import Facts, ModelFacts
 from ..findings import Finding, Level, rule
 
 
@@ -22,7 +22,7 @@ def labels_disagree(facts: Facts) -> Iterator[Finding]:
             "error",
             "the task head",
             f"the data have {len(data.labels)} labels, the model's head has {model.num_labels}",
-            advice=f"Load the model with `num_labels={len(data.labels)}`.",
+            advice=_with_labels(model, f"num_labels={len(data.labels)}"),
         )
     elif model.labels is not None and model.labels != data.labels:
         place = next(n for n, (a, b) in enumerate(zip(model.labels, data.labels, strict=True)) if a != b)
@@ -31,7 +31,11 @@ def labels_disagree(facts: Facts) -> Iterator[Finding]:
             "error",
             "the label map",
             f"label {place} is {data.labels[place]!r} in the data and {model.labels[place]!r} in the model",
-            advice="Load the model with the `id2label` of the data.",
+            advice=(
+                f'Call `adapters.name_labels("{model.flexible_head}", labels)` with those of the data, in their order.'
+                if model.flexible_head
+                else "Load the model with the `id2label` of the data."
+            ),
         )
 
 
@@ -51,8 +55,15 @@ def label_ids(facts: Facts) -> Iterator[Finding]:
             "error",
             "the labels",
             f"the ids go from {low} to {high}, the head knows 0 to {model.num_labels - 1}",
-            advice="Count labels from 0, and load the model with their number.",
+            advice=f"Count labels from 0. {_with_labels(model, f'num_labels={high + 1}')}",
         )
+
+
+def _with_labels(model: ModelFacts, settings: str) -> str:
+    """How the head of a model gets other settings."""
+    if model.flexible_head:
+        return f'Add the head again: `adapters.add_head("{model.flexible_head}", ..., {settings}, overwrite=True)`.'
+    return f"Load the model with `{settings}`."
 
 
 @rule("images-not-normalised", "warning")

@@ -17,11 +17,11 @@ def head_frozen(facts: Facts) -> Iterator[Finding]:
     initialiser.
     """
     model = facts.model
-    if model and model.attached and model.head and model.head_looks_untrained and not model.head_trainable:
+    if model and model.attached and model.random_frozen:
         yield Finding(
             "head-frozen",
             "error",
-            ", ".join(f"`{path}`" for path in model.head),
+            ", ".join(f"`{path}`" for path in model.random_frozen),
             "the task head holds its initial random weights and is frozen",
             advice="Call `adapters.train(name)`, which trains the head along, or name it: `train(name, head=[...])`.",
         )
