@@ -27,6 +27,7 @@ from .compose import Fuse, Setup, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
 from .grafted import ATTRIBUTE, LOCK, Grafted
+from .heads import task_head
 from .loading import OtherBase
 from .merge import check_mergeable, merge
 from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config, read_settings
@@ -137,7 +138,7 @@ def check(
             parsed, wrong = read_settings(config)
             if (verdict := impossible(sites, parsed, wrong)) is not None:
                 return verdict
-            known = model_facts(model, sites, {}, (), attached=False)
+            known = model_facts(model, {}, (), task_head(model, sites), attached=False)
             verdict = report(sites, "adapter", {"adapter": parsed}, model=known, training=training, data=data)
             for module in verdict.plan.modules:  # what cannot be made is refused here, as `add` does
                 module.sketch()

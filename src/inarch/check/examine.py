@@ -77,7 +77,15 @@ def examine(
         subject.sites,
         setup,
         configs,
-        model=_model_facts(subject, parameters, head, paths, list(flexible), attached=not on_trial),
+        model=model_facts(
+            model,
+            parameters,
+            head,
+            paths,
+            heads=tuple(map(path_of, subject.flexible_heads)),
+            flexible={name: subject.flexible_heads[name] for name in flexible},
+            attached=not on_trial,
+        ),
         training=training,
         data=_with_pixels(data, inputs),
         evidence=evidence,
@@ -130,29 +138,34 @@ def _samples(inputs: Inputs) -> int:
     return max((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.dim()), default=1)
 
 
-def _model_facts(
-    subject: Subject,
+def model_facts(
+    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     head_parameters: Sequence[nn.Parameter],
     head: tuple[str, ...],
-    flexible: Sequence[str],
     *,
     attached: bool,
+    flexible: Mapping[str, HeadConfig] | None = None,
+    heads: tuple[str, ...] = (),
 ) -> ModelFacts:
-    """What rules may know of a model's state; `flexible` names its flexible heads, of which `head` has the paths."""
-    model: nn.Module = subject.model
+    """What rules may know of a model's state.
+
+    Arguments: `head` has the paths of its task head, or of the heads that are `flexible`; `heads` those of all
+    flexible heads.
+    """
+    flexible = flexible or {}
     config = getattr(model, "config", None)
-    others = [p for name in subject.flexible_heads for p in model.get_submodule(path_of(name)).parameters()]
-    special = {id(p) for p in (*parameters.values(), *head_parameters, *others)}
+    beside = [p for path in heads for p in model.get_submodule(path).parameters()]
+    special = {id(p) for p in (*parameters.values(), *head_parameters, *beside)}
     own = {id(p) for p in parameters.values()}
-    num_labels, labels = _labels(model, head, [subject.flexible_heads[name] for name in flexible])
+    num_labels, labels = _labels(model, head, list(flexible.values()))
     spread = getattr(config, "initializer_range", 0.02 if flexible else None)
     return ModelFacts(
         num_labels=num_labels,
         labels=labels,
         image_size=_image_size(config),
         head=head,
-        flexible_head=flexible[0] if len(flexible) == 1 else "",
+        flexible_head=next(iter(flexible)) if len(flexible) == 1 else "",
         random_frozen=_random_frozen(model, head, spread, head_parameters, apart=bool(flexible)),
         adapter_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
         base_trainable=tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in special),
