@@ -142,7 +142,8 @@ def test_findings_of_older_records_are_shown_as_the_lines_they_are():
     found = page(record)
     assert "error unsound-wiring at mlp: lost." in found.words
     assert "findings of level error" in found.words
-    assert not [element for element in found.elements if element[1].get("id") == "model"]
+    assert "This record knows of no site: no place for an adapter was found in the model" in found.words
+    assert "Point at a site" not in found.words
 
 
 def test_the_model_is_drawn_layer_by_layer_with_formulas():
@@ -201,6 +202,18 @@ def test_every_mark_of_a_chart_knows_its_run():
     assert "run-2 ends at 70.0 %" in charts(entries(*swept))[0].summary.replace("2 run-2", "run-2")
 
 
+def test_equal_results_share_a_label():
+    same = [little.run(0.9, trainable=1000), little.run(0.9, trainable=1000), little.run(0.5, trainable=1000)]
+    against = charts(entries(*same))[2].svg
+    assert re.findall(r">([\d, ]+)</text>", against)[-2:] == ["1, 2", "3"]
+    assert set(re.findall(r'data-run="(\d+)"', against)) == {"1", "2", "3"}
+
+
+def test_seeds_are_explained_where_there_are_some():
+    assert "Thin lines are single seeds." in page(little.seeds(0.9, 0.94)).words
+    assert "Thin lines" not in page(little.run()).words
+
+
 def test_labels_at_the_ends_of_lines_do_not_cover_each_other():
     ends = [(0.90, 1, 3.0), (0.91, 2, 3.0), (0.2, 3, 3.0)]
     placed = {number: place for place, number, _ in _apart(ends, 0.05)}
@@ -238,7 +251,8 @@ def test_a_study_is_shown_as_its_trials(tmp_path):
     assert "The best of 5 trials is trial 1 ( seq_bn[reduction_factor=2] ) with accuracy 95.0 % ± 1.0 % over 2" in shown
     assert "They took 60 steps, 40 % of what training all of them to the end takes." in shown
     assert "2 finished, 1 refused by check, 1 repeated by proof, 1 pruned by hyperband" in shown
-    assert "2 trial 2 refused by check: the skip connection is lost" in shown
+    assert "trial 2 refused by check: the skip connection is lost" in shown
+    assert "Settings of trial 0 to trial 4" in shown
     assert differing(found) == ["learning_rate", "reduction_factor"]
     curve, _, against, parallel = charts(found)
     assert set(re.findall(r'data-run="(\d)"', curve.svg)) == {"0", "1", "4"}

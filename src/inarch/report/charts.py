@@ -104,7 +104,7 @@ def _curves(entries: Sequence[Entry], name: str, of: Callable[[Any], float | Non
         ],
     }
     title = "Training loss" if name == "training loss" else f"{words(name).capitalize()} on held-out images"
-    text = "; ".join(f"{entry.number} {entry.name} ends at {shown(end, name)}" for entry, _, end in ends[:MAX_LABELS])
+    text = "; ".join(f"{entry.label} ends at {shown(end, name)}" for entry, _, end in ends[:MAX_LABELS])
     return Chart(title=title, summary=f"{title} over the epochs. {text}.", svg=svg(spec))
 
 
@@ -122,6 +122,11 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
         rows.append({"run": entry.number, "x": size, "tip": tip, "label": str(entry.number), **ends})
     if len(rows) < 2:
         return None
+    for point in {(row["x"], row["y"]) for row in rows}:  # trials of one result share a label
+        first, *others = (row for row in rows if (row["x"], row["y"]) == point)
+        first["label"] = ", ".join(row["label"] for row in (first, *others))
+        for row in others:
+            row["label"] = ""
     low, high = _padded([row[key] for row in rows for key in ("low", "high")], share=is_share(metric))
     least, most = min(row["x"] for row in rows), max(row["x"] for row in rows)
     scale = {"type": "log", "domain": [least / 1.6, most * 1.6], "nice": False}
@@ -162,7 +167,7 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
                     "fontWeight": 600,
                     "opacity": 1 if len(rows) <= MAX_LABELS else 0,
                 },
-                "encoding": at | {"y": y, "text": {"field": "label"}} | described("datum.label + '. '"),
+                "encoding": at | {"y": y, "text": {"field": "label"}} | described("toString(datum.run) + '. '"),
             },
         ],
     }

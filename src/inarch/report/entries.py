@@ -34,6 +34,11 @@ class Entry:
         return self.record if isinstance(self.record, TrialRecord) else None
 
     @property
+    def label(self) -> str:
+        """What it is called in a text: its number and its name, or the name that says the number."""
+        return self.name if self.name == f"trial {self.number}" else f"{self.number} {self.name}"
+
+    @property
     def runs(self) -> tuple[RunRecord, ...]:
         """One, or one for each seed that has finished."""
         if isinstance(self.record, RunRecord):
