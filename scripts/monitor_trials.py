@@ -15,12 +15,14 @@ read from its end, by limits that were written down before the rule of the monit
                   with the recipe of the same family gain (the median of three seeds)
     learning      everything else
 
-The limits of the rule were chosen on the families of `DESIGN`; what is reported first is how it does on the others.
+The limits of the rule were chosen on the families of `DESIGN`. What it got wrong on the others in the first round led
+to its last change; what is reported first is how it does on a second round, whose ends had no part in it.
 """
 
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -38,6 +40,7 @@ from transformers import set_seed
 import inarch
 from inarch.data import load_data
 from inarch.data.examples import Examples, ImageData
+from inarch.train import prognosis
 from inarch.train.folder import RunFolder
 from inarch.train.image_trainer import make_trainer
 from inarch.train.models import load_model, load_processor
@@ -55,6 +58,9 @@ TABLE = ROOT / "tests" / "fixtures" / "monitor_trials.csv"
 PAGE = ROOT / "docs" / "monitor.md"
 SOUND = "as it should be"
 WORSE, STILL, SHARE = 1.1, 1e-4, 0.5
+ROUND = 2
+"""Of the trainings to come: the first round made the rule what it is. Who changes it once more begins another."""
+RULE = hashlib.blake2b(Path(prognosis.__file__).read_bytes(), digest_size=8).hexdigest()
 DESIGN = ("seq_bn", "lora")
 RATE = 2e-3
 BASE = Recipe(epochs=3, batch_size=32, learning_rate=RATE, warmup=0.1, schedule="cosine", device="cpu")
@@ -279,6 +285,8 @@ def train(family: Family, way: Way, seed: int) -> dict[str, Any]:
             score, change = 0.0, None
     return {
         "trial": name_of(family, way, seed),
+        "round": ROUND,
+        "rule": RULE,
         "counts": label_counts(images),
         "num_images": len(images.train),
         "recipe": recipe.to_dict(),
@@ -367,6 +375,7 @@ class Trial:
     family: str
     way: str
     seed: int
+    round: int
     broken: bool
     num_steps: int
     steps_per_epoch: int
@@ -479,7 +488,8 @@ def digest(row: dict[str, Any]) -> Trial:
     drift = samples["drift"].get(1)
     tail = losses[-max(1, len(losses) // 10) :]
     trial = Trial(
-        family=name, way=way, seed=int(seed), broken=next(w.broken for w in ways(family) if w.name == way),
+        family=name, way=way, seed=int(seed), round=row["round"],
+        broken=next(w.broken for w in ways(family) if w.name == way),
         num_steps=row["num_steps"], steps_per_epoch=per_epoch,
         entropy=prior_entropy(prior, family.multi_label, smoothing),
         chance=statistics.fmean(prior) if family.multi_label else max(prior),
@@ -489,7 +499,7 @@ def digest(row: dict[str, Any]) -> Trial:
         losses=tuple(losses[:per_epoch]), silent=tuple(silent), updates=tuple(updates),
     )  # fmt: skip
     told = [verdict for step, verdict in row.get("history", ()) if step <= per_epoch]
-    if told and told[-1] != trial.verdict(per_epoch):
+    if told and row.get("rule") == RULE and told[-1] != trial.verdict(per_epoch):
         raise ValueError(f"{row['trial']}: the monitor said {told[-1]}, and the table says {trial.verdict(per_epoch)}")
     return trial
 
@@ -525,7 +535,11 @@ def _value(key: str, text: str) -> Any:
     if key in ("broken", "has_head"):
         return text == "True"
     number = float(text) if text else None
-    return int(number) if number is not None and key in ("seed", "num_steps", "steps_per_epoch", "places") else number
+    return (
+        int(number)
+        if number is not None and key in ("seed", "round", "num_steps", "steps_per_epoch", "places")
+        else number
+    )
 
 
 # The page
@@ -568,9 +582,15 @@ def page(table: list[Trial]) -> str:
     truths = endings(table)
     soon = [trial.verdict(trial.due) for trial in table]
     late = [trial.verdict(trial.steps_per_epoch) for trial in table]
-    is_kept = [trial.family not in DESIGN for trial in table]
-    pick = lambda said, kept: [(t, v) for t, v, k in zip(truths, said, is_kept, strict=True) if k == kept]  # noqa: E731
     others = sorted({trial.family for trial in table} - set(DESIGN))
+
+    def part(title: str, said: list[Verdict], of: Callable[[Trial], bool]) -> list[str]:
+        pairs = [(truth, found) for trial, truth, found in zip(table, truths, said, strict=True) if of(trial)]
+        return [title.format(num=len(pairs)), "\n".join(confusion(pairs)), stops(pairs)]
+
+    is_second = lambda trial: trial.round == ROUND  # noqa: E731
+    is_design = lambda trial: trial.family in DESIGN  # noqa: E731
+    is_tried = lambda trial: not is_second(trial) and not is_design(trial)  # noqa: E731
     wrong = [
         f"| {trial.family} | {trial.way} | {trial.seed} | {trial.score:.3f} | {truth} | {first} | {second} |"
         for trial, truth, first, second in zip(table, truths, soon, late, strict=True)
@@ -586,15 +606,14 @@ def page(table: list[Trial]) -> str:
             num=len(table), broken=sum(trial.broken for trial in table), design=" and ".join(f"`{d}`" for d in DESIGN),
             others=", ".join(f"`{one}`" for one in others), gain=GAIN,
             worse=RULE_WORSE, low=LOW_STEP, ample=AMPLE_STEP, fewest=FEWEST, end=WORSE, still=STILL, share=SHARE,
-            kept=sum(is_kept), used=len(table) - sum(is_kept),
+            used=sum(map(is_design, table)), tried=sum(map(is_tried, table)), second=sum(map(is_second, table)),
         ),
-        f"## At 10 % of the steps, families left out ({sum(is_kept)} trainings)",
-        "\n".join(confusion(pick(soon, True))), stops(pick(soon, True)),
-        "## At the end of the first epoch, families left out",
-        "\n".join(confusion(pick(late, True))), stops(pick(late, True)),
-        f"## On the families the limits were chosen on ({len(table) - sum(is_kept)} trainings)",
-        "At 10 % of the steps:", "\n".join(confusion(pick(soon, False))), stops(pick(soon, False)),
-        "At the end of the first epoch:", "\n".join(confusion(pick(late, False))), stops(pick(late, False)),
+        *part("## At 10 % of the steps, the second round ({num} trainings)", soon, is_second),
+        *part("## At the end of the first epoch, the second round", late, is_second),
+        *part("## At 10 % of the steps, the families tried in the first round ({num} trainings)", soon, is_tried),
+        *part("## At the end of the first epoch, the families tried in the first round", late, is_tried),
+        *part("## At 10 % of the steps, the families the limits were chosen on ({num} trainings)", soon, is_design),
+        *part("## At the end of the first epoch, the families the limits were chosen on", late, is_design),
         "## What it gets wrong",
         WRONG,
         "\n".join([*header, *wrong]),
@@ -633,9 +652,10 @@ comes to nothing. (`--patience` is another thing: it looks at the validation ima
   reference and the first losses.
 * **learning**: the mean loss of the last third of the steps so far is at least {gain:.0%} below the reference, beyond
   two standard errors, and has fallen, beyond three.
-* **stalled**: at a tenth of the steps it is none of these, nor falling, and the steps were ample, with an update of
-  {ample} of the weights or more, or so small, below {low}, that nothing can come of it. With other steps, or where no
-  head is trained, the verdict waits until the first epoch ends, or a third of the steps is done.
+* **stalled**: at a tenth of the steps it is none of these and does not fall, two standard errors leave no room for that
+  gain either, and the steps were ample, with an update of {ample} of the weights or more. After smaller steps, or where
+  no head is trained, the verdict waits until the first epoch ends, or a third of the steps is done; where an update is
+  less than {low} of the weights, it says meanwhile that the learning rate may be raised.
 
 The reference is the entropy of the labels' frequencies: the least loss for which no input is needed. Where they are not
 known (a regression, a language model), or where the head knows the task already, it is the loss of the first two steps,
@@ -666,18 +686,25 @@ limits that were written down before the rule was made:
 So the score of a dead adapter may be good, which is the head's alone; and a broken training that makes up for its start
 is learning.
 
-The limits were chosen on {used} trainings of {design}; the other {kept} are of families that had no part in it:
-{others}. (`longer` and `several labels` train `seq_bn` too, with larger batches, and with three labels an image may
-have.) They show one small backbone and short trainings, 132 steps with a tenth of them for the warm-up. Nothing was
-measured on larger models.
+The limits were chosen on {used} trainings of {design}, and tried on {tried} of other families:
+{others}.
+(`longer` and `several labels` train `seq_bn` too, with larger batches, and with three labels an image may have.) At a
+tenth of the steps 25 of 29 stops were right there, and three of the other four were of a low learning rate: an update
+below {low} of the weights counted as hopeless then, and how small is too small differs between methods. So that limit
+went, and none was put in its place: a slow training is waited for. Nor is a loss called stalled any more that scatters
+so much that it may have fallen. What the rule as it is says of those {tried} is no test of it, for it was changed after
+them. The second round is one: {second} more trainings of these families, whose ends had no part in the rule. There the
+rule of before would have ended 23 at a tenth of the steps, 19 rightly; what the present one does comes first below.
+
+All are of one small backbone and short, 132 steps with a tenth of them for the warm-up. Nothing was measured on larger
+models.
 """
 
 
 WRONG = """
-The trainings that were judged wrongly at 10 %, or not rightly by the end of the first epoch. Most of those that a stop
-at 10 % would have ended wrongly had a low learning rate: how large a step is beside the weights differs between
-methods, and the limit below which nothing can come of it, chosen on `seq_bn` and `lora`, is too high for (IA)³ and for
-the full model. With a rate far too high, whether the end is called stalled or diverging is nearly chance.
+The trainings that were judged wrongly at 10 %, or not rightly by the end of the first epoch. With a rate a hundred
+times too high, some recover late, and whether the end is called stalled or diverging is nearly chance. What a slow
+training costs before it is given up is a third of the steps, or the first epoch, and not a tenth.
 """
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -52,7 +53,7 @@ FALLING, FLAT, RISING = np.linspace(2.4, 1.5, 12), [2.35, 2.36, 2.34] * 4, np.ge
     [
         (FALLING, {}, "learning", "1.62 against 2.3 of what the labels' frequencies alone give"),
         (FLAT, {}, "stalled", "look at the labels and at what the model is shown"),
-        (FLAT, {"update": 1e-5}, "stalled", "1e-05 of its weights: raise the learning rate"),
+        (FLAT, {"update": 1e-5}, "undecided", "1e-05 of its weights: raise the learning rate"),
         (FLAT, {"update": 0.5}, "stalled", "0.5 of its weights: lower the learning rate"),
         (FLAT, {"drift": 1.06}, "stalled", "1.1 of its size: check its wiring with `inarch check`"),
         (FLAT, {"update": 5e-3}, "undecided", "against 2.3"),
@@ -69,6 +70,21 @@ def test_a_series_gets_its_verdict_and_the_reason(losses, others, verdict, words
     found = judge(signs(losses, **others), is_due=True, is_last=False)
     assert found.verdict == verdict
     assert words in found.reason
+
+
+def test_a_slow_training_is_waited_for_and_then_told_that_its_steps_are_small():
+    found = judge(signs(FLAT, update=1e-5), is_due=True, is_last=True)
+    assert found.verdict == "stalled"
+    assert "1e-05 of its weights: raise the learning rate" in found.reason
+
+
+def test_a_loss_that_scatters_too_much_to_tell_is_waited_for():
+    """The mean of the last four is 2.53, above the reference, with an error of 0.28."""
+    wild = [2.4, 3.2, 2.0, 2.9, 1.7, 2.6, 3.4, 2.1, 3.0, 1.9, 3.1, 2.1]
+    assert judge(signs(wild), is_due=True, is_last=False).verdict == "undecided"
+    assert judge(signs(wild), is_due=True, is_last=True).verdict == "stalled"
+    calm = [2.525 + (loss - 2.525) / 10 for loss in wild]
+    assert judge(signs(calm), is_due=True, is_last=False).verdict == "stalled"
 
 
 def test_a_loss_that_falls_too_little_is_waited_for_until_the_first_epoch_ends():
@@ -172,14 +188,16 @@ def test_the_rule_is_right_on_trainings_that_had_no_part_in_it(trials):
     table = trials.read_table()
     assert len(table) >= 60
     assert sum(trial.broken for trial in table) >= len(table) / 2
-    left_out = [(t, end) for t, end in zip(table, trials.endings(table), strict=True) if t.family not in trials.DESIGN]
-    assert len(left_out) >= 60
-    for step, least in (("due", 0.85), ("last_call", 0.95)):
-        said = [(trial.verdict(getattr(trial, step)), end) for trial, end in left_out]
+    ends = list(zip(table, trials.endings(table), strict=True))
+    left_out = [(trial, end) for trial, end in ends if trial.family not in trials.DESIGN]
+    second = [(trial, end) for trial, end in ends if trial.round == trials.ROUND]
+    assert len(left_out) >= 60 and len(second) >= 30
+    for some, step in itertools.product((left_out, second), ("due", "last_call")):
+        said = [(trial.verdict(getattr(trial, step)), end) for trial, end in some]
         stopped = [end for verdict, end in said if verdict in ("stalled", "diverging", "dead adapter")]
         praised = [end for verdict, end in said if verdict == "learning"]
-        assert sum(end != "learning" for end in stopped) >= least * len(stopped) > 0
-        assert sum(end == "learning" for end in praised) >= least * len(praised) > 0
+        assert sum(end != "learning" for end in stopped) >= 0.9 * len(stopped) > 0
+        assert sum(end == "learning" for end in praised) >= 0.9 * len(praised) > 0
 
 
 def test_a_recorded_training_is_told_apart_as_a_monitor_does(trials):
@@ -194,7 +212,8 @@ def test_a_recorded_training_is_told_apart_as_a_monitor_does(trials):
         if sample["kind"] == "update"
     ]
     trial = trials.Trial(
-        family="seq_bn", way="as it should be", seed=0, broken=False, num_steps=60, steps_per_epoch=30,
+        family="seq_bn", way="as it should be", seed=0, round=1, broken=False, num_steps=60,
+        steps_per_epoch=30,
         entropy=recorder.entropy, chance=0.2, score=1.0, first_loss=losses[0], last_loss=losses[-1], change=1.0,
         places=2, has_head=True, drift=0.0, losses=tuple(losses), silent=(0,) * 5, updates=tuple(updates),
     )  # fmt: skip

@@ -21,8 +21,8 @@ SURE, SURE_FALL = 2.0, 3.0
 """Standard errors by which a mean must be on the right side of a limit, and by which a loss must have fallen: that is
 looked at again and again."""
 LOW_STEP, AMPLE_STEP, HIGH_STEP = 1e-3, 1e-2, 0.3
-"""Updates of an adapter in one step, relative to its weights: with lower ones it does not learn in time; with ample
-ones a loss that does not fall early will not fall later; with higher ones it does not settle."""
+"""Updates of an adapter in one step, relative to its weights: lower ones are slow, and a higher learning rate may help;
+with ample ones a loss that does not fall early will not fall later; with higher ones it does not settle."""
 FAR = 0.5
 """Drift of the stream before training above which the adapter does not begin near the pre-trained function."""
 KNOWS = 0.8
@@ -118,9 +118,11 @@ def judge(signs: Signs, *, is_due: bool, is_last: bool) -> Prognosis:
     top = WORSE * max(limit, start)
     if is_due and recent - SURE * error > top:
         return Prognosis(verdict="diverging", reason=f"{told}, after {start:.3g}{_too_high(signs)}", evidence=evidence)
-    is_slow = signs.update is None or LOW_STEP <= signs.update < (AMPLE_STEP if signs.has_head else math.inf)
-    if not is_due or (not is_last and (is_falling or is_slow or gain >= GAIN)):
-        return Prognosis(verdict="undecided", reason=told, evidence=evidence)
+    # How small a step is too small differs between methods, so a slow training is waited for, however slow it is.
+    is_ample = signs.has_head and signs.update is not None and signs.update >= AMPLE_STEP
+    may_fall = is_falling or gain + doubt >= GAIN
+    if not is_due or (not is_last and (may_fall or not is_ample)):
+        return Prognosis(verdict="undecided", reason=f"{told}{_too_low(signs)}", evidence=evidence)
     if gain >= GAIN and is_falling:
         return Prognosis(verdict="learning", reason=f"{told}{_partly(signs)}", evidence=evidence)
     return Prognosis(verdict="stalled", reason=f"{told}{_why(signs)}", evidence=evidence)
@@ -153,6 +155,12 @@ def _too_high(signs: Signs) -> str:
     return ""
 
 
+def _too_low(signs: Signs) -> str:
+    if signs.update is not None and signs.update < LOW_STEP:
+        return f"; a step changes the adapter by {signs.update:.2g} of its weights: raise the learning rate"
+    return ""
+
+
 def _why(signs: Signs) -> str:
     """What the other signs say of a loss that does not fall."""
     if signs.drift is not None and signs.drift > FAR:
@@ -162,6 +170,4 @@ def _why(signs: Signs) -> str:
         )
     if signs.update is not None and signs.update > HIGH_STEP:
         return _too_high(signs)
-    if signs.update is not None and signs.update < LOW_STEP:
-        return f"; a step changes the adapter by {signs.update:.2g} of its weights: raise the learning rate"
-    return "; the steps are of a usual size: look at the labels and at what the model is shown"
+    return _too_low(signs) or "; the steps are of a usual size: look at the labels and at what the model is shown"
