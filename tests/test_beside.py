@@ -207,14 +207,6 @@ def test_what_is_refused(name, config, message):
         inarch.attach(tiny(name)).add("a", config)
 
 
-def test_convpass_is_one_graph():
-    model, inputs, _ = attached("vit", EVERY)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(**inputs)[0], model(**inputs)[0], atol=1e-12, rtol=0)
-    torch.compiler.reset()
-
-
 def test_a_fusion_of_one_is_that_one():
     """A static fusion weighs the outputs of branches: of twice the same, it is the same."""
     model, inputs, adapters = attached("vit", "convpass_attn[channels=3]")

@@ -79,7 +79,11 @@ class Text(str):
         return Text(f"({'+'.join(f'{share}{result}' for share, result in zip(shares, results, strict=True))})")
 
 
-def ran(setup, cutter=str):
+def no_matter(_block, _sees_all):
+    """A cut that a state of text does not look at."""
+
+
+def ran(setup, cutter=no_matter):
     return run(setup, Text("h"), lambda name, state: Text(state + name), cutter)
 
 
@@ -111,8 +115,6 @@ def test_the_cases_of_a_setup_are_what_its_rows_may_meet():
     [
         (Stack, "at least one adapter; got none"),
         (lambda: Stack(3), "Give the name of an adapter"),
-        (lambda: Fuse(Parallel("a", "b")), "A `Fuse` may hold adapter names and Stack; got `Parallel`"),
-        (lambda: Parallel(Fuse("a", "b")), "got `Fuse`"),
         (lambda: Split("a", "b", splits=[1]), r"one positive integer for each child; got \[1\] for 2"),
         (lambda: BatchSplit("a", "b", batch_sizes=[1, 0]), "one positive integer"),
         (lambda: Average("a", "b", weights=[1, -1]), "sum above zero"),
@@ -126,6 +128,22 @@ def test_the_cases_of_a_setup_are_what_its_rows_may_meet():
 def test_an_invalid_setup_is_refused_with_the_allowed_ones(make, message):
     with pytest.raises(SetupError, match=message):
         make()
+
+
+@pytest.mark.parametrize("outer", BLOCKS)
+def test_a_block_that_may_not_hold_another_names_those_it_may(outer):
+    settings = {"Split": {"splits": 1}, "BatchSplit": {"batch_sizes": 1}}
+    allowed = BLOCKS[outer].allowed
+    for inner, block in BLOCKS.items():
+        held = block("a", **settings.get(inner, {}))
+        if inner in allowed:
+            assert BLOCKS[outer](held, **settings.get(outer, {})).children == (held,)
+            continue
+        message = f"A `{outer}` may hold adapter names and {', '.join(allowed)}; got `{inner}`"
+        with pytest.raises(SetupError, match=message):
+            BLOCKS[outer](held, **settings.get(outer, {}))
+    tree = {"Stack": 6, "Fuse": 1, "Split": 4, "BatchSplit": 4, "Parallel": 3, "Average": 3, "MultiTask": 3}
+    assert len(allowed) == tree[outer]
 
 
 @pytest.mark.parametrize(

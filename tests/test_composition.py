@@ -10,6 +10,7 @@ import torch
 import inarch
 from inarch import Average, BatchSplit, MultiTask, Parallel, Split, Stack
 from inarch.compose import Batch, Place
+from inarch.compose.batch import Seen
 from inarch.core.symbols import symbol
 from inarch.methods import method_of, read_config
 from inarch.programs import WiredAdapter, rewire
@@ -430,6 +431,12 @@ def test_a_cut_counts_samples_of_several_rows():
     assert cut.part(torch.zeros(15, 4), 0).shape == (5, 4)  # tokens in one dimension
     with pytest.raises(inarch.SetupError, match=r"make up the batch; got a tensor of shape \(4, 7, 4\)"):
         cut.part(torch.zeros(4, 7, 4), 0)
+    split = BatchSplit(Split("a", "b", splits=[2, 3]), "b", batch_sizes=[1, 2])
+    cut = Place("text0.0.self_attention", 0, batch).cut(split)
+    assert cut.part(torch.zeros(3, 5, 4), 0).shape == (1, 5, 4)
+    message = r"one sequence where a `Split` stands in a block that cuts the batch; got a tensor of shape \(12, 5, 4\)"
+    with batch.prepared(Seen(3)), pytest.raises(inarch.SetupError, match=message):
+        cut.part(torch.zeros(12, 5, 4), 0)
 
 
 def test_parts_of_a_model_run_on_inputs_that_are_prepared():

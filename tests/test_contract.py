@@ -38,6 +38,8 @@ PLACED = {"mute": "mute[roles=[mlp]]"}
 TINY = {"reduction_factor": 4}
 """Settings that leave a model of 32 dimensions something to train."""
 CLOSE = 1e-8
+ROWS = ("BatchSplit", "MultiTask", "Parallel")
+"""The blocks that give rows of a batch to their children."""
 
 
 # Models, of each one that is shared and one to load into
@@ -344,6 +346,7 @@ def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_ru
                 adapters.activate(key)
                 alone[key] = still(adapters.model, inputs)
             assert not torch.allclose(alone["a"], alone["b"])
+            refused = set()
             for block in BLOCKS:
                 setup = setups_of(block, TOKENS.get(name, 7))
                 rules = [
@@ -357,6 +360,7 @@ def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_ru
                         SetupError, match=f"{re.escape(rules[0])}; got .* in a `{block}`. Compose it by"
                     ):
                         adapters.activate(setup)
+                    refused.add(block)
                     continue
                 if block == "Split" and name not in TOKENS:  # its encoder and decoder see different numbers
                     continue
@@ -364,6 +368,44 @@ def test_every_block_gives_each_row_what_its_adapter_gives_or_is_refused_by_a_ru
                 if block in ("Fuse", "Average", "Split") and not any(claims(config, "sees_whole_sequences")):
                     found = of_equals(adapters, setup, inputs, tmp_path)
                     assert torch.allclose(found, alone["a"], rtol=0, atol=CLOSE), f"{block}: {where}"
+            if name == some(config)[0]:
+                nests_as_alone(adapters, alone, name, config, refused)
+
+
+def nested(outer, inner, tokens):
+    """A block of `a` in another block, beside `b` where that one cuts the batch."""
+    settings = {
+        "Split": {"splits": [1, 1] if outer == "Split" else [2, tokens - 2]},
+        "BatchSplit": {"batch_sizes": [1, 1]},
+        "Fuse": {"name": "f"},
+    }
+    if (outer, inner) == ("BatchSplit", "BatchSplit"):
+        held = BatchSplit("a", batch_sizes=[1])
+    else:
+        held = BLOCKS[inner]("a", "a", **settings.get(inner, {})) if inner != "Stack" else Stack("a")
+    if outer == "Stack":
+        return Stack(held)
+    settings["Split"] = {"splits": [2, tokens - 2]}
+    return BLOCKS[outer](held, "b" if outer in ROWS else "a", **settings.get(outer, {}))
+
+
+def nests_as_alone(adapters, alone, name, config, refused):
+    """Every block in every block that may hold it, where both have a meaning: each row as its adapter alone."""
+    tokens = 0 if any(claims(config, "sees_whole_sequences")) else TOKENS.get(name, 0)
+    for outer, block in BLOCKS.items():
+        for inner in block.allowed:
+            blocks = {outer, inner}
+            if blocks & refused or ("Split" in blocks and not tokens):
+                continue
+            more = {"task_ids": torch.tensor([0, 1])} if "MultiTask" in blocks else {}
+            with adapters.using(nested(outer, inner, tokens)):
+                found = still(adapters.model, inputs_of(name), **more)
+            expected = {
+                "BatchSplit": torch.cat([alone["a"][:1], alone["b"][1:]]),
+                "MultiTask": torch.cat([alone["a"][:1], alone["b"][1:]]),
+                "Parallel": torch.cat([alone["a"], alone["b"]]),
+            }.get(outer, torch.cat([alone["a"]] * (2 if inner == "Parallel" else 1)))
+            assert torch.allclose(found, expected, rtol=0, atol=CLOSE), f"{inner} in {outer}: {config} on {name}"
 
 
 def works_as_alone(adapters, setup, alone, inputs, where):
@@ -516,12 +558,12 @@ def written(model, ids, mask, **options):
 @pytest.mark.parametrize("name", ["vit", "llama-lm"])
 def test_all_methods_together_are_one_graph(name):
     """One compilation for all of them, each at work: without any one the output would be another."""
-    # A grid of tokens has no place for prompts, so the convolution is compiled where it is alone.
-    others = [one for one in first_presets() if one not in ("bottleneck", "dynamic_fusion", "mute", "convpass")]
+    others = [one for one in first_presets() if one not in ("bottleneck", "dynamic_fusion", "mute")]
     others = [one for one in others if name in taken(asked(one))]
+    behind = {"convpass": "convpass[prefix_tokens=51]"}  # the grid begins behind the prompts and the class token
     with having(name, asked("bottleneck")) as (adapters, _):
         for preset in others:
-            put(adapters, asked(preset), preset)
+            put(adapters, asked(behind.get(preset, preset)), preset)
         block = Fuse("a", put_twin(adapters), name="f")
         adapters.add_fusion(block)
         for one in adapters.names:

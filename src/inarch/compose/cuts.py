@@ -7,7 +7,7 @@ Tensors: (B, L, D), B batch, L tokens, D width; or (L, B, D); or with samples, o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.errors import SetupError
 from .batch import Batch
-from .blocks import BatchSplit, Block, MultiTask, Parallel, Split
+from .blocks import BatchSplit, Block, MultiTask, Parallel, Split, walk
 
 
 class Cut(Protocol):
@@ -47,17 +47,22 @@ class Place:
     key: str
     batch_dim: int
     batch: Batch
+    sees_all: bool = True
+    """Whether a cut gets the rows of all samples, and not those that a block around it has left."""
+    has_split: bool = False
+    """Whether a `Split` stands in the block, so that a sample is one row."""
 
-    def cut(self, block: Block) -> Cut:
-        """The cut of a block here."""
+    def cut(self, block: Block, sees_all: bool = True) -> Cut:
+        """The cut of a block here; `sees_all` says that no block around it cuts the batch."""
+        here = replace(self, sees_all=sees_all, has_split=any(isinstance(part, Split) for part in walk(block)))
         if isinstance(block, BatchSplit):
-            return RowCut(self, block.batch_sizes)
+            return RowCut(here, block.batch_sizes)
         if isinstance(block, Parallel):
-            return CopyCut(self, len(block.children))
+            return CopyCut(here, len(block.children))
         if isinstance(block, Split):
-            return TokenCut(self, block.splits)
+            return TokenCut(here, block.splits)
         assert isinstance(block, MultiTask)
-        return TaskCut(self, len(block.children))
+        return TaskCut(here, len(block.children))
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raise `SetupError` where a layer has turned (B, L, D) into (L, B, D), or back, for a projection.
@@ -71,12 +76,23 @@ class Place:
                 "one. Leave this projection out of adapters that share a batch, or pass the model contiguous inputs."
             )
 
+    def is_folded(self, rows: int) -> bool:
+        """Whether so many rows are more, or fewer, than the samples; of a share, its block has been asked already."""
+        size = self.batch.size()
+        return self.sees_all and size is not None and rows != size and not self.batch.has_grown()
+
     def samples(self, tensor: Tensor, count: int, what: str) -> int:
         """How many rows of a tensor belong to one of `count` samples. Raises `SetupError` where they cannot be told."""
         dim = self.batch_dim
         rows = tensor.shape[dim] if dim < tensor.dim() - 1 else 0
         # A sample may be several rows where all samples are equally many.
-        is_odd = rows != self.batch.size() and self.batch.is_packed() and not self.batch.has_grown()
+        is_odd = self.sees_all and rows != self.batch.size() and self.batch.is_packed() and not self.batch.has_grown()
+        if rows and self.has_split and self.is_folded(rows):
+            raise SetupError(
+                "Every sample is one sequence where a `Split` stands in a block that cuts the batch; got a tensor of "
+                f"shape {tuple(tensor.shape)} for {self.batch.size()} samples at `{self.key}`. Leave the layer out of "
+                "the adapters."
+            )
         if not rows or rows % count or is_odd:
             raise SetupError(
                 f"{what}; got a tensor of shape {tuple(tensor.shape)} with the batch in dimension {dim} at `{self.key}`"
@@ -128,9 +144,7 @@ class TokenCut:
 
     def part(self, tensor: Tensor, child: int) -> Tensor:
         dim, total = 1 - self.place.batch_dim, sum(self.sizes)
-        samples = self.place.batch.size()
-        is_folded = samples is not None and tensor.shape[1 - dim] != samples and not self.place.batch.has_grown()
-        if tensor.dim() != 3 or tensor.shape[dim] != total or is_folded:
+        if tensor.dim() != 3 or tensor.shape[dim] != total or self.place.is_folded(tensor.shape[1 - dim]):
             raise SetupError(
                 f"The splits of a `Split` make up the sequence of every sample, {total} tokens; got a tensor of shape "
                 f"{tuple(tensor.shape)} at `{self.place.key}`. Give sequences of that length, or leave the layer out "
@@ -164,9 +178,10 @@ class TaskCut:
         return torch.cat(parts, dim=dim).index_select(dim, home.to(parts[0].device))
 
 
-Cutter = Callable[[Block], Cut]
+Cutter = Callable[[Block, bool], Cut]
+"""Gives the cut of a block; true where no block around it cuts the batch."""
 
 
-def uncut(block: Block) -> Any:
+def uncut(block: Block, sees_all: bool) -> Any:  # noqa: ARG001  there is no cut
     """For places where no block may cut: a proof, which sees each case by itself, or a weight, which has no rows."""
     raise AssertionError(f"{block} is not cut here")

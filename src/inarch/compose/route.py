@@ -31,16 +31,18 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
-def run(setup: Setup, state: S, step: Callable[[str, S], S], cutter: Cutter) -> S:
+def run(setup: Setup, state: S, step: Callable[[str, S], S], cutter: Cutter, *, sees_all: bool = True) -> S:
     """The state after every adapter of the setup.
 
     `step(name, state)` applies one, and leaves the state as it is where the adapter has nothing at the place.
+    `sees_all` says that the state has the rows of all samples.
     """
     if isinstance(setup, str):
         return step(setup, state)
+    keeps_rows = not isinstance(setup, BatchSplit | Parallel | MultiTask)
 
     def through(child: Setup, given: S) -> S:
-        return run(child, given, step, cutter)
+        return run(child, given, step, cutter, sees_all=sees_all and keeps_rows)
 
     if isinstance(setup, Stack):
         for child in setup.children:
@@ -51,7 +53,7 @@ def run(setup: Setup, state: S, step: Callable[[str, S], S], cutter: Cutter) -> 
     if isinstance(setup, Average):
         results = [*(through(child, state) for child in setup.children), state]
         return state.mean(*_counting(results, setup.shares()))
-    cut = cutter(setup)
+    cut = cutter(setup, sees_all)
     parts = [through(child, state.part(cut, number)) for number, child in enumerate(setup.children)]
     return state.joined(cut, parts)
 
