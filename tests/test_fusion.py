@@ -130,6 +130,33 @@ def test_a_fusion_is_its_formula(name):
     assert torch.allclose(fusion.fuse((z, *u.unbind(-2))), expected)
 
 
+def test_fusion_layers_start_as_in_the_library_adapters():
+    """Queries and keys normal 0.02, biases zero; values the identity, beside 1e-6, so that equal scores give a mean."""
+    model, adapters = grafted("vit", a="seq_bn", b="seq_bn")
+    block = Fuse("a", "b")
+    adapters.add_fusion(block)
+    own = adapters["a+b"]
+    for key, value in own.items():
+        if key.endswith("value.weight"):
+            assert torch.allclose(
+                value, torch.eye(32).double() + 1e-6 * (1 - torch.eye(32).double()), rtol=0, atol=1e-12
+            )
+        elif key.endswith("bias"):
+            assert not value.any()
+    maps = torch.cat([value.flatten() for key, value in own.items() if key.endswith(("query.weight", "key.weight"))])
+    assert maps.std().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(maps.mean()) < 1e-3
+    adapters.activate(block)
+    assert adapters.penalty().item() == pytest.approx(0.01 * 2 * 32 * 31 * 1e-12, rel=1e-6)
+    with torch.no_grad():
+        for key, value in own.items():
+            if not key.endswith("value.weight"):
+                value.zero_()
+        fused = output(model, "vit")
+        with adapters.using(inarch.Average("a", "b")):
+            assert torch.allclose(output(model, "vit"), fused, rtol=0, atol=1e-3)
+
+
 def test_rows_of_a_fusion_do_not_touch_each_other_and_blocks_hold_it():
     model, adapters = grafted("bert", a=BOTTLENECK, b=BOTTLENECK, c="lora[init_weights=bert]")
     fuse = Fuse("a", "b")

@@ -5,6 +5,8 @@ import gc
 import pickle
 import re
 import threading
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -39,17 +41,23 @@ def grafted(name, config, **kwargs):
     return model, adapters
 
 
-class Recorded:
+@contextmanager
+def recorded():
     """Calls of the attention interface, as the base model makes them."""
+    calls, before = [], AttentionInterface.get_interface
 
-    def __init__(self, monkeypatch, implementation):
-        self.calls = []
-        self.function = AttentionInterface._global_mapping.get(implementation)
-        monkeypatch.setitem(AttentionInterface._global_mapping, implementation, self)
+    def note(function, module, *tensors, **kwargs):
+        calls.append((module, *tensors, kwargs))
+        return function(module, *tensors, **kwargs)
 
-    def __call__(self, module, query, key, value, mask, **kwargs):
-        self.calls.append((module, query, key, value, mask, kwargs))
-        return self.function(module, query, key, value, mask, **kwargs)
+    def get_interface(self, implementation, default):
+        return partial(note, before(self, implementation, default))
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield calls
+    finally:
+        AttentionInterface.get_interface = before
 
 
 def expected(call, keys, values):
@@ -71,49 +79,65 @@ def expected(call, keys, values):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+def forward(model, given, *, cached):
+    """The whole sequence at once, or its last two tokens one by one with a cache of those before."""
+    if not cached:
+        model(**given)
+        return
+    ids, mask, cache = given["input_ids"], given.get("attention_mask"), None
+    for start, end in ((0, 5), (5, 6), (6, 7)):
+        more = {} if mask is None else {"attention_mask": mask[:, :end]}
+        cache = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **more).past_key_values
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    ("name", "inputs", "site"),
+    ("name", "inputs", "site", "cached"),
     [
-        ("bert", padded, "text0.0.self_attention"),
-        ("vit", tiny_inputs, "image0.0.self_attention"),
-        ("llama", tiny_inputs, "text0.0.self_attention"),
-        ("llama", padded, "text0.0.self_attention"),
-        ("gpt2", tiny_inputs, "text0.0.self_attention"),
-        ("t5", padded, "text0.0.self_attention"),
-        ("t5", padded, "text1.0.cross_attention"),
-        ("bart", tiny_inputs, "text1.0.self_attention"),
+        ("bert", padded, "text0.0.self_attention", False),
+        ("vit", tiny_inputs, "image0.0.self_attention", False),
+        ("llama", tiny_inputs, "text0.0.self_attention", False),
+        ("llama", padded, "text0.0.self_attention", False),
+        ("llama", tiny_inputs, "text0.0.self_attention", True),
+        ("llama", padded, "text0.0.self_attention", True),
+        ("gpt2", tiny_inputs, "text0.0.self_attention", False),
+        ("gpt2", padded, "text0.0.self_attention", True),
+        ("t5", padded, "text0.0.self_attention", False),
+        ("t5", padded, "text1.0.cross_attention", False),
+        ("bart", tiny_inputs, "text1.0.self_attention", False),
     ],
 )
-def test_an_attention_sees_its_prefix_and_what_it_saw(name, inputs, site, monkeypatch):
-    """Under padding, causal without a mask, with fewer heads of keys, with a bias of positions, across."""
-    model = tiny(name)
+def test_an_attention_sees_its_prefix_and_what_it_saw(name, inputs, site, cached, implementation):
+    """Under padding, causal without a mask, with fewer heads of keys, with a bias of positions, across, and with a
+    cache: by the formula, in float64, in every call, and under both implementations."""
+    model = tiny(name).double()
+    model.set_attn_implementation(implementation)
     adapters = inarch.attach(model)
-    given = inputs(name)
-    recorded = Recorded(monkeypatch, "sdpa")
-    model(**given)
-    base = recorded.calls
+    given = {key: value.double() if value.is_floating_point() else value for key, value in inputs(name).items()}
+    with recorded() as base:
+        forward(model, given, cached=cached)
     parts = adapters.sites[site]
     others = [n for n in range(sum(adapters.sites.num_layers.values())) if n != layer_number(parts, adapters.sites)]
     roles = [r for r in ("self_attention", "cross_attention") if r in {s.role for s in adapters.sites} - {parts.role}]
     adapters.add("a", PrefixConfig(prefix_length=3, bottleneck_size=6, leave_out=others, leave_out_roles=roles))
     attention = model.get_submodule(parts.absolute(parts.projections["k"][0].path)[:-1].rpartition(".")[0])
-    call = next(call for call in base if call[0] is attention)
+    calls = [call for call in base if call[0] is attention]
+    assert len(calls) == (3 if cached else 1)
     module = _module(model, adapters, site)
     seen = []
     parent, _, leaf = parts.absolute(parts.projections["o"][0].path).rpartition(".")
     hook = getattr(model.get_submodule(parent), leaf).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     adapters.activate("a")
-    model(**given)
+    forward(model, given, cached=cached)
     hook.remove()
-    found = seen[0].double()
-    assert (found.flatten() - expected(call, *module.flattened()).flatten()).abs().max() < 1e-5
-    model.set_attn_implementation("eager")
-    eager = model(**given).last_hidden_state
-    model.set_attn_implementation("sdpa")
-    real = (
-        PADDED.bool() if inputs is padded and name == "llama" else ...
-    )  # a token of padding sees nothing, and each way something else
-    assert (eager - model(**given).last_hidden_state)[real].abs().max() < 1e-5
+    assert len(seen) == len(calls)
+    for call, found in zip(calls, seen, strict=True):
+        result = expected(call, *module.flattened()).flatten(2)
+        # A token of padding that looks back sees the prefix alone, and each way something else.
+        real = PADDED.bool()[:, : found.shape[1]] if inputs is padded and name in ("llama", "gpt2") else ...
+        real = ... if found.shape[1] == 1 else real
+        close = 1e-6 if implementation == "eager" else 1e-12  # some have a softmax in single precision there
+        assert (found.reshape(result.shape) - result)[real].abs().max() < close
 
 
 def _module(model, adapters, site):
@@ -226,15 +250,15 @@ def test_shares_of_an_average_are_shares_of_the_attention():
         adapters.activate(inarch.Split("a", "b", splits=[8, 9]))
 
 
-def test_the_gate_is_a_mean_over_the_tokens(monkeypatch):
+def test_the_gate_is_a_mean_over_the_tokens():
     model = tiny("bert")
     adapters = inarch.attach(model)
-    recorded = Recorded(monkeypatch, "sdpa")
     inputs = tiny_inputs("bert")
     seen, layer = [], model.encoder.layer[0].attention
     layer.self.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     layer.output.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(**inputs)
+    with recorded() as calls:
+        model(**inputs)
     adapters.add("a", f"prefix_tuning[{SMALL},use_gating=True,shared_gating=False]")
     module = _module(model, adapters, "text0.0.self_attention")
     with torch.no_grad():
@@ -242,7 +266,7 @@ def test_the_gate_is_a_mean_over_the_tokens(monkeypatch):
     gates = (seen[0] @ module.gate.weight.T + module.gate.bias).sigmoid().mean(1)
     assert gates.std(0).min() > 1e-3
     keys, values = module.flattened()
-    call = recorded.calls[0]
+    call = calls[0]
     seen.clear()
     adapters.activate("a")
     model(**inputs)

@@ -24,6 +24,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )  # fmt: skip
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 import inarch
 from inarch import SetupError
@@ -164,6 +165,53 @@ def test_lora_on_a_quantised_projection_is_the_formula(load):
     assert torch.allclose(found, projection(x) + x @ A.T @ B.T * 0.5, atol=1e-6)
 
 
+READING = "dora[r=2,attn_matrices=[q]]|vera[r=4,attn_matrices=[k]]|lora[r=2,attn_matrices=[v],init_weights=pissa]"
+
+
+def dense(projection):
+    """The values of a quantised weight, by its library."""
+    weight = projection.weight
+    if hasattr(weight, "qdata"):
+        return weight.dequantize()
+    return dequantize_bnb_weight(weight, getattr(projection, "state", None)).float()
+
+
+def test_methods_that_read_the_base_read_what_its_codes_mean(load, inputs):
+    """They start at the base, bit for bit, and are their formulas on the values that the library gives."""
+    model = load()
+    base = output(model, inputs)
+    adapters = inarch.attach(model)
+    adapters.add("a", READING)
+    adapters.train("a")
+    assert torch.equal(output(model, inputs), base)
+    model(**inputs).logits.square().sum().backward()
+    assert all(p.grad is not None for p in adapters["a"].values())
+    with torch.no_grad():
+        for parameter in adapters["a"].values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    own = {key.removeprefix("image0.0.self_attention."): value for key, value in adapters.tensors("a").items()}
+    attention, x = model.vit.layers[0].attention, torch.randn(2, 5, 64)
+    found = [getattr(attention, f"{role}_proj")(x) for role in "qkv"]
+    adapters.deactivate()
+    q, k, v = (getattr(attention, f"{role}_proj") for role in "qkv")
+    with torch.no_grad():
+        assert torch.allclose(dense(q), (q(torch.eye(64)) - q.bias).T, atol=1e-5)
+    A, B, m = (own[f"dora.q.{leaf}"] for leaf in ("A", "B", "magnitude"))
+    factor = m / (dense(q) + 4 * B @ A).norm(dim=1)
+    expected = [
+        (q(x) - q.bias) * factor + q.bias + 4 * x @ A.T @ B.T * factor,
+        k(x) + x @ own["vera.k.A"].T * own["vera.k.d"] @ own["vera.k.B"].T * own["vera.k.b"],
+    ]
+    A, B, A0, B0 = (own[f"lora.v.{leaf}"] for leaf in ("A", "B", "A0", "B0"))
+    expected.append(v(x) + 4 * (x @ A.T @ B.T - x @ A0.T @ B0.T))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    u, s, vh = torch.linalg.svd(dense(v), full_matrices=False)
+    assert torch.allclose(4 * B0 @ A0, u[:, :2] * s[:2] @ vh[:2], atol=1e-4)
+    with pytest.raises(SetupError, match=r"whole weights in floating point, in memory; got quantised ones at `vit.lay"):
+        adapters.merge("a", example_inputs=inputs)
+
+
 def test_a_quantised_head_is_not_trained_silently(load):
     model = load(keep=())
     adapters = inarch.attach(model)
@@ -224,4 +272,4 @@ def test_the_tests_above_pass_with_the_libraries():
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert "15 passed, 1 skipped" in result.stdout
+    assert "18 passed, 1 skipped" in result.stdout

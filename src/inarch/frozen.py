@@ -1,7 +1,8 @@
 """What the base has for one role of a projection, as plain tensors, for methods that read it.
 
-A quantised map is read by running it on unit vectors, whatever its codes; an offloaded one from where accelerate keeps
-it. One that is spread over processes is read inside its layer's forward, where it is whole; elsewhere it is refused.
+A quantised map is read by the library of its codes, or by running it on unit vectors, whatever they are; an offloaded
+one from where accelerate keeps it. One that is spread over processes is read inside its layer's forward, where it is
+whole; elsewhere it is refused.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .core.errors import SiteError
 from .core.site import Projection
 from .methods import Frozen
-from .tensors import execution_device, is_quantised, is_sharded, kept_elsewhere
+from .tensors import by_library, execution_device, is_quantised, is_sharded, kept_elsewhere
 
 _CHUNK = 1024
 """Unit vectors that a quantised map is run on at once."""
@@ -59,6 +60,10 @@ class Base:
                 "A method that reads the base reads weights in floating point, or of a linear module; got quantised "
                 f"ones at `{self.place}`. Leave this projection out, or use LoRA."
             )
+        known = by_library(self.owner)
+        if known is not None:
+            own = self.owner._parameters.get("bias")
+            return self._in_role(known, None if own is None else own.detach(), transposed=False)
         example = next((p for p in (*self.owner.parameters(), *self.owner.buffers())), None)
         device = torch.device("cpu") if example is None else example.device
         size = self.projection.in_features

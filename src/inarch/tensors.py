@@ -2,7 +2,9 @@
 
 import os
 import struct
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,27 @@ def is_quantised(tensor: Tensor) -> bool:
     """Whether a weight holds codes instead of its values: in its type, or inside a class of its own."""
     own_class = type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
     return tensor.dtype not in TRAINABLE or (own_class and not is_sharded(tensor))
+
+
+def by_library(module: nn.Module) -> Tensor | None:
+    """The values (out, in) of a linear map of codes, as the library of its codes gives them; None where none does."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return None
+    blocks = getattr(weight, "quant_state", None)
+    if blocks is not None and not getattr(blocks, "packing_format_for_cpu", False):  # that one cannot be read
+        four_bits: Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, blocks)
+        return four_bits
+    # It goes from the weight to the state of the module in the first forward.
+    scale = getattr(weight, "SCB", None)
+    scale = getattr(getattr(module, "state", None), "SCB", None) if scale is None else scale
+    if scale is not None:
+        eight_bits: Tensor = weight.data * (scale[:, None] / 127)
+        return eight_bits
+    if type(weight).dequantize is not Tensor.dequantize:
+        values: Tensor = weight.dequantize()
+        return values
+    return None
 
 
 def whole(tensor: Tensor) -> Tensor:

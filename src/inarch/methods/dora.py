@@ -6,7 +6,8 @@ Liu et al. 2024 (arXiv 2402.09353), section 4, equation 5:
 
 The norm is that of each output feature, as the authors' code has it, and m starts at ||W||. The gradient does not go
 through the norm (section 4.3). The bias b of the base is not scaled, and the scale s is inside the norm, unlike in the
-library `adapters`. Dropout acts on the input of the update alone.
+library `adapters`. Dropout acts on the input of the update alone. Every forward needs the norm, hence the values of
+the frozen weight: on a quantised base these are read anew each time, which costs most where few tokens are computed.
 
 Tensors: (..., in) and (..., rows), with B batch and L tokens in front; R rank.
 """
