@@ -102,6 +102,27 @@ CASES: dict[str, Case] = {
     "t5 cross": Case("t5-lm", _lora(target_modules=r".*EncDecAttention\.(q|v)"), fixture=True),
     "bart": Case("bart-lm", _lora(target_modules=ALL)),
     "whisper": Case("whisper-lm", _lora(target_modules=["q_proj", "v_proj"])),
+    "pissa bert": Case("bert-classifier", _lora(target_modules=ALL, init_lora_weights="pissa"), fixture=True),
+    "pissa gpt2": Case(
+        "gpt2", _lora(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="pissa", use_rslora=True)
+    ),
+    "olora vit": Case("vit", _lora(target_modules=["q_proj", "fc1"], init_lora_weights="OLoRA"), fixture=True),
+    "mica vit": Case("vit", _lora(target_modules=["q_proj", "fc1"], init_lora_weights="mica")),
+    "orthogonal vit": Case("vit", _lora(target_modules=["q_proj", "fc1"], r=4, init_lora_weights="orthogonal")),
+    "gaussian vit": Case("vit", _lora(target_modules=["q_proj", "fc1"], init_lora_weights="gaussian")),
+    "experts mixtral": Case(
+        "mixtral-lm",
+        _lora(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 3},
+            alpha_pattern={r"layers\.1\.mlp\.experts\.gate_up_proj": 3},
+        ),
+        fixture=True,
+    ),
+    "experts gpt-oss": Case(
+        "gpt-oss", _lora(target_modules=[], target_parameters=["experts.down_proj"], use_rslora=True), fixture=True
+    ),
     "dora vit": Case("vit", _lora(target_modules=["q_proj", "v_proj", "fc1"], use_dora=True), fixture=True),
     "dora gpt2": Case(
         "gpt2", _lora(target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True), fixture=True
@@ -150,6 +171,7 @@ OURS = {
     "own llama": ("llama-lm", "lora[gate_lora=True,output_lora=True,leave_out_projections=['*.1.*.v']]"),
     "own rslora": ("gpt2", "lora[use_rslora=True,attn_matrices=[q,v],alpha=3]"),
     "own pissa": ("bert", "lora[init_weights=pissa,r=3,intermediate_lora=True]"),
+    "own experts": ("gpt-oss", "lora[r=3,alpha=5,experts_lora=True,init_weights=pissa,leave_out=[1]]"),
     "own dora": ("gpt2", "dora[attn_matrices=[q,v],r=3,alpha=5,output_lora=True]"),
     "own bart": ("bart-lm", "lora[r=2,leave_out=[1,3]]"),
 }

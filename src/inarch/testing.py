@@ -41,6 +41,8 @@ class _Recipe:
     inputs: str
 
 
+_EXPERTS = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+
 _RECIPES: dict[str, _Recipe] = {
     "vit": _Recipe("ViTModel", "ViTConfig", _ENCODER | _IMAGE, "image"),
     "vit-classifier": _Recipe("ViTForImageClassification", "ViTConfig", _ENCODER | _IMAGE | {"num_labels": 5}, "image"),
@@ -70,6 +72,8 @@ _RECIPES: dict[str, _Recipe] = {
     "llama": _Recipe("LlamaModel", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "llama-lm": _Recipe("LlamaForCausalLM", "LlamaConfig", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
     "qwen2": _Recipe("Qwen2Model", "Qwen2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2}, "text"),
+    "mixtral-lm": _Recipe("MixtralForCausalLM", "MixtralConfig", _ENCODER | _TEXT | _EXPERTS, "text"),
+    "gpt-oss": _Recipe("GptOssModel", "GptOssConfig", _ENCODER | _TEXT | _EXPERTS, "text"),
     "gemma2": _Recipe(
         "Gemma2Model", "Gemma2Config", _ENCODER | _TEXT | {"num_key_value_heads": 2, "head_dim": 8}, "text"
     ),

@@ -13,6 +13,7 @@ from .peft_source import Source
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 
+EXPERTS = ("expert_up", "expert_down")
 MLP_FIELDS = {"up": "intermediate_lora", "gate": "gate_lora", "down": "output_lora"}
 
 
@@ -21,6 +22,7 @@ def wishes(places: Sequence[Placement]) -> dict[str, Any]:
     roles = {place.role for place in places}
     attention = [role for role in ATTENTION_ROLES if role in roles]
     flags = {name: role in roles for role, name in MLP_FIELDS.items()}
+    flags |= {"experts_lora": True} if roles & set(EXPERTS) else {}
     return {"selfattn_lora": bool(attention), "attn_matrices": attention or ["q", "v"], **flags}
 
 
@@ -52,11 +54,12 @@ def patterns_of(values: Iterable[tuple[str, Any]], default: Any) -> dict[str, An
 def left_out(sites: Sites, present: Sequence[Placement]) -> dict[str, Any]:
     """The layers, and the projections of others, that play one of the adapted roles and are not adapted."""
     roles = {place.role for place in present}
+    roles |= set(EXPERTS) if roles & set(EXPERTS) else set()  # one field asks for both
     every = [
         Placement(site=site, port="linear", role=role, part=part)
         for site in sites
         for role, projections in site.projections.items()
-        if role in roles and (site.kind == "mlp") == (role in MLP_FIELDS)
+        if role in roles and (site.kind == "mlp") == (role in (*MLP_FIELDS, *EXPERTS))
         for part in range(len(projections))
     ]
     keys = {place.projection_key for place in present}

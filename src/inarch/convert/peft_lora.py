@@ -16,10 +16,10 @@ from ..methods import Placement
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from .peft_config import left_out, made, patterns_of, wishes
+from .peft_experts import take_experts
 from .peft_head import Head
-from .peft_source import Source, check_rest, own_path, plain, rows_of
-
-_LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.(?P<leaf>weight|bias)")
+from .peft_source import LORA_KEY, Source, check_rest, own_path, plain, rows_of
+from .peft_start import factors, kind_of, start_of
 
 _MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 
@@ -31,20 +31,27 @@ def read_lora(
 
     `heads` is given the modules outside of the layers that were adapted.
     """
+    experts = take_experts(source, stored)
     maps: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key in list(stored):
-        if (found := _LORA_KEY.fullmatch(key)) is not None:
+        if (found := LORA_KEY.fullmatch(key)) is not None:
             maps[plain(found["path"])][found["side"] if found["leaf"] == "weight" else "bias"] = stored.pop(key)
         elif (found := _MAGNITUDE_KEY.fullmatch(key)) is not None:
             maps[plain(found["path"])]["magnitude"] = stored.pop(key).flatten()
     outside = _merge_outside(source, maps, heads)
     inside = {path: parts for path, parts in maps.items() if path not in outside}
     places = source.find(inside)
+    _check_targets(source, places)
     record, biases = source.record, _biases(source, stored, set(inside))
     check_rest(source, stored)
     method: type[LoRA | DoRA] = LoRA
     if any("magnitude" in parts for parts in inside.values()):
         method = DoRA
+    if method is DoRA and kind_of(record):
+        raise StateError(
+            f"DoRA is read where it starts beside its base; got `init_lora_weights` {kind_of(record)!r} at "
+            f"`{source.folder}`. Use PEFT, or train LoRA."
+        )
     with_bias = bool(biases) or any("bias" in tensors for tensors in inside.values())
     values: list[tuple[Placement, int, float]] = []
     tensors: dict[str, Tensor] = {}
@@ -62,10 +69,17 @@ def read_lora(
                 tensors[f"{key}.bias"] = rows_of(placement, learned)
             if "magnitude" in parts:
                 tensors[f"{key}.magnitude"] = rows_of(placement, parts["magnitude"])
+            if kind_of(record):
+                a, b = start_of(source, placement, rank, scale_of(source, rank, alpha))
+                tensors |= {f"{key}.A0": a, f"{key}.B0": rows_of(placement, b)}
         _check_whole(source, places[path], path, len(parts["B"]))
+    for update in experts:
+        key = f"{update.placement.site.key}.{module_key(LoRA.name, update.placement)}"
+        tensors |= {f"{key}.A": update.a, f"{key}.B": update.b}
+        values.append((update.placement, update.a.shape[1], alpha_of(source, update.parameter)))
     dropout = float(record.get("lora_dropout") or 0.0)
     config = _lora_config(source, method.config_class, values, with_bias=with_bias, dropout=dropout)
-    return config, tensors, list(maps)
+    return config, tensors, [*maps, *(update.parameter for update in experts)]
 
 
 def _merge_outside(source: Source, maps: Mapping[str, Mapping[str, Tensor]], heads: dict[str, Head]) -> set[str]:
@@ -91,6 +105,9 @@ def _merge_outside(source: Source, maps: Mapping[str, Mapping[str, Tensor]], hea
         tensors = {leaf: tensor.detach().clone() for leaf, tensor in module.state_dict().items()}
         scale = scale_of(source, rank, alpha)
         tensors["weight"] += (parts["B"] @ parts["A"] * scale).to(weight)
+        if kind_of(source.record):
+            a, b = factors(source.record, weight.detach(), rank, scale)
+            tensors["weight"] -= (b @ a * scale).to(weight)
         if "bias" in parts:
             tensors["bias"] += (parts["bias"] * scale).to(weight)
         heads[own] = Head(path, tensors)
@@ -107,9 +124,12 @@ def rank_and_alpha(source: Source, path: str, parts: Mapping[str, Tensor]) -> tu
             f"An update of a projection has two matrices; got {got} for `{path}` at `{source.folder}`. Copy or "
             "download it again, or train it on linear maps."
         )
-    record, rank = source.record, len(parts["A"])
-    alpha = float(_by_pattern(record.get("alpha_pattern"), path, record.get("lora_alpha", 8)))
-    return rank, alpha
+    return len(parts["A"]), alpha_of(source, path)
+
+
+def alpha_of(source: Source, path: str) -> float:
+    """The alpha of what is adapted at a path."""
+    return float(_by_pattern(source.record.get("alpha_pattern"), path, source.record.get("lora_alpha", 8)))
 
 
 def scale_of(source: Source, rank: int, alpha: float) -> float:
@@ -123,6 +143,20 @@ def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def _check_targets(source: Source, places: Mapping[str, Sequence[Placement]]) -> None:
+    """Raise `StateError` for matrices that were chosen as parameters (`target_parameters`), not as modules.
+
+    PEFT takes their rows for outputs, however they are stored, and knows their ranks and scales by other names.
+    """
+    for path, meant in places.items():
+        weight = f"{path}.{meant[0].projection.weight.rpartition('.')[2] or 'weight'}"
+        if any(f".{weight}".endswith(f".{name}") for name in source.record.get("target_parameters") or ()):
+            raise StateError(
+                f"LoRA on parameters is read for experts that a module holds in one; got `{weight}` among "
+                f"`target_parameters` at `{source.folder}`. Train it anew with `target_modules`."
+            )
 
 
 def _check_whole(source: Source, places: list[Placement], path: str, count: int) -> None:
@@ -175,5 +209,6 @@ def _lora_config(
         alpha_pattern=patterns_of([(place.projection_key, value) for place, _, value in values], alpha),
         bias=with_bias,
         dropout=dropout,
+        **({"init_weights": "pissa"} if kind_of(source.record) else {}),
         **left_out(source.names.sites, [place for place, _, _ in values]),
     )

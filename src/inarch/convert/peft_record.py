@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import StateError
+from .peft_start import FROM_BASE
 
 RECORD, SAFE, TORCH = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -27,7 +28,6 @@ _OTHER_METHODS = {
 _OTHER_FIELDS = {
     "use_qalora": "QA-LoRA",
     "layer_replication": "LoRA on layers that it repeats",
-    "target_parameters": "LoRA on parameters that no linear module applies",
     "trainable_token_indices": "trained rows of the embeddings",
     "alora_invocation_tokens": "activated LoRA",
     "kasa_config": "KaSA",
@@ -37,8 +37,8 @@ _OTHER_FIELDS = {
 }
 """Fields that make another method of LoRA."""
 
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is."""
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", *FROM_BASE)
+"""Values of `init_lora_weights` that leave the base as it is, or take out of it what can be told again."""
 
 _KNOWN_FIELDS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -56,6 +56,7 @@ _KNOWN_FIELDS = {
     *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "enable_lora"),
+    "target_parameters",
     *_OTHER_FIELDS,
 }
 
@@ -91,9 +92,9 @@ def check_method(record: Mapping[str, Any], folder: Path) -> None:
             "adapter without, or use PEFT."
         )
     start = record.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         raise StateError(
-            "An adapter is read where its base is the pre-trained one; got `init_lora_weights` "
-            f"{start!r}, which changes the base, at `{folder}`. Save it in PEFT with "
+            "An adapter is read where its base is the pre-trained one, or can be told from it; got `init_lora_weights` "
+            f"{start!r}, which changes the base by numbers that are not kept, at `{folder}`. Save it in PEFT with "
             "`path_initial_model_for_weight_conversion`, which makes plain LoRA of it."
         )

@@ -1,5 +1,6 @@
 """A PEFT folder beside the model that it is read into: which projections its module paths mean."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..core.errors import StateError
 from ..methods import Placement
 from .peft_names import Names
+
+LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.(?P<leaf>weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from ..frozen import Base
 from ..methods import AdapterConfig, Placement, method_of, placements
 from ..methods.dora import DoRA, DoRAConfig
 from ..methods.lora import LoRAConfig
+from .peft_config import EXPERTS
+from .peft_experts import Experts
+from .peft_experts import written as experts_written
 from .peft_names import module_path
 
 
@@ -71,9 +74,15 @@ def write_peft(
     power = 0.5 if part.use_rslora else 1.0
     updates = _updates(name, part, tensors, sites)
     maps = {path: _joined(several, power) for path, several in updates.items()}
-    rank = Counter(found.rank for found in maps.values()).most_common(1)[0][0]
-    alpha = Counter(found.alpha for found in maps.values()).most_common(1)[0][0]
-    written: dict[str, Tensor] = {}
+    experts = _experts(part, tensors, sites)
+    ranks = {path: found.rank for path, found in maps.items()}
+    alphas = {path: found.alpha for path, found in maps.items()}
+    for update in experts:
+        rank = update.a.shape[1]
+        ranks[update.parameter], alphas[update.parameter] = rank, part.scale(update.placement) * rank**power
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    written: dict[str, Tensor] = experts_written(experts, model)
     for path, found in maps.items():
         key = f"base_model.model.{path}"
         written |= {f"{key}.lora_A.weight": found.a, f"{key}.lora_B.weight": found.b}
@@ -101,15 +110,16 @@ def write_peft(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {re.escape(path): found.rank for path, found in maps.items() if found.rank != rank},
-        "alpha_pattern": {re.escape(path): found.alpha for path, found in maps.items() if found.alpha != alpha},
+        "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
         "lora_dropout": part.dropout,
         "lora_bias": part.bias,
         "bias": "none",
         "use_rslora": part.use_rslora,
         "use_dora": is_dora,
-        "fan_in_fan_out": all(transposed),
+        "fan_in_fan_out": bool(transposed) and all(transposed),
         "target_modules": _targets(list(maps), model),
+        "target_parameters": [update.parameter for update in experts] or None,
         "modules_to_save": list(head) or None,
     }
     return written, record
@@ -133,6 +143,8 @@ def _updates(
     """By module, the updates of the roles that it plays."""
     found: dict[str, list[_Update]] = defaultdict(list)
     for placement in placements(part, sites):
+        if placement.role in EXPERTS and placement.projection.experts:
+            continue
         if placement.port != "linear":
             raise StateError(
                 "An adapter is written for PEFT where its projections are modules; got "
@@ -151,6 +163,17 @@ def _updates(
                 None if bias is None else bias.detach(),
             )
         )
+    return found
+
+
+def _experts(part: LoRAConfig | DoRAConfig, tensors: Mapping[str, Tensor], sites: Sites) -> list[Experts]:
+    """The updates of experts that a module holds in one parameter."""
+    found = []
+    for place in placements(part, sites):
+        if place.role in EXPERTS and place.projection.experts:
+            parameter = f"{module_path(place.site, place.projection)}.{place.projection.weight}"
+            key = f"{place.site.key}.{module_key(method_of(part).name, place)}"
+            found.append(Experts(place, parameter, *_factors(key, tensors)))
     return found
 
 
@@ -177,7 +200,7 @@ def _factors(key: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     a, b = tensors[f"{key}.A"].detach(), tensors[f"{key}.B"].detach()
     if f"{key}.A0" not in tensors:
         return a, b
-    return torch.cat([a, tensors[f"{key}.A0"]]), torch.cat([b, -tensors[f"{key}.B0"]], dim=1)
+    return torch.cat([a, tensors[f"{key}.A0"]], dim=-2), torch.cat([b, -tensors[f"{key}.B0"]], dim=-1)
 
 
 def _joined(updates: Sequence[_Update], power: float) -> _Map:
