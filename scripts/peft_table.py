@@ -27,6 +27,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -134,6 +135,15 @@ CASES: dict[str, Case] = {
     "vera vit": Case("vit", VeraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1", "fc2"]), fixture=True),
     "vera llama": Case("llama-lm", VeraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])),
     "vera bart": Case("bart-lm", VeraConfig(r=4, target_modules=["q_proj", "fc1"])),
+    "head llama": Case("llama-lm", _lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])),
+    "head ia3 bert": Case(
+        "bert-classifier",
+        IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["pooler"], task_type="SEQ_CLS"),
+    ),
+    "prompt llama": Case("llama-lm", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), fixture=True),
+    "prompt gpt2": Case("gpt2-lm", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "prompt bert": Case("bert", PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION")),
+    "prompt t5": Case("t5-lm", PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),
     "prefix llama": Case("llama-lm", PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), fixture=True),
     "prefix qwen2": Case(
         "qwen2-lm",
@@ -199,18 +209,22 @@ def make(case: Case, folder: Path) -> list[Tensor]:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval().save_pretrained(folder)
     (folder / "README.md").unlink()
-    return outputs(model, tiny_inputs(case.model))
+    found = outputs(model, tiny_inputs(case.model))
+    if not isinstance(case.config, PromptTuningConfig):
+        return found
+    length = outputs(tiny(case.model), tiny_inputs(case.model))[0].shape[1]
+    return [found[0][:, -length:]]  # PEFT gives prompts as well, and pools the first of them
 
 
 def compare(case: Case, folder: Path) -> tuple[float, float | None, float]:
     """How far inarch is from PEFT, how far PEFT is with what inarch wrote of it, and how much the adapter does."""
     expected, inputs = make(case, folder / "peft"), tiny_inputs(case.model)
-    base = distance(outputs(tiny(case.model), inputs), expected)
+    base = distance(outputs(tiny(case.model), inputs)[: len(expected)], expected)
     model = tiny(case.model)
     adapters = inarch.attach(model, example_inputs=inputs)
     name = adapters.load(folder / "peft", name="a")
     adapters.activate(name)
-    here = distance(outputs(model, inputs), expected)
+    here = distance(outputs(model, inputs)[: len(expected)], expected)
     if not isinstance(case.config, LoraConfig):
         return here, None, base
     adapters.save(name, folder / "written", format="peft")

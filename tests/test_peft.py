@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, ViTForImageClassification
@@ -21,6 +22,7 @@ from inarch.testing import tiny, tiny_inputs
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
 OLD = Path(__file__).parent / "fixtures" / "peft_4"
 CASES = sorted(path.name for path in FIXTURES.iterdir())
+LORA_CASES = [case for case in CASES if not case.startswith(("ia3", "vera", "prefix", "prompt", "norms"))]
 OLD_CASES = sorted(str(path.parent.relative_to(OLD)) for path in OLD.glob("*/*/adapter_config.json"))
 
 
@@ -131,13 +133,14 @@ def test_what_an_expression_chose_is_read_off_the_tensors():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("ia3", "vera", "prefix", "norms"))])
+@pytest.mark.parametrize("case", LORA_CASES)
 def test_lora_written_for_peft_is_the_same_again(case, tmp_path):
     """PEFT's own reading of what is written is in `scripts/peft_table.py`."""
     model, inputs, adapters, name, expected = prepared(case)
     adapters.save(name, tmp_path / "back", format="peft")
     before, after = (load_file(p / "adapter_model.safetensors") for p in (FIXTURES / case, tmp_path / "back"))
-    if case != "bert_biases":  # there the whole biases are stored, here what was added
+    # There whole biases are stored, here what was added; and updates outside of the layers, here in their modules.
+    if case not in ("bert_biases", "pissa_bert"):
         assert before.keys() == after.keys()
     adapters.load(tmp_path / "back", name="again")
     adapters.activate("again")
@@ -200,9 +203,19 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
         ({"peft_type": "P_TUNING"}, "got P-tuning at"),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
         ({"peft_type": "VERA"}, "with its random matrices and two vectors .*got a folder without"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "LoRA on parameters that no linear module applies"),
+        (
+            {"target_parameters": ["self.query.weight"]},
+            "for experts .* in one; got `bert.*query.weight`",
+        ),
         ({"turbo": 3}, "got the setting `turbo`, which it does not know, at"),
-        ({"init_lora_weights": "pissa"}, "which changes the base, at .*path_initial_model_for_weight_conversion"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "numbers .*path_initial_model_for_weight_conversion",
+        ),
+        (
+            {"init_lora_weights": "loftq"},
+            "got `init_lora_weights` 'loftq', which changes the base",
+        ),
         ({"auto_mapping": {"base_model_class": "ViTModel"}}, "must be of the same type; got `ViTModel` at"),
     ],
 )
@@ -211,6 +224,29 @@ def test_what_cannot_be_computed_exactly_is_refused_by_name(settings, message, t
     with pytest.raises(inarch.StateError, match=message):
         adapters.load(edited("bert_task", tmp_path / "a", **settings))
     assert adapters.names == ()
+
+
+def test_updates_of_experts_are_those_of_one_parameter(tmp_path):
+    adapters = inarch.attach(tiny("mixtral-lm"))
+    key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+
+    def narrow(tensors):
+        return tensors | {key: tensors[key][:, :-1].contiguous()}
+
+    def twice(tensors):
+        others = {name: tensors[name.replace("base_layer.", "")].clone() for name in tensors if "base_layer" in name}
+        return tensors | others
+
+    for number, change in enumerate((narrow, twice)):
+        with pytest.raises(inarch.StateError, match="one of a parameter that holds them all, and of one .*mlp.experts"):
+            adapters.load(edited("experts_mixtral", tmp_path / str(number), change))
+    assert adapters.names == ()
+
+
+def test_dora_that_starts_from_its_base_is_refused(tmp_path):
+    adapters = inarch.attach(tiny("vit"))
+    with pytest.raises(inarch.StateError, match="DoRA is read where it starts beside its base; got .*'pissa' at"):
+        adapters.load(edited("dora_vit", tmp_path / "a", init_lora_weights="pissa"))
 
 
 def with_tensor(key, tensor):
@@ -326,6 +362,28 @@ def test_an_adapter_of_another_tower_is_refused_though_its_shapes_fit(tower, tmp
 def test_a_head_that_the_model_does_not_have_is_refused():
     with pytest.raises(inarch.StateError, match="must exist in the model; got `classifier` of"):
         inarch.attach(tiny("bert")).load(FIXTURES / "bert_task")
+
+
+def test_a_head_that_is_one_with_the_embeddings_is_refused(tmp_path):
+    """PEFT gives it a copy, and leaves the embeddings as they are."""
+
+    def with_head(scale):
+        return lambda tensors: tensors | {"base_model.model.lm_head.weight": weight * scale}
+
+    def folder(name, scale):
+        return edited("gpt2_fused", tmp_path / name, with_head(scale), modules_to_save=["lm_head"])
+
+    model = tiny("gpt2-lm")
+    weight = model.lm_head.weight.detach().clone()
+    adapters = inarch.attach(model)
+    with pytest.raises(inarch.StateError, match=r"ties to `transformer.wte.weight`. .*tie_word_embeddings=False"):
+        adapters.load(folder("a", 2))
+    assert adapters.load(folder("b", 1)) == "b"  # what changes nothing
+    config = transformers.GPT2Config(**model.config.to_dict() | {"tie_word_embeddings": False})
+    loose = transformers.GPT2LMHeadModel(config)
+    adapters = inarch.attach(loose)
+    adapters.load(folder("c", 2))
+    assert torch.equal(loose.lm_head.weight, weight * 2)
 
 
 class Bomb:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..core.errors import StateError
@@ -41,4 +42,21 @@ def head_tensors(heads: Mapping[str, Head], source: Source) -> dict[str, Tensor]
             f"The task head of an adapter must exist in the model; got `{absent}` of `{source.folder}` for "
             f"{type(source.model).__name__}. Load the model with its task head, or pass `head=False`."
         )
+    for path, head in heads.items():
+        _check_untied(path, head, source)
     return {f"head.{path}.{leaf}": tensor for path, head in heads.items() for leaf, tensor in head.tensors.items()}
+
+
+def _check_untied(path: str, head: Head, source: Source) -> None:
+    """Raise `StateError` for a parameter that is one with another of the model, of which PEFT has made a copy."""
+    named = dict(source.model.named_parameters(remove_duplicate=False))
+    for leaf, tensor in head.tensors.items():
+        own = named.get(f"{path}.{leaf}")
+        others = [name for name, other in named.items() if other is own and not name.startswith(f"{path}.")]
+        if own is None or not others or (tensor.shape == own.shape and torch.equal(tensor.to(own), own)):
+            continue
+        raise StateError(
+            "A module is replaced where its parameters are its own, as in PEFT, which gives it copies; got "
+            f"`{path}.{leaf}` of `{source.folder}`, which {type(source.model).__name__} ties to `{others[0]}`. Load "
+            "the model with `tie_word_embeddings=False`."
+        )
