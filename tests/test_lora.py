@@ -159,7 +159,32 @@ def updates(adapters, name, scale):
     return found
 
 
-@pytest.mark.parametrize(("combine", "options"), [("cat", {}), ("svd", {"rank": 32})])
+def dense(combine, a, b):
+    """The rule of an average with weights 1 and 3, number by number, of two whole updates or biases."""
+    pairs = [(0.25, a.flatten().tolist()), (0.75, b.flatten().tolist())]
+    if combine != "ties":
+        return sum(weight * update for weight, update in zip((0.25, 0.75), (a, b), strict=True))
+    kept = []
+    for weight, values in pairs:
+        largest = set(sorted(range(len(values)), key=lambda i: -abs(values[i]))[: round(0.4 * len(values))])
+        kept.append((weight, [value if i in largest else 0.0 for i, value in enumerate(values)]))
+    found = []
+    for numbers in zip(*(values for _, values in kept), strict=True):
+        sign = math.copysign(1, sum(weight * x for (weight, _), x in zip(kept, numbers, strict=True)))
+        agree = [(weight, x) for (weight, _), x in zip(kept, numbers, strict=True) if x * sign > 0]
+        found.append(sum(weight * x for weight, x in agree) / sum(weight for weight, _ in agree) if agree else 0.0)
+    return torch.tensor(found, dtype=a.dtype).view_as(a)
+
+
+@pytest.mark.parametrize(
+    ("combine", "options"),
+    [
+        ("cat", {}),
+        ("svd", {"rank": 32}),
+        ("ties", {"rank": 32, "density": 0.4}),
+        ("dare", {"rank": 32, "density": 1.0}),
+    ],
+)
 def test_sums_of_updates_know_scales_splits_and_biases(combine, options):
     """What PEFT's `add_weighted_adapter` gets wrong: alpha / sqrt(r), learned biases, other starts."""
     model, adapters = grafted(
@@ -169,9 +194,11 @@ def test_sums_of_updates_know_scales_splits_and_biases(combine, options):
     )
     assert adapters.average("m", ["a", "b"], [1, 3], combine=combine, **options) < 1e-8
     a, b, m = updates(adapters, "a", 3), updates(adapters, "b", 1.5), updates(adapters, "m", 1)
-    assert all(torch.allclose(m[key], 0.25 * a[key] + 0.75 * b[key], atol=1e-8) for key in a)
-    for key in [key for key in adapters["m"] if key.endswith("bias")]:
-        assert torch.allclose(adapters["m"][key], 0.25 * adapters["a"][key] + 0.75 * adapters["b"][key])
+    assert all(torch.allclose(m[key], dense(combine, a[key], b[key]), atol=1e-8) for key in a)
+    biases = [key for key in adapters["m"] if key.endswith("bias")]
+    assert biases
+    for key in biases:
+        assert torch.allclose(adapters["m"][key], dense(combine, adapters["a"][key], adapters["b"][key]))
     adapters.activate("m")
     outputs = output(model, "vit")
     adapters.merge("m")

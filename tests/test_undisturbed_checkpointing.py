@@ -43,7 +43,7 @@ def checkpoint(model, **options):
 # Stages of layers are checkpoints around checkpoints, whose inputs require gradients in the second pass only.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["without reentry", "reentrant"])
-@pytest.mark.parametrize("name", ["vit-classifier", "swin", "bert", "llama", "t5", "whisper"])
+@pytest.mark.parametrize("name", ["vit-classifier", "swin", "whisper"])  # the contract has others, without dropout
 def test_gradients_are_those_without_checkpointing(name, reentrant):
     model, adapters = trainable(name)
     expected = gradients(model, adapters, name)

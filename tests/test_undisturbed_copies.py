@@ -46,8 +46,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+@pytest.mark.parametrize(("way", "name"), list(zip(WAYS, ["vit", "bert", "llama"], strict=True)))
 def test_a_copy_computes_the_same_and_lives_its_own_life(name, way):
     model, adapters = adapted(name)
     expected = output(model, name)

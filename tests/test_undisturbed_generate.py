@@ -13,10 +13,8 @@ MODELS = [*DECODERS, "t5-lm", "bart-lm", "whisper-lm"]
 
 # Configuration -> whether training starts exactly at the base model.
 CONFIGS = {
-    "double_seq_bn": False,
     "seq_bn[original_ln_before=True,mh_adapter=True]": False,
-    "par_bn": True,
-    "lora[attn_matrices=[q,k,v,o]]": True,
+    "par_bn|lora[attn_matrices=[q,k,v,o]]": True,
 }
 
 MODES = {
