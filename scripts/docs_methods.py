@@ -123,14 +123,16 @@ def blocks(method: type[AbstractMethod]) -> str:
 
 @cache
 def agreements() -> dict[str, list[str]]:
-    """What docs/agreement.md says of every case and architecture, by method; a case is named after a preset."""
+    """What docs/agreement.md says of every case and architecture, by method, or preset of several methods; a case is
+    named after a preset or a method."""
     table = (DOCS / "agreement.md").read_text(encoding="utf-8").split("```")[1]
-    named = {preset: method_of(config).name for preset, config in presets().items()}
+    named = {name: name for name in (*methods(), *UNIONS)}
+    named |= {preset: method_of(config).name for preset, config in presets().items()}
     found: dict[str, list[str]] = {}
     for line in table.splitlines():
         case, *cells = line.split() or [""]
         # The names of architectures stand upright, a letter in a line.
-        if len(cells) < 20 or len(case) < 3 or case == "__base__" or case in UNIONS:
+        if len(cells) < 20 or len(case) < 3 or case == "__base__":
             continue
         known = [preset for preset in named if case == preset or case.startswith(f"{preset}_")]
         # What is named after no preset is a wiring of the bottleneck.
@@ -138,9 +140,9 @@ def agreements() -> dict[str, list[str]]:
     return found
 
 
-def agreement(method: type[AbstractMethod]) -> str:
-    """The largest difference, and how many cases there are."""
-    cells = [cell for cell in agreements().get(method.name, []) if cell != "-"]
+def agreement(name: str) -> str:
+    """The largest difference of a method, or a preset of several, and how many cases there are."""
+    cells = [cell for cell in agreements().get(name, []) if cell != "-"]
     refused = cells.count("no")
     if not cells:
         return "-"
@@ -164,7 +166,7 @@ def overview() -> Iterator[str]:
     for name, method in methods().items():
         config = first(method)
         starts, merges = method.starts_at_base(config), not method.obstacle_to_merge(config)
-        cells = (ports(method), _yes(starts), _yes(merges), blocks(method), agreement(method))
+        cells = (ports(method), _yes(starts), _yes(merges), blocks(method), agreement(name))
         yield f"| [`{name}`](#{name}) | {' | '.join(cells)} |"
     yield ""
     yield "Agreement is the largest difference of hidden states of order 1, over cases and architectures of"
@@ -192,18 +194,22 @@ def sections() -> Iterator[str]:
 def unions() -> Iterator[str]:
     """The presets of several methods."""
     yield "## Presets of several methods\n"
-    yield from preset_table(UNIONS, {})
+    papers = inspect.cleandoc(importlib.import_module("inarch.methods.unions").__doc__ or "").split("\n\n")[1]
+    yield f"{_one_line(papers)}\n"
+    yield from preset_table(UNIONS, {}, compared=True)
 
 
-def preset_table(named: dict[str, str], aliases: dict[str, str]) -> Iterator[str]:
-    """Presets, with the parameters that they have on each model."""
-    yield f"| preset | {' | '.join(f'parameters on {model}' for model in models())} |"
-    yield f"| --- |{' ---: |' * len(models())}"
+def preset_table(named: dict[str, str], aliases: dict[str, str], *, compared: bool = False) -> Iterator[str]:
+    """Presets, with the parameters that they have on each model, and, if wanted, their agreement with `adapters`."""
+    agreed = " agreement with `adapters` |" if compared else ""
+    yield f"| preset | {' | '.join(f'parameters on {model}' for model in models())} |{agreed}"
+    yield f"| --- |{' ---: |' * len(models())}{' --- |' if compared else ''}"
     for preset, text in named.items():
         older = [old for old, new in aliases.items() if new == preset]
         label = f"`{preset}`" + (f" (once {', '.join(f'`{old}`' for old in older)})" if older else "")
         label += f", that is `{text}`".replace("|", "\\|") if text else ""
-        yield f"| {label} | {' | '.join(parameters(preset, adapters) for adapters in models().values())} |"
+        cells = [parameters(preset, adapters) for adapters in models().values()]
+        yield f"| {' | '.join([label, *cells, *([agreement(preset)] if compared else [])])} |"
     yield ""
 
 

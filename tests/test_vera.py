@@ -1,4 +1,4 @@
-"""VeRA against equation 2 of its paper in float64; its matrices are one pair for all layers, in copies and on disk."""
+"""VeRA against its equation in float64; its matrices are one pair for all layers, in copies and on disk."""
 
 import copy
 import pickle

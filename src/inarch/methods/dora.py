@@ -62,7 +62,7 @@ class DoRA(LinearMethod):
 
     def __init__(self, config: DoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
-        projection = placement.site.projections[placement.role][placement.part]
+        projection = placement.projection
         rank = config.rank(placement)
         self.A = nn.Parameter(torch.zeros(rank, projection.in_features))
         self.B = nn.Parameter(torch.zeros(projection.num_rows, rank))

@@ -69,7 +69,7 @@ class MTLLoRA(LinearMethod):
 
     def __init__(self, config: MTLLoRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
-        projection = placement.site.projections[placement.role][placement.part]
+        projection = placement.projection
         rank, count = config.rank(placement), config.n_up_projection
         self.A = nn.Parameter(torch.zeros(rank, projection.in_features))
         self.B = nn.Parameter(torch.zeros(count, projection.num_rows, rank))

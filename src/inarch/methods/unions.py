@@ -1,4 +1,9 @@
-"""Presets of several methods, each written as the configuration string of its parts."""
+"""Presets of several methods, each written as the configuration string of its parts.
+
+MAD-X (Pfeiffer et al. 2020, arXiv 2005.00052): a language adapter, with an invertible one at the embeddings. MAM (He et
+al. 2022, arXiv 2110.04366): prefixes, and bottlenecks beside the MLPs. UniPELT (Mao et al. 2022, arXiv 2110.07577):
+prefixes, bottlenecks and LoRA, each with a gate.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +12,8 @@ from ..core.config import Config, shown
 from ..core.errors import ConfigError, nearest
 
 UNIONS: dict[str, str] = {
-    # Pfeiffer et al. 2020 (MAD-X): a language adapter, with an invertible one at the embeddings.
     "seq_bn_inv": "seq_bn|invertible",
     "double_seq_bn_inv": "double_seq_bn|invertible[non_linearity=swish]",
-    # He et al. 2022 (MAM, arXiv 2110.04366), and Mao et al. 2022 (UniPELT, arXiv 2110.07577).
     "mam": "prefix_tuning[bottleneck_size=800]|par_bn",
     "unipelt": "prefix_tuning[prefix_length=10,use_gating=True]|seq_bn[use_gating=True]|lora[alpha=2,use_gating=True]",
 }

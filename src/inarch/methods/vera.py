@@ -1,6 +1,6 @@
 """VeRA: trained vectors between frozen random matrices that all layers share.
 
-Kopiczko et al. 2024 (arXiv 2310.11454), section 3.1, equation 2:
+Kopiczko et al. 2024 (arXiv 2310.11454), "Method formulation":
 
     y = W x + b · (B (d · (A x)))        d (r,), b (rows,) trained; A (r, in), B (rows, r) frozen and random
 
@@ -63,7 +63,7 @@ class VeRA(LinearMethod):
 
     def __init__(self, config: VeRAConfig, placement: Placement, layer: int, generator: Any = None) -> None:
         super().__init__()
-        projection = placement.site.projections[placement.role][placement.part]
+        projection = placement.projection
         self.d = nn.Parameter(torch.full((config.r,), config.d_initial))
         self.b = nn.Parameter(torch.zeros(projection.num_rows))
         self.dropout = config.dropout
