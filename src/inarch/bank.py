@@ -39,11 +39,12 @@ class LayerSlot(nn.ModuleDict):
 
 
 class OutputEmbeddings(nn.Module):
-    """The last step of a language-modelling head of ours, where an invertible map of the tokens is undone."""
+    """What stands before the embeddings in a language-modelling head of ours, where an invertible map of the tokens is
+    undone: of all rows of the batch, which a setup may cut."""
 
-    def forward(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, L, E) to a score of each of V tokens, (B, L, V); `embeddings` is (V, E)."""
-        return nn.functional.linear(hidden, embeddings, bias)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, L, E)."""
+        return hidden
 
 
 def slot_name(site: Site) -> str:

@@ -286,7 +286,8 @@ class LanguageModel(Head):
             hidden = hidden * states.scale
         embeddings = states.embeddings if self.embeddings is None else self.embeddings
         assert embeddings is not None, "a head with tied embeddings stands on a model that has some"
-        return {"logits": self.output_embeddings(hidden, embeddings, self.bias)}
+        hidden = states.in_whole_batch(self.output_embeddings, hidden)
+        return {"logits": nn.functional.linear(hidden, embeddings, self.bias)}
 
     def loss(self, scores: Mapping[str, Tensor], states: States, given: Targets) -> Tensor:
         logits, labels = scores["logits"], _target(given, "labels")

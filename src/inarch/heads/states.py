@@ -35,6 +35,8 @@ class States:
     """(V, E), those of the model's input tokens."""
     scale: float = 1.0
     """What the states are multiplied by before these embeddings."""
+    part: tuple[Tensor | slice, int] | None = None
+    """Which rows these are, of so many; none for all."""
 
     def rows(self, which: Tensor | slice) -> "States":
         """The states of some rows."""
@@ -43,8 +45,24 @@ class States:
             return None if tensor is None else tensor[which]
 
         return replace(
-            self, tokens=self.tokens[which], mask=pick(self.mask), ids=pick(self.ids), pooled=pick(self.pooled)
+            self,
+            tokens=self.tokens[which],
+            mask=pick(self.mask),
+            ids=pick(self.ids),
+            pooled=pick(self.pooled),
+            part=(which, len(self.tokens)),
         )
+
+    def in_whole_batch(self, step: nn.Module, hidden: Tensor) -> Tensor:
+        """What a step makes of hidden states of these rows, (B, T, E), where hooks on it count those of the batch."""
+        if self.part is None or not step._forward_pre_hooks:
+            result: Tensor = step(hidden)
+            return result
+        which, count = self.part
+        whole = hidden.new_zeros((count, *hidden.shape[1:]))
+        whole[which] = hidden
+        result = step(whole)
+        return result[which]
 
     def pool(self, how: str) -> Tensor:
         """(B, D): one vector for each sequence."""
