@@ -105,7 +105,7 @@ def main() -> None:
             kept = {"logits", "start_logits", "end_logits", "rel_preds", "arc_preds"}
             found |= {f"{name}.{key}": output[key].contiguous() for key in kept if key in output}
             found[f"{name}.loss"] = loss.detach().clone()
-            model.base_model.config._name_or_path = model.config._name_or_path = kind_of_base  # not a place
+            model.base_model.config.name_or_path = model.config.name_or_path = kind_of_base  # not a place
             model.save_adapter(str(TARGET / name), name, use_safetensors=not kind.endswith("lm"))
     save_file(found, TARGET / "outputs.safetensors")
 

@@ -33,6 +33,10 @@ LEFT_MASK = (LEFT != 0).long()
 TEXTS = {"input_ids": IDS, "attention_mask": MASK}
 LEFT_TEXTS = {"input_ids": LEFT, "attention_mask": LEFT_MASK}
 IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+SOUND = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
+SOUNDS = {"input_values": torch.randn(2, 200, generator=torch.Generator().manual_seed(0)),
+          "attention_mask": (torch.arange(200) < torch.tensor([[200], [90]])).long()}  # fmt: skip
 ONE = {"out": "classifier"}
 
 
@@ -124,6 +128,10 @@ ORACLES = {
         ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ | TEXT),
         ("seq2seq_lm", {}), {}, TEXTS | {"labels": torch.tensor([[4, 5, 2], [6, 2, -100]])},
     ),
+    "mbart-says": (  # a decoder's first token is the last of its labels, the language
+        ("MBartForConditionalGeneration", "MBartConfig", SEQ2SEQ | TEXT | {"decoder_start_token_id": None}),
+        ("seq2seq_lm", {}), {}, TEXTS | {"labels": torch.tensor([[4, 5, 2, 9], [6, 2, 9, -100]])},
+    ),
     "t5-says": (
         ("T5ForConditionalGeneration", "T5Config", T5 | TEXT),
         ("seq2seq_lm", {}), {}, TEXTS | {"labels": torch.tensor([[4, 5, 2], [6, 2, -100]])},
@@ -131,6 +139,12 @@ ORACLES = {
     "vit": (
         ("ViTForImageClassification", "ViTConfig", ENCODER | {"image_size": 32, "patch_size": 8, "num_labels": 3}),
         ("image_classification", {"num_labels": 3}), ONE, IMAGES | {"labels": torch.tensor([2, 0])},
+    ),
+    "sound": (  # the mean of the frames that are there, behind a projection
+        ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config",
+         ENCODER | SOUND | {"num_labels": 3, "classifier_proj_size": 32}),
+        ("classification", {"num_labels": 3, "activation_function": None}),
+        {"dense.0": "projector", "out": "classifier"}, SOUNDS | {"labels": torch.tensor([2, 0])},
     ),
     "swin": (
         ("SwinForImageClassification", "SwinConfig",
@@ -253,6 +267,8 @@ def test_a_base_model_generates_with_a_head_as_its_own_class_does(name):
     expected = theirs.generate(IDS, **options)
     assert torch.equal(model.generate(IDS, **options), expected)
     assert torch.equal(model.generate(IDS, use_cache=False, **options), expected)
+    beams = theirs.generate(IDS, num_beams=3, **options)
+    assert torch.equal(model.generate(IDS, num_beams=3, **options), beams)
     adapters.active_head = None
     with pytest.raises(SetupError, match="What generates is a language-modelling head; got none active"):
         model.generate(IDS)
@@ -323,6 +339,53 @@ def test_several_heads_without_a_cut_see_all_rows():
     found = model(input_ids=ids)
     assert [one.logits.shape for one in found.head_outputs] == [(2, 3), (2, 2)]
     torch.testing.assert_close(model(input_ids=ids, head="b").logits, found[1].logits)
+
+
+def test_parts_of_clip_take_heads_and_the_whole_says_so():
+    model = tiny("clip")
+    inarch.attach(model).add_head("a", "image_classification")
+    with pytest.raises(SetupError, match="got CLIPOutput without any from CLIPModel. Give the head to the part of it"):
+        model(**tiny_inputs("clip"))
+    vision = tiny("clip-vision")
+    adapters = inarch.attach(vision)
+    adapters.add_head("a", "image_classification", num_labels=3)
+    states = vision(**tiny_inputs("clip-vision"), head=()).last_hidden_state
+    expected = vision.inarch.heads["a"].out(states[:, 0])
+    torch.testing.assert_close(vision(**tiny_inputs("clip-vision")).logits, expected)
+
+
+def test_a_sound_is_classified_by_its_encoder():
+    """Whisper's decoder has no tokens of a sound to be read."""
+    settings = SEQ2SEQ | TEXT | {"max_source_positions": 10, "num_mel_bins": 8, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**settings, suppress_tokens=None, begin_suppress_tokens=None)
+    model = transformers.WhisperModel(config).eval()
+    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    inarch.attach(model).add_head("a", "classification")
+    with pytest.raises(SetupError, match="got no `decoder_input_ids`, nor `input_ids` .* for WhisperModel"):
+        model(input_features=sound)
+    encoder = transformers.WhisperModel(config).eval().encoder
+    inarch.attach(encoder, example_inputs={"input_features": sound}).add_head("a", "classification", layers=1)
+    states = encoder(input_features=sound, head=()).last_hidden_state
+    expected = encoder.inarch.heads["a"].out(states.mean(dim=1))
+    torch.testing.assert_close(encoder(input_features=sound).logits, expected)
+
+
+def test_the_trainer_knows_the_targets_of_the_heads(tmp_path):
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn")
+    adapters.add_head("a", "question_answering")
+    adapters.train("a")
+    ids = tiny_inputs("bert", batch=4)["input_ids"]
+    rows = [{"input_ids": row, "start_positions": 1, "end_positions": 2} for row in ids]
+    made = {"report_to": [], "use_cpu": True, "save_strategy": "no", "max_steps": 1}
+    trainer = inarch.AdapterTrainer(model, transformers.TrainingArguments(str(tmp_path), **made), eval_dataset=rows)
+    assert trainer.label_names == ["start_positions", "end_positions"]
+    found = trainer.predict(rows)
+    assert found.metrics["test_loss"] > 0
+    assert [part.shape for part in found.label_ids] == [(4,), (4,)]
+    args = transformers.TrainingArguments(str(tmp_path), label_names=["start_positions"], **made)
+    assert inarch.AdapterTrainer(model, args).label_names == ["start_positions"]
 
 
 def test_an_adapter_without_a_head_leaves_the_active_one(caplog):

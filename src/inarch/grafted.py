@@ -22,7 +22,7 @@ from .compose import Batch, Block, Setup, Watched, names
 from .core.errors import ConfigError, SetupError, SiteError
 from .core.site import Sites
 from .embeddings import Embeddings
-from .heads import HeadConfig, TrainedHeads, path_of, read_head
+from .heads import HeadConfig, TrainedHeads, decodes, path_of, read_head
 from .heads.layers import Head
 from .loading import Found, built
 from .merge import Merged
@@ -639,9 +639,9 @@ def _is_causal(model: nn.Module, sites: Sites) -> bool:
     """Whether the model generates, or its configuration or some attention of a layer says that it looks back only."""
     layers = (model.get_submodule(site.layer_path) for site in sites)
     generates, config = getattr(model, "can_generate", None), getattr(model, "config", None)
-    decodes = any(getattr(config, flag, False) is True for flag in ("is_decoder", "is_encoder_decoder"))
     return (
-        decodes
+        getattr(config, "is_decoder", False) is True
+        or decodes(model)
         or (callable(generates) and bool(generates()))
         or any(module.__dict__.get("is_causal") is True for layer in layers for module in layer.modules())
     )

@@ -16,6 +16,7 @@ from .layers import Head as Head
 from .outputs import HeadOutput as HeadOutput
 from .outputs import MultiHeadOutput as MultiHeadOutput
 from .states import States as States
+from .states import decodes as decodes
 from .task_head import id2label as id2label
 from .task_head import task_head as task_head
 from .trained import TrainedHeads as TrainedHeads

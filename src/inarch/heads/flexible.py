@@ -8,6 +8,7 @@ names the targets of the heads, which is how a trainer knows what columns of the
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from .generating import generate, generation_config
 from .kinds import HeadConfig, LanguageModelHead, MultipleChoiceHead, Seq2SeqLMHead
 from .layers import HEADS, Head, LanguageModel
 from .outputs import HeadOutput, MultiHeadOutput, joined
-from .states import States, natural_pooling, read_states
+from .states import States, decodes, natural_pooling, read_states
 
 SLOT = "heads"
 
@@ -62,9 +63,7 @@ def build_head(model: nn.Module, sites: Sites, config: HeadConfig) -> Head:
             width,
             dropout,
             embeddings=table if tied else _output_embeddings(model, table),
-            eps=float(
-                getattr(settings, "layer_norm_eps", None) or getattr(settings, "layer_norm_epsilon", None) or 1e-12
-            ),
+            eps=float(getattr(settings, "layer_norm_eps", None) or 1e-12),  # as `adapters` has it, on GPT-2 too
             tied=tied,
         )
     else:
@@ -76,7 +75,7 @@ def build_head(model: nn.Module, sites: Sites, config: HeadConfig) -> Head:
 
 def _output_class(model: nn.Module, head: Head) -> tuple[Any, tuple[str, ...]]:
     """The class of transformers that a head's output has, and its fields; none where it has none."""
-    name = head.output[bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))]
+    name = head.output[decodes(model)]
     if not name or not hasattr(model, "main_input_name"):
         return None, ()
     from transformers import modeling_outputs
@@ -317,9 +316,8 @@ class HeadedForward:
             inputs = {name: _flat(value) for name, value in inputs.items()}
         if not self._is_known():
             return inputs
-        settings = self._settings()
         no_decoder = all(inputs.get(name) is None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-        if getattr(settings, "is_encoder_decoder", False) and no_decoder:
+        if no_decoder and decodes(self.model):
             inputs |= self._decoder_inputs(heads, inputs, given)
         if given and "use_cache" in self.names:
             inputs = {"use_cache": False, **inputs}
@@ -333,11 +331,15 @@ class HeadedForward:
         """What a decoder reads where nothing is given: the labels, or the encoder's tokens, one place later."""
         labels = given.get("labels")
         if labels is not None and any(isinstance(head.config, Seq2SeqLMHead) for head in heads.values()):
-            return {"decoder_input_ids": _shifted(labels, self._settings(), type(self.model).__name__)}
+            return {"decoder_input_ids": _shifted(labels, self.model)}
+        if inputs.get("input_ids") is None:
+            raise SetupError(
+                "A head on a model of encoder and decoder reads the states of the decoder's tokens; got no "
+                f"`decoder_input_ids`, nor `input_ids` to make them of, for {type(self.model).__name__}. Pass them, or "
+                "give the head to the encoder alone."
+            )
         own = getattr(self.model, "_shift_right", None)
-        if own is not None and inputs.get("input_ids") is not None:
-            return {"decoder_input_ids": own(inputs["input_ids"])}
-        return {}
+        return {} if own is None else {"decoder_input_ids": own(inputs["input_ids"])}
 
     # The output
 
@@ -396,13 +398,21 @@ def _rows(value: Tensor, rows: Tensor | None, count: int) -> Tensor:
     return value[(rows[::factor] // factor).to(value.device)]
 
 
-def _shifted(labels: Tensor, settings: Any, place: str) -> Tensor:
-    """Labels (B, T) as a decoder reads them: one place later, after the token that it starts with."""
+def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
+    """Labels (B, T) as a decoder reads them: one place later, after the token that it starts with.
+
+    In some families that is the last one of the labels, which names their language; they have a function for it.
+    """
+    settings: Any = getattr(model, "config", None)
     start, pad = getattr(settings, "decoder_start_token_id", None), getattr(settings, "pad_token_id", None)
+    own = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if own is not None and list(inspect.signature(own).parameters) == ["input_ids", "pad_token_id"]:
+        shifted: Tensor = own(labels, pad)
+        return shifted
     if start is None:
         raise SetupError(
             f"A decoder's inputs are its labels, after `decoder_start_token_id`; got none in the configuration of "
-            f"{place}. Set it, or pass `decoder_input_ids`."
+            f"{type(model).__name__}. Set it, or pass `decoder_input_ids`."
         )
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, 0 if pad is None else pad)

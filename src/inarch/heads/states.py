@@ -3,6 +3,7 @@
 (B batch, T tokens, D width.)
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,15 @@ def _last_true(flags: Tensor) -> Tensor:
     return flags.shape[1] - 1 - flags.flip(1).int().argmax(dim=1)
 
 
+def decodes(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder. (The encoder of one may have the configuration of both.)"""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    below = getattr(model, "base_model", None)
+    taken = inspect.signature(type(below if isinstance(below, nn.Module) else model).forward).parameters
+    return any(name in taken for name in _DECODER)
+
+
 def natural_pooling(model: nn.Module, *, causal: bool) -> str:
     """Which vector of a sequence, or an image, a task is learned from.
 
@@ -109,7 +119,7 @@ def natural_pooling(model: nn.Module, *, causal: bool) -> str:
     what the model's own pooler gives, or the mean.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if decodes(model):
         return "eos"
     if causal:
         return "last"
@@ -146,10 +156,9 @@ def read_states(output: Any, inputs: Mapping[str, Any], model: nn.Module, *, wid
             f"The states of a model are as wide as its heads expect; got {tokens.shape[-1]} at {type(model).__name__} "
             f"for heads of {width}. Give the heads to the part of it with states of that width."
         )
-    decodes = bool(getattr(config, "is_encoder_decoder", False))
     ids, mask = _named(inputs, "input_ids"), _named(inputs, "attention_mask")
     given = next((inputs[name] for name in _TEXT if inputs.get(name) is not None), None)
-    own = next((inputs[name] for name in _DECODER if decodes and inputs.get(name) is not None), None)
+    own = next((inputs[name] for name in _DECODER if decodes(model) and inputs.get(name) is not None), None)
     if own is not None:
         ids, mask, given = _named(inputs, "decoder_input_ids"), _named(inputs, "decoder_attention_mask"), own
     count = tokens.shape[1]
