@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import ViTConfig, ViTModel
 
 import inarch
@@ -84,3 +87,44 @@ def test_stochastic_depth_drops_whole_samples_whatever_the_adapter_reads(preset)
     alive = dropped.flatten(1).abs().sum(1) > 0
     assert alive.double().mean().item() == pytest.approx(0.75, abs=0.03)
     assert torch.allclose(dropped[alive], full[alive] / 0.75, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_the_maps_of_a_bottleneck_are_called_where_something_sees_the_call():
+    """A plain map is not called as a module; a hook, a parametrisation, a new `forward` or compiled form counts."""
+    model, inputs, adapters = attached("seq_bn")
+    found = model(**inputs)[0]
+    down = modules_at(slot_of(model, adapters.sites["image0.0.mlp"]), "a").find("bottleneck").down
+    seen = []
+    watches = {
+        "pre-hook": lambda: down.register_forward_pre_hook(lambda *_: seen.append("pre-hook")),
+        "hook": lambda: down.register_forward_hook(lambda *_: seen.append("hook")),
+        "global hook": lambda: register_module_forward_hook(
+            lambda module, *_: seen.append("global hook") if module is down else None
+        ),
+    }
+    for name, watch in watches.items():
+        handle = watch()
+        assert torch.equal(model(**inputs)[0], found)
+        handle.remove()
+        assert seen.pop() == name
+        assert seen == []
+    model(**inputs)
+    assert seen == []
+
+    def forward(value):
+        seen.append("forward")
+        return nn.Linear.forward(down, value)
+
+    down.forward = forward
+    assert torch.equal(model(**inputs)[0], found)
+    assert seen == ["forward"]
+    del down.forward
+    register_parametrization(down, "weight", _Negative())
+    down.parametrizations.weight.original.neg_()
+    assert torch.equal(model(**inputs)[0], found)
+
+
+class _Negative(nn.Module):
+    def forward(self, weight):
+        return -weight

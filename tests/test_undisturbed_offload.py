@@ -62,7 +62,7 @@ def test_an_adapter_of_an_offloaded_base_trains_as_one_of_a_base_in_memory(offlo
 def test_an_adapter_that_was_offloaded_with_its_base_runs_and_is_not_trained_silently(offload, tmp_path):
     model = base()
     adapters = inarch.attach(model)
-    adapters.add("a", "seq_bn|lora[init_weights=bert]")
+    adapters.add("a", "seq_bn[scaling=learned]|lora[init_weights=bert]")
     adapters.save("a", tmp_path / "a")
     adapters.activate("a")
     expected = output(model)

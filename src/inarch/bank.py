@@ -76,6 +76,22 @@ class Modules(nn.Module):
         self._modules.pop(key, None)
 
 
+class Held(threading.local):
+    """What a hook of a slot leaves for a later one, of each thread its own, so that forwards may run side by side."""
+
+    stream: Tensor | None = None
+    others: Tensor | None = None
+    """The sum of the branches before, of one sum."""
+    final: Tensor | None = None
+    """What goes in the place of what the norm after the sum gives."""
+    calls: int | None = None
+    """How often the output's module was called since the counting began."""
+
+    def __reduce__(self) -> tuple[type["Held"], tuple[()]]:
+        """As nothing, for tensors of a forward belong to no copy."""
+        return Held, ()
+
+
 class SiteSlot(nn.Module):
     """The adapters of one residual site, and the hooks that run them."""
 
@@ -83,10 +99,7 @@ class SiteSlot(nn.Module):
         super().__init__()
         self.site = site
         self.adapters = Modules()
-        self._held: dict[int, Tensor] = {}
-        self._others: dict[int, Tensor] = {}
-        self._final: dict[int, Tensor] = {}
-        self._calls: dict[int, int] = {}
+        self._held = Held()
         self._output = site.output
         self._is_counted = bool(site.output.call)
         self._is_dropped_later = site.dropped_later
@@ -111,34 +124,26 @@ class SiteSlot(nn.Module):
 
     def let_go(self) -> None:
         """Forget tensors of a forward that did not end, by an exception or by checkpointing."""
-        self._held.clear()
-        self._others.clear()
-        self._final.clear()
-        self._calls.clear()
+        self._held = Held()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without tensors of a forward, which belong to no copy."""
-        return self.__dict__ | {"_held": {}, "_others": {}, "_final": {}, "_calls": {}}
-
-    def take_held(self) -> list[Tensor]:
-        """Hand over what is held."""
-        held = list(self._held.values())
-        self._held.clear()
+    def take_held(self) -> Tensor | None:
+        """Hand over the stream that is held."""
+        held, self._held.stream = self._held.stream, None
         return held
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook on the module since whose call those of the output's module are counted."""
-        self._calls[thread()] = 0
+        self._held.calls = 0
 
     def is_meant(self) -> bool:
         """Whether the call of the output's module that just ended is the one that gives the branch output."""
         if not self._is_counted:
             return True
-        number = self._calls.pop(thread(), None)
+        number, self._held.calls = self._held.calls, None
         if number is None:  # it has been
             return False
         if number + 1 < self._output.call:
-            self._calls[thread()] = number + 1
+            self._held.calls = number + 1
             return False
         return True
 
@@ -147,12 +152,12 @@ class SiteSlot(nn.Module):
         at = self._stream_at
         value = args[at.position] if at.position < len(args) else kwargs.get(at.name)
         if value is not None:  # else the branch output says that there was no stream
-            self._held[thread()] = pick(value, at.key) if at.key else value
+            self._held.stream = pick(value, at.key) if at.key else value
 
     def hold_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook where the stream is the result of a module."""
         assert self.site.stream is not None
-        self._held[thread()] = pick(output, self.site.stream.key)
+        self._held.stream = pick(output, self.site.stream.key)
 
     def hold_other(
         self, key: tuple[int | str, ...], is_first: bool, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -162,21 +167,22 @@ class SiteSlot(nn.Module):
         With the first of them a new sum begins, whatever a forward that did not end has left.
         """
         other = pick(output, key)
-        before = None if is_first else self._others.get(thread())
-        self._others[thread()] = other if before is None else before + other
+        before = None if is_first else self._held.others
+        self._held.others = other if before is None else before + other
 
     def rewrite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the branch output: the site's new output in the place of h."""
         refuse_replica(module)
         if self._is_counted and not self.is_meant():
             return output
-        key, x = self._output.key, None
+        key, held, x, others = self._output.key, self._held, None, None
         h = pick(output, key) if key else output
         if self._reads_stream:
-            x = self._held.pop(thread(), None)
+            x, held.stream = held.stream, None
             if x is None or x.shape != h.shape:
                 raise _stream_error(self.site, x, h)
-        others = self._others.pop(thread(), None) if self._reads_others else None
+        if self._reads_others:
+            others, held.others = held.others, None
         if self._reads_others and others is None:
             raise SiteError(
                 "An adapter that reads the other branches of its sum runs after them; got none before the output of "
@@ -185,24 +191,24 @@ class SiteSlot(nn.Module):
         if self._is_dropped_later and module.training:
             waiting = undropped(h, self.adapt, x, others)
             return _replace(output, key, waiting) if key else waiting
-        branch, final = self._program(x, h, others)
+        branch, final = self._program.run(x, h, others)
         if final is not None:
-            self._final[thread()] = final
+            held.final = final
             return output
         return _replace(output, key, branch) if key else branch
 
     def adapt(self, h: Tensor, x: Tensor | None, others: Tensor | None) -> Tensor:
         """What the layer gets in the place of h, where it has dropped h by itself."""
-        branch, final = self._program(x, h, others)
+        branch, final = self._program.run(x, h, others)
         if final is None:
             assert branch is not None
             return branch
-        self._final[thread()] = final
+        self._held.final = final
         return h
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook on the norm after the sum, for adapters that end after it."""
-        final = self._final.pop(thread(), None)
+        final, self._held.final = self._held.final, None
         return output if final is None else final
 
 
@@ -213,9 +219,10 @@ class FeaturesLast:
     program: Program
     dim: int
 
-    def __call__(self, *arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+    def run(self, *arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run the program."""
         moved = (None if value is None else value.movedim(self.dim, -1) for value in arguments)
-        return tuple(None if value is None else value.movedim(-1, self.dim) for value in self.program(*moved))
+        return tuple(None if value is None else value.movedim(-1, self.dim) for value in self.program.run(*moved))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,9 @@ class _Witness:
         if not self._slot.is_meant():
             return
         self.outputs.append(pick(output, self.site.output.key).detach().clone())
-        self.streams += [held.detach().clone() for held in self._slot.take_held()]
+        stream = self._slot.take_held()
+        if stream is not None:
+            self.streams.append(stream.detach().clone())
 
     def _on_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if len(self.normed) < len(self.outputs):  # else it is called for another sum of the layer, which shares it

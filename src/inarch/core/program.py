@@ -6,8 +6,9 @@ the forward repeats exactly their operations, in their order, without walking th
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 
@@ -20,13 +21,19 @@ class Program:
     """A function and the numbers of the one or two values it takes."""
     results: tuple[int] | tuple[int, int]
     """The numbers of the one or two values that are returned, two as a tuple."""
+    run: Callable[..., Any] = field(init=False, repr=False, compare=False)
+    """The program as a function of its arguments."""
+
+    def __post_init__(self) -> None:
+        write = _writer(self.num_arguments, tuple(step[1:] for step in self.steps), self.results)
+        object.__setattr__(self, "run", write(*[step[0] for step in self.steps]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the function, which a copy writes anew for its own steps."""
+        return Program, (self.num_arguments, self.steps, self.results)
 
     def __call__(self, *arguments: Any) -> Any:
-        values = [*arguments, None]
-        for function, left, right in self.steps:
-            values.append(function(values[left]) if right is None else function(values[left], values[right]))
-        results = self.results
-        return values[results[0]] if len(results) == 1 else (values[results[0]], values[results[1]])
+        return self.run(*arguments)
 
     def gives(self, result: int) -> bool:
         """Whether a result is something."""
@@ -35,6 +42,30 @@ class Program:
     def reads(self, argument: int) -> bool:
         """Whether an argument has any influence."""
         return argument in self.results or any(argument in step[1:] for step in self.steps)
+
+
+@cache
+def _writer(
+    num_arguments: int, takes: tuple[tuple[int, int | None], ...], results: tuple[int, ...]
+) -> Callable[..., Callable[..., Any]]:
+    """What makes a function with a line for each step, of the steps' functions.
+
+    Python source, for a loop over the steps takes several times as long, which a forward would pay at every site.
+    """
+    name = {num_arguments: "None"}
+    lines = []
+    for place, (left, right) in enumerate(takes):
+        values = [name.get(number, f"v{number}") for number in (left, right) if number is not None]
+        lines.append(f"v{num_arguments + 1 + place} = f{place}({', '.join(values)})")
+    lines.append(f"return {', '.join(name.get(number, f'v{number}') for number in results)}")
+    functions = ", ".join(f"f{place}" for place in range(len(takes)))
+    arguments = ", ".join(f"v{number}" for number in range(num_arguments))
+    body = "\n        ".join(lines)
+    source = f"def write({functions}):\n    def run({arguments}):\n        {body}\n    return run\n"
+    names: dict[str, Any] = {}
+    exec(source, names)  # noqa: S102  of numbers alone
+    found: Callable[..., Callable[..., Any]] = names["write"]
+    return found
 
 
 class Recorder:

@@ -26,7 +26,7 @@ from ..core.config import Config, FrozenMap, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Kind, Site, Sites
 from ..core.wiring import Carry, Circuit
-from .method import Branch, Placement, SublayerMethod, activation, in_dtype, seed_option, sequence_gate
+from .method import Branch, Placement, SublayerMethod, activation, in_dtype, linear, seed_option, sequence_gate
 from .phm import PHMLinear
 from .places import asked_kinds, check_layers, kind_placements, kind_problems, layer_number
 
@@ -264,15 +264,12 @@ class Bottleneck(SublayerMethod):
         """A(z), (B, L, D) -> (B, L, D)."""
         # Not `self.down`: to look a module up as an attribute costs as much as to add two tensors of a small model.
         modules: Mapping[str, Any] = self._modules
-        down = modules["down"]
-        u = z if isinstance(down, PHMLinear) else in_dtype(z, down.weight.dtype)
-        if self.norm_before is not None:
-            u = self.norm_before(u)
-        w: Tensor = modules["up"](self.activation(down(u)))
+        u = z if self.norm_before is None else self.norm_before(in_dtype(z, self.norm_before.weight.dtype))
+        w = linear(modules["up"], self.activation(linear(modules["down"], u)))
         if self.training and self.stochastic_depth:
             w = _drop_samples(w, self.stochastic_depth, self.batch_dim)
         if self.scale is not None:
-            w = w * self.scale
+            w = self(w)
         elif self.scaling != 1.0:
             w = w * self.scaling
         if self.training and self.dropout:
@@ -280,6 +277,11 @@ class Bottleneck(SublayerMethod):
         if self.gate is not None:
             w = w * sequence_gate(self.gate, in_dtype(z, self.gate.weight.dtype), self.batch_dim)
         return in_dtype(w, z.dtype)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The scaled output of the adapter: a parameter of its own is read in a call of the module, for that is when
+        accelerate brings in what it keeps elsewhere."""
+        return w if self.scale is None else w * self.scale
 
     def norm_branch(self, w: Tensor) -> Tensor:
         """The adapter's own norm, `ln_after`."""
@@ -299,13 +301,13 @@ def _drop_samples(w: Tensor, probability: float, batch_dim: int) -> Tensor:
 def _initialise(module: Bottleneck, scheme: str, generator: torch.Generator | None) -> None:
     if isinstance(module.up, PHMLinear) and scheme == "mam_adapter":
         module.up.zero()
-    linears = [linear for linear in (module.down, module.up, module.gate) if isinstance(linear, nn.Linear)]
-    for linear in linears:
-        nn.init.zeros_(linear.bias)
+    maps = [one for one in (module.down, module.up, module.gate) if isinstance(one, nn.Linear)]
+    for one in maps:
+        nn.init.zeros_(one.bias)
         if scheme == "houlsby":
-            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02, generator=generator)
+            nn.init.trunc_normal_(one.weight, std=0.01, a=-0.02, b=0.02, generator=generator)
         else:
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+            nn.init.normal_(one.weight, std=0.02, generator=generator)
     if scheme == "mam_adapter" and isinstance(module.up, nn.Linear) and isinstance(module.down, nn.Linear):
         # LoRA's scheme: a random down-projection and a zero up-projection, so that training starts at the base model.
         nn.init.kaiming_uniform_(module.down.weight, a=5**0.5, generator=generator)

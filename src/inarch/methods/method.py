@@ -13,13 +13,14 @@ Tensors: B batch, L tokens, D width, R rank or bottleneck.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..core.config import Config, option
 from ..core.errors import ConfigError, SiteError
@@ -321,6 +322,29 @@ def seed_option() -> Any:
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; `Tensor.to`, which takes its time to find that there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def linear(module: nn.Module, value: Tensor) -> Tensor:
+    """`module(value)`, in the dtype of the module's weight.
+
+    To call a module costs as much as a small map itself. So a plain `nn.Linear` is not called where nothing could see
+    the call: no hook, no compiled form, and no `forward` in the instance, which is how accelerate brings weights in.
+    """
+    parameters: Mapping[str, Any] = module._parameters
+    state = module.__dict__
+    if (
+        type(module) is nn.Linear
+        and len(parameters) == 2  # else one of them is no parameter, for who knows what reason
+        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+        and not (state["_backward_hooks"] or state["_backward_pre_hooks"] or _has_any_global_hook())  # type: ignore[no-untyped-call]
+        and "forward" not in state
+        and "_compiled_call_impl" not in state
+    ):
+        weight = parameters["weight"]
+        return F.linear(in_dtype(value, weight.dtype), weight, parameters["bias"])
+    own: Any = getattr(module, "weight", None)
+    found: Tensor = module(value if own is None else in_dtype(value, own.dtype))
+    return found
 
 
 def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
