@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/make_layouts.py vit bert gpt2
     .venv/bin/python scripts/make_layouts.py --check vit    # compares instead of writing; names what differs
+    .venv/bin/python scripts/make_layouts.py --check        # all that are shipped; a minute or two
 
 A record is made from the base model, and holds for every model with a head in which a probe finds the same sites.
 """
@@ -24,11 +25,11 @@ from inarch.sites import golden, probe_now
 def main() -> int:
     """Write a file for each model type, or say what differs from those there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="+", metavar="TYPE")
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="by default all that are shipped")
     parser.add_argument("--check", action="store_true", help="compare with what is shipped instead of writing it")
     options = parser.parse_args()
     failed = False
-    for model_type in options.types:
+    for model_type in options.types or sorted(path.stem for path in golden.FOLDER.glob("*.json")):
         path = golden.file_of(model_type)
         assert path is not None
         if options.check:

@@ -503,6 +503,10 @@ def test_gradients_are_those_without_checkpointing(preset):
         renamed = hasattr(twin, "activation_checkpointing_enable")
         enable = twin.activation_checkpointing_enable if renamed else twin.gradient_checkpointing_enable
         enable({"use_reentrant": bool(number)})
+        if preset == "vpt_shallow" and not renamed:  # such a release runs our hooks on layers again, in another order
+            with pytest.raises(SetupError, match="release of transformers whose checkpointing leaves hooks outside"):
+                gradients(twin, inputs)
+            continue
         for key, gradient in gradients(twin, inputs).items():
             assert gradient.abs().sum() > 0, (name, key)
             assert torch.allclose(gradient, expected[key], rtol=1e-8, atol=CLOSE), (name, key)

@@ -90,6 +90,14 @@ def forward(model, given, *, cached):
         cache = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **more).past_key_values
 
 
+def skip_where_attention_is_its_own(name):
+    """T5 came to transformers' attention interface late; before, prefixes are refused there."""
+    if name.startswith("t5") and not tiny(name)._supports_sdpa:
+        with pytest.raises(inarch.SiteError, match="got `T5Attention` at site"):
+            inarch.attach(tiny(name)).add("a", "prefix_tuning")
+        pytest.skip("in this release of transformers T5 has an attention of its own")
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("name", "inputs", "site", "cached"),
@@ -110,6 +118,7 @@ def forward(model, given, *, cached):
 def test_an_attention_sees_its_prefix_and_what_it_saw(name, inputs, site, cached, implementation):
     """Under padding, causal without a mask, with fewer heads of keys, with a bias of positions, across, and with a
     cache: by the formula, in float64, in every call, and under both implementations."""
+    skip_where_attention_is_its_own(name)
     model = tiny(name).double()
     model.set_attn_implementation(implementation)
     adapters = inarch.attach(model)
@@ -182,6 +191,7 @@ def test_the_size_of_the_known_models():
 @pytest.mark.parametrize("name", ["llama-lm", "t5-lm", "gptj"])
 def test_a_decoding_step_sees_the_prefix(name):
     """With a cache and without, also behind padding."""
+    skip_where_attention_is_its_own(name)
     model, _ = grafted(name, "prefix_tuning_flat[prefix_length=3]")
     ids = tiny_inputs(name)["input_ids"]
     if name == "t5-lm":

@@ -247,6 +247,11 @@ def layers_of(sites):
     return layers
 
 
+LEFT_ALONE = {
+    "siglip": ("`vision_model.head` (SiglipMultiheadAttentionPoolingHead): a sum outside of the lists of layers",)
+}
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_layer_has_exactly_the_expected_sites(name):
     """Each layer of each stack has the roles and norms of its architecture, found without weights."""
@@ -255,7 +260,7 @@ def test_every_layer_has_exactly_the_expected_sites(name):
     assert layers_of(sites) == wanted
     assert {(site.stack, site.layer_class) for site in sites} == {(s, cls) for s, _, _, cls in EXPECTED[name]}
     assert sites.source == "meta"
-    assert sites.refused == ()
+    assert sites.refused == LEFT_ALONE.get(name, ())
     assert (sites.model_class, sites.model_type) == (MODELS[name].__name__, build(name).config.model_type)
 
 

@@ -239,3 +239,71 @@ def test_streams_side_by_side_have_sites_of_the_width_of_one():
     ] * 2  # fmt: skip
     assert sites["data0.1.mlp"].projections["down"][0].path == "mlp.down"
     starts_at_the_base(model, inputs, "double_seq_bn[init_weights=mam_adapter,reduction_factor=2]|lora[r=2]")
+
+
+class Bottleneck(nn.Module):
+    """A block of a residual network: a rectifier takes up its sum, so the next one goes on from another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+class PoolingHead(nn.Module):
+    """One row looks at all tokens, and goes through an MLP of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.attention, self.mlp = attention(), MLP()
+
+    def forward(self, x):
+        pooled = self.attention(self.probe.expand(len(x), -1, -1), x, x)[0]
+        return (pooled + self.mlp(pooled))[:, 0]
+
+
+class Detector(nn.Module):
+    """A backbone of convolutions, layers, and a head around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(Bottleneck(), Bottleneck())
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = PoolingHead()
+
+    def forward(self, pixels):
+        x = self.backbone(pixels).flatten(2).mT
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_sums_before_and_behind_the_layers_are_named():
+    sites = inarch.probe(Detector().eval(), example_inputs=torch.randn(2, WIDTH, 4, 4))
+    assert [site.key.partition(".")[2] for site in sites] == ["0.self_attention", "0.mlp", "1.self_attention", "1.mlp"]
+    assert sites.refused == (
+        "`head` (PoolingHead): a sum outside of the lists of layers",
+        "`backbone.0`, `backbone.1` (Bottleneck): a sum that convolutions make, from which no later branch starts",
+    )
+
+
+class Sized(nn.Module):
+    """Patches with positions that are computed from how many rows and columns an image has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, pixel_values, spatial_shapes):
+        x = pixel_values + spatial_shapes.float().sum(-1)[:, None, None]
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_shapes_of_images_are_no_text():
+    inputs = {"pixel_values": torch.randn(2, 6, WIDTH), "spatial_shapes": torch.tensor([[2, 3], [3, 2]])}
+    assert set(inarch.probe(Sized().eval(), example_inputs=inputs).num_layers) == {"image0"}

@@ -287,8 +287,19 @@ def test_a_check_knows_that_the_input_reaches_all_layers(name, config):
     ],
 )
 def test_a_place_that_a_model_does_not_have_is_refused(name, config, message):
+    adapters = inarch.attach(tiny(name))
+    if name == "clip":
+        skip_where_no_table_is_told(adapters)
     with pytest.raises(inarch.ConfigError, match=message):
-        inarch.attach(tiny(name)).add("a", config)
+        adapters.add("a", config)
+
+
+def skip_where_no_table_is_told(adapters):
+    """In older releases of transformers the text model inside of CLIP is a class without `get_input_embeddings`."""
+    if adapters.sites.entries["text0"].words is None:
+        with pytest.raises(inarch.ConfigError, match="embeds them by one table"):
+            adapters.add("a", "prompt_tuning")
+        pytest.skip("in this release of transformers CLIP does not tell its table of words")
 
 
 def test_a_model_with_a_table_for_each_of_several_tokens_is_refused(monkeypatch):
@@ -307,6 +318,7 @@ def test_a_model_with_a_table_for_each_of_several_tokens_is_refused(monkeypatch)
 def test_the_tokens_of_clip_stay_where_they_are():
     """The text is pooled at the position of its last token, which the ids tell."""
     model = tiny("clip")
+    skip_where_no_table_is_told(inarch.attach(model))
     adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
     inputs = tiny_inputs("clip")
     found = model(**inputs).text_embeds

@@ -203,7 +203,8 @@ def test_copies_pickles_and_threads_have_their_own():
     for thread in threads:
         thread.join()
     assert all(torch.equal(one, expected) for one in found)
-    assert "weight" not in model.layers[0].layernorm_before.__dict__
+    first = adapters.sites.sites[0]
+    assert "weight" not in model.get_submodule(first.absolute(first.pre_norm)).__dict__
 
 
 class Norm(nn.Module):

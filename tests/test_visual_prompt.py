@@ -35,6 +35,12 @@ def grafted(model, *configs):
     return adapters
 
 
+def layers_of(adapters):
+    """In their order; releases of transformers call them by other names."""
+    paths = dict.fromkeys(site.layer_path for site in adapters.sites)
+    return [adapters.model.get_submodule(path) for path in paths]
+
+
 def prompts(adapters, name="a"):
     """By layer."""
     return {int(key.split(".")[1]): vectors for key, vectors in adapters[name].items()}
@@ -67,7 +73,7 @@ def test_a_vision_transformer_computes_the_equations(config):
     found = model(pixel_values=pixels, output_hidden_states=True)
     adapters.deactivate()
     vit = model.vit
-    states = by_hand(vit.layers, vit.embeddings(pixels), prompts(adapters))
+    states = by_hand(layers_of(adapters), vit.embeddings(pixels), prompts(adapters))
     assert torch.allclose(found.logits, model.classifier(vit.layernorm(states)[:, 0]), atol=1e-5)
     assert not torch.allclose(found.logits, base.logits, atol=1e-2)
     assert [one.shape for one in found.hidden_states] == [one.shape for one in base.hidden_states]
@@ -80,6 +86,8 @@ def test_a_vision_transformer_computes_the_equations(config):
 def test_relative_positions_of_beit_stay_as_they_are(config, shared):
     key = "use_shared_relative_position_bias" if shared else "use_relative_position_bias"
     model = model_of("BeitModel", "BeitConfig", vocab_size=9, **{key: True})
+    if not hasattr(model, "shared_position_bias"):
+        pytest.skip("in this release of transformers the layers of BEiT get their positions in another way")
     pixels = torch.randn(2, 3, 32, 32)
     adapters = grafted(model, config)
     found = model(pixel_values=pixels).last_hidden_state
@@ -207,7 +215,14 @@ def test_checkpointing_copies_and_half_precision(config):
     model.train()
     for module in model.modules():  # all as in evaluation but for the layers, which would not be checkpointed
         module.dropout = 0.0 if isinstance(getattr(module, "dropout", None), float) else getattr(module, "dropout", 0.0)
-    model(**inputs).last_hidden_state.square().sum().backward()
+    loss = model(**inputs).last_hidden_state.square().sum()
+    if "deep" not in config and not hasattr(model, "activation_checkpointing_enable"):
+        with pytest.raises(
+            inarch.SetupError, match="a release of transformers whose checkpointing leaves hooks outside"
+        ):
+            loss.backward()
+        return
+    loss.backward()
     found = [vectors.grad for vectors in adapters["a"].values()]
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, gradients, strict=True))
     model.eval().to(torch.bfloat16)

@@ -28,7 +28,7 @@ def split_by_layout(
         dims = feature_dims(graph, group)
         sizes = {branch: len(graph.values[branch.total].shape) for branch in group}
         second = [branch for branch in group if dims[branch] == 1 != sizes[branch] - 1]
-        sparse = [branch for branch in second if not any(_is_dense(graph, v) for v in _weighted(graph, branch))]
+        sparse = [branch for branch in second if not convolves(graph, branch)]
         maps.update(sparse if any(_has_pointwise(graph, branch) for branch in sparse) else ())
         broken.update(second if _lost(group, layers) else ())
         refused |= dict.fromkeys(second, "a sum of feature maps that convolutions make")
@@ -45,6 +45,11 @@ def split_by_layout(
     )
     maps -= alike
     return maps, {branch: reason for branch, reason in refused.items() if branch not in maps}
+
+
+def convolves(graph: Graph, branch: Branch) -> bool:
+    """Whether convolutions that mix channels and places at once are in a branch."""
+    return any(_is_dense(graph, value) for value in _weighted(graph, branch))
 
 
 def _kind(layer: Layer) -> tuple[type, str]:

@@ -20,7 +20,7 @@ ATTENTIONS = ("scaled_dot_product", "flash_attn", "flex_attention")
 """Operators that are a whole attention; their first three tensors are queries, keys and values."""
 
 _WORDS = {
-    "": ("mask", "masked", "position", "positions", "label", "labels"),
+    "": ("mask", "masked", "position", "positions", "shape", "shapes", "ratio", "label", "labels"),
     "video": ("video", "videos", "frames"),
     "image": ("pixel", "pixels", "image", "images", "img"),
     "audio": ("audio", "speech", "wave", "waveform", "features", "values"),
@@ -141,7 +141,7 @@ class Graph:
         return {id(call.module) for call in self.calls}
 
     def modality(self, root: int) -> str:
-        """What kind of data an input of the model is: the one of `MODALITIES`, or "" for masks and positions.
+        """What kind of data an input of the model is: the one of `MODALITIES`, or "" for masks, positions and shapes.
 
         By the argument's name, which transformers keeps stable; by dimensions and type where the name says nothing.
         """

@@ -188,19 +188,24 @@ def _is_long_skip(graph: Graph, branch: Branch, kept: list[Branch], layers: dict
 
 
 def outside_layers(graph: Graph, homeless: list[Branch], kept: list[Branch]) -> list[Branch]:
-    """Of the branches without a layer those that lie in no branch, and whose sums become the stream of others or that
-    have an attention of their own.
+    """Of the branches without a layer those that lie in no branch, and whose sums become the stream of others, or that
+    have an attention or an MLP of their own, as a head that pools has.
 
     What only convolves is left out: so a model makes positions for its stream.
     """
     streams = {value for branch in kept for value in _sums_before(graph, branch)}
     inside = set[int]().union(*(branch.interior for branch in kept))
+    sums = {branch.total for branch in kept}
     return [
         branch
         for branch in homeless
         if branch.total not in inside
-        and (_attends(graph, branch, inside) or not streams.isdisjoint(forward(graph, branch.total)))
-        and any(graph.values[index].weighted and "conv" not in graph.values[index].op for index in branch.path)
+        and (maps := [v for v in (graph.values[index] for index in branch.path) if v.weighted and "conv" not in v.op])
+        and (
+            (len(maps) > 1 and sums.isdisjoint(branch.path))  # no skip over whole layers
+            or _attends(graph, branch, inside)
+            or not streams.isdisjoint(forward(graph, branch.total))
+        )
     ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..core.site import Kind, Projection, Site
 from .axes import acts_across_tokens
-from .channels import split_by_layout
+from .channels import convolves, split_by_layout
 from .gaps import find_gaps
 from .graph import Graph
 from .layers import Identity, Layer, place
@@ -76,11 +76,26 @@ def survey(graph: Graph) -> Survey:
         f"`{call.path}` ({type(call.module).__name__}): a sum outside of the lists of layers"
         for call in (graph.owner(branch.total) for branch in homeless)
     ]
+    refused += _convolved(graph, layers, {*kept, *left_alone})
     if not kept:
         refused += [f"{layer.name}: a sum from which no later branch starts" for layer in layers.values()]
     return Survey(
         tuple(sites), tuple(dict.fromkeys([*refused, *gaps.refused])), tuple(dict.fromkeys([*problems, *gaps.problems]))
     )
+
+
+def _convolved(graph: Graph, layers: dict[Branch, Layer], known: set[Branch]) -> Iterator[str]:
+    """Layers around those of a Transformer whose sums are ended by something else than the next sum: a backbone's."""
+    inside = set[int]().union(*(branch.interior for branch in known))
+    sums = {branch.total for branch in known}
+    idle: dict[str, dict[str, None]] = defaultdict(dict)
+    for branch, layer in layers.items():
+        # Nor is a skip over whole layers one of them.
+        is_other = bool(sums) and branch.total not in inside | sums and sums.isdisjoint(branch.path)
+        if is_other and convolves(graph, branch):
+            idle[type(layer.scope.module).__name__][f"`{layer.path}`"] = None
+    for layer_class, paths in idle.items():
+        yield f"{', '.join(paths)} ({layer_class}): a sum that convolutions make, from which no later branch starts"
 
 
 def _read(
