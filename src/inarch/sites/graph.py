@@ -22,7 +22,7 @@ ATTENTIONS = ("scaled_dot_product", "flash_attn", "flex_attention")
 _WORDS = {
     "": ("mask", "masked", "position", "positions", "shape", "shapes", "ratio", "label", "labels"),
     "video": ("video", "videos", "frames"),
-    "image": ("pixel", "pixels", "image", "images", "img"),
+    "image": ("pixel", "pixels", "image", "images", "img", "grid", "thw"),
     "audio": ("audio", "speech", "wave", "waveform", "features", "values"),
     "text": ("ids", "token", "tokens", "text", "embeds"),
 }
