@@ -448,6 +448,47 @@ def test_what_saves_the_base_saves_no_head_in_it(tmp_path):
     assert torch.equal(fresh(**tiny_inputs("bert")).logits, model(**tiny_inputs("bert")).logits)
 
 
+def test_a_head_without_an_adapter_is_saved_beside_the_base(tmp_path):
+    model, adapters = sst()
+    adapters.add_head("probe", "tagging", num_labels=3)
+    assert adapters.lone_heads == ("probe",)
+    expected = model(**tiny_inputs("bert")).logits
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"a", "b"}
+    fresh = transformers.BertModel.from_pretrained(tmp_path).eval()
+    other = inarch.attach(fresh)
+    other.active_head = other.load_head(tmp_path / "heads" / "probe")
+    assert torch.equal(fresh(**tiny_inputs("bert")).logits, expected)
+    with pytest.raises(SetupError, match="is published in two parts"):
+        fresh.push_to_hub("a/b")
+
+
+def test_outputs_have_no_other_fields_than_theirs():
+    model, adapters = sst()
+    adapters.activate(inarch.Parallel("a", "b"))
+    found = model(**tiny_inputs("bert"))
+    assert found.loss is None and found.hidden_states is None
+    with pytest.raises(AttributeError, match="An output of heads has logits; got `logit`"):
+        _ = found.logit
+
+
+def test_one_head_reads_all_copies_of_a_batch():
+    """Its loss is the mean over the adapters."""
+    model, adapters = sst()
+    for name in "ab":
+        adapters.remove_head(name)
+    adapters.add_head("one", "classification", num_labels=3)
+    batch = {**tiny_inputs("bert", batch=4), "labels": torch.tensor([0, 1, 2, 0])}
+    alone = []
+    for name in "ab":
+        adapters.activate(name)
+        alone.append(model(**batch))
+    adapters.activate(inarch.Parallel("a", "b"))
+    both = model(**batch)
+    torch.testing.assert_close(both.logits, torch.cat([one.logits for one in alone]))
+    torch.testing.assert_close(both.loss, (alone[0].loss + alone[1].loss) / 2)
+
+
 def test_copies_have_heads_of_their_own():
     model, adapters = sst()
     adapters.activate("a")

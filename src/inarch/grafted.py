@@ -385,6 +385,11 @@ class Grafted:
             with self._rearmed():
                 self._heads.put(name, built)
 
+    @property
+    def lone_heads(self) -> tuple[str, ...]:
+        """The flexible heads that belong to no adapter, which `save` therefore writes with none."""
+        return self._heads.lone(self.names)
+
     def name_labels(self, head: str, labels: Sequence[str]) -> None:
         """Name the labels of a flexible head, in their order. Raises `ConfigError` for another number of them."""
         with LOCK:

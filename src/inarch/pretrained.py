@@ -35,14 +35,17 @@ class Handle(Protocol):
     def names(self) -> tuple[str, ...]: ...
     @property
     def merged(self) -> tuple[str, ...]: ...
+    @property
+    def lone_heads(self) -> tuple[str, ...]: ...
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
+    def save_head(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WHOLE, _INDEX, _SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
-FOLDER = "adapters"
+FOLDER, HEADS = "adapters", "heads"
 
 
 def is_ours(key: str) -> bool:
@@ -80,7 +83,7 @@ class Door:
             part.__dict__.pop("save_pretrained", None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `save_pretrained` for the base, and a folder for each adapter."""
+        """The model's own `save_pretrained` for the base, and a folder for each adapter, and each head without one."""
         handle = self._handle
         model = handle.model
         if handle.merged:
@@ -91,11 +94,12 @@ class Door:
             )
         own: Any = type(model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(own).bind(model, *args, **kwargs)
+        has_ours = bool(handle.names or handle.lone_heads)
         if "save_directory" not in call.signature.parameters:
-            if handle.names:
+            if has_ours:
                 raise _saved_otherwise(model)
             return own(model, *args, **kwargs)
-        if handle.names and (call.arguments.get("push_to_hub") or call.arguments.get("kwargs", {}).get("push_to_hub")):
+        if has_ours and (call.arguments.get("push_to_hub") or call.arguments.get("kwargs", {}).get("push_to_hub")):
             raise _unpublished(model)
         tensors = call.arguments.get("state_dict")
         tensors = model.state_dict() if tensors is None else tensors
@@ -112,13 +116,15 @@ class Door:
         if is_main or any(is_sharded(parameter) for parameter in model.parameters()):
             for name in handle.names:
                 handle.save(name, folder / FOLDER / name)
-        if is_main and handle.names and _CHECKPOINT.fullmatch(folder.name):
+            for name in handle.lone_heads:
+                handle.save_head(name, folder / HEADS / name)
+        if is_main and has_ours and _CHECKPOINT.fullmatch(folder.name):
             _make_resumable(folder, model, tensors)
         return result
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `push_to_hub`, which uploads no folders and so would lose the adapters."""
-        if self._handle.names:
+        if self._handle.names or self._handle.lone_heads:
             raise _unpublished(self._handle.model)
         own: Any = type(self._handle.model)
         return own.push_to_hub(self._handle.model, *args, **kwargs)
@@ -135,7 +141,9 @@ class Door:
         trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
         base = {name for name in names if not is_ours(name) and name not in trained}
         # A checkpoint of the plain trainer holds what is trained and nothing of the base.
-        is_partial = bool(self._handle.names) and not any(name in state_dict for name in base)
+        is_partial = bool(self._handle.names or self._handle.lone_heads) and not any(
+            name in state_dict for name in base
+        )
         self._forgiven = base if is_partial else set()
 
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
@@ -194,7 +202,7 @@ def _saved_otherwise(model: nn.Module) -> SetupError:
 def _unpublished(model: nn.Module) -> SetupError:
     return SetupError(
         f"A model with adapters is published in two parts; got {type(model).__name__} with both. Push the base after "
-        "`detach()`, and upload the folder that `adapters.save` writes."
+        "`detach()`, and upload the folders that `adapters.save` and `save_head` write."
     )
 
 

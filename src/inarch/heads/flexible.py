@@ -24,7 +24,7 @@ from ..core.site import Sites
 from .generating import generate, generation_config
 from .kinds import HeadConfig, LanguageModelHead, MultipleChoiceHead, Seq2SeqLMHead
 from .layers import HEADS, Head, LanguageModel
-from .outputs import HeadOutput, MultiHeadOutput, joined
+from .outputs import CARRIED, HeadOutput, MultiHeadOutput, joined
 from .states import States, decodes, natural_pooling, read_states
 
 SLOT = "heads"
@@ -367,22 +367,8 @@ class HeadedForward:
         return MultiHeadOutput({**values, **_carried(output)}, head_outputs=tuple(found))
 
 
-_CARRIED = (
-    "past_key_values",
-    "hidden_states",
-    "attentions",
-    "decoder_hidden_states",
-    "decoder_attentions",
-    "cross_attentions",
-    "encoder_last_hidden_state",
-    "encoder_hidden_states",
-    "encoder_attentions",
-)
-"""What an output has of the base."""
-
-
 def _carried(output: Any) -> dict[str, Any]:
-    return {name: value for name in _CARRIED if (value := getattr(output, name, None)) is not None}
+    return {name: value for name in CARRIED if (value := getattr(output, name, None)) is not None}
 
 
 def _flat(value: Any) -> Any:

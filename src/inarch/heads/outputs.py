@@ -6,6 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CARRIED = (
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
+)
+"""What an output has of the base."""
+FIELDS = frozenset({"loss", "logits", "head_outputs", *CARRIED})
+"""What may be asked of any output, and is None where it is not there."""
+
 
 class HeadOutput(dict[str, Any]):
     """Values by name, by attribute and by number, as the outputs of transformers; what is None is left out."""
@@ -14,8 +29,8 @@ class HeadOutput(dict[str, Any]):
         super().__init__({key: value for key, value in dict(values, **more).items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if name not in self and name not in FIELDS:
+            raise AttributeError(f"An output of heads has {', '.join(self)}; got `{name}`.")
         return self.get(name)
 
     def __getitem__(self, key: Any) -> Any:

@@ -55,6 +55,11 @@ class TrainedHeads:
         """The configuration of a flexible head. Raises `SetupError` for one that there is not."""
         return self._require(name).head(name).config
 
+    def lone(self, adapters: Iterable[str]) -> tuple[str, ...]:
+        """The flexible heads that belong to none of these adapters."""
+        owned = {path for adapter in adapters for path in self[adapter]}
+        return tuple(name for name in self.flexible() if path_of(name) not in owned)
+
     def configs(self, name: str) -> dict[str, HeadConfig]:
         """By path, the configurations of the flexible heads that an adapter was trained with."""
         return {path: self.config(name_at(path)) for path in self[name] if name_at(path)}
