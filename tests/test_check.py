@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import inarch
 from inarch.check import Data, Training, report, rules
@@ -126,6 +127,21 @@ def test_memory_is_estimated_without_weights_within_15_percent_of_what_is_counte
     estimated = inarch.check(skeleton, config, example_inputs=inputs).memory
     assert measured.is_measured and not estimated.is_measured
     assert measured.samples == estimated.samples == 3
+    assert estimated.activations == pytest.approx(measured.activations, rel=0.15)
+    assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.15)
+
+
+def test_memory_of_vit_b_16_is_estimated_within_15_percent():
+    """Two of its twelve equal layers; `bench/memory.py` has all of them."""
+    config = ViTConfig(num_hidden_layers=2)  # the defaults are those of ViT-B/16
+    assert (config.hidden_size, config.patch_size, config.image_size) == (768, 16, 224)
+    inputs = {"pixel_values": torch.zeros(1, 3, 224, 224)}
+    with torch.device("meta"):
+        skeleton = ViTForImageClassification(config)
+    model = ViTForImageClassification(config).eval()
+    estimated = inarch.check(skeleton, "seq_bn", example_inputs=inputs).memory
+    measured = inarch.check(model, "seq_bn", example_inputs=inputs).memory
+    assert measured.is_measured and not estimated.is_measured
     assert estimated.activations == pytest.approx(measured.activations, rel=0.15)
     assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.15)
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import inarch
 from inarch.cli import COMMANDS, app, main
 from inarch.cli.guard import describe
+from inarch.cli.output import _fitted
 from inarch.core.errors import DataError, StateError
 from inarch.methods import read_config
 from inarch.train.models import load_model, load_processor
@@ -497,6 +498,8 @@ def test_check_measures_what_a_batch_shows_and_counts_its_memory():
     assert result.exit_code == 0
     measured = json.loads(result.stdout)
     assert measured["evidence"]["dead"] == [] and 0 < measured["evidence"]["drift"] < 1
+    again = run("check", "demo", "--adapter", "seq_bn", "--measure", "--batch-size", "4", "--json")
+    assert json.loads(again.stdout) == measured
     estimated = json.loads(run("check", "demo", "--adapter", "seq_bn", "--batch-size", "4", "--json").stdout)
     assert measured["memory"]["is_measured"] and not estimated["memory"]["is_measured"]
     assert estimated["memory"]["activations"] == pytest.approx(measured["memory"]["activations"], rel=0.15)
@@ -585,3 +588,19 @@ def test_the_hubs_own_notes_stay_out_of_the_way_though_it_is_loaded_late():
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_VERBOSITY"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_table_breaks_no_word_on_a_narrow_terminal():
+    settings = ("original_ln_after", "residual_before_ln", "reduction_factor", "learning_rate")
+    headers = ("trial", *settings, "verdict before", "outcome", "accuracy", "steps")
+    rows = [("12", "yes", "no", "16", "0.001", "skip connection doubled", "pruned by Hyperband", "0.7750", "120")]
+    for room in (80, 100, 120, 200):
+        shown, widths, gap = _fitted(headers, rows, room)
+        assert sum(widths) + gap * 8 <= room
+        for place, width in enumerate(widths):
+            words = [*shown[place].split(), *rows[0][place].split()]
+            assert max(map(len, words)) <= width, (room, place)
+    assert list(headers) == shown and gap == 2  # where there is room for everything
+    assert _fitted(headers, rows, 40)[1] == [None] * 9  # and where there is none, letters are what is left
+    # Cells get what room there is before headings do.
+    assert _fitted(("a_long_name", "what"), [("0.5", "three words here")], 22) == (["a long name", "what"], [4, 16], 2)

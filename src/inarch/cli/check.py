@@ -76,7 +76,7 @@ def check(
     config = None if stored else read_settings(adapter)[0]
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
-    inputs = _batch(network, batch_size)
+    inputs = made_batch(network, batch_size)
     if measure and inputs is None:
         raise SiteError(
             f"A model is measured on a batch that its configuration describes; got `{model}`, whose inputs cannot be "
@@ -113,7 +113,7 @@ def _network(model: str, labels: Sequence[str], *, with_weights: bool) -> Any:
     return with_own_weights(model, labels) if with_weights else skeleton(model)
 
 
-def _batch(network: Any, size: int) -> dict[str, Any] | None:
+def made_batch(network: Any, size: int) -> dict[str, Any] | None:
     """Made-up inputs of that many samples; None where none can be made."""
     from torch import Tensor
 

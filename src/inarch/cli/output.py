@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -78,14 +79,43 @@ def say_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, style
     if not console.is_terminal:
         sys.stdout.write(render(headers, rows) + "\n")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column, header in enumerate(headers):
-        numeric = bool(rows) and all(isinstance(row[column], int) for row in rows)
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    for number, row in enumerate(rows):
-        cells = [Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row]
-        table.add_row(*cells, style=styles[number] if styles else "")
+    numeric = [bool(rows) and all(isinstance(row[column], int) for row in rows) for column in range(len(headers))]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    shown, widths, gap = _fitted(headers, cells, console.width)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, gap, 0, 0))
+    for header, width, is_number in zip(shown, widths, numeric, strict=True):
+        table.add_column(header, width=width, justify="right" if is_number else "left", overflow="fold")
+    for number, row in enumerate(cells):
+        table.add_row(*map(Text, row), style=styles[number] if styles else "")
     console.print(table)
+
+
+def _fitted(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], room: int
+) -> tuple[list[str], list[int] | list[None], int]:
+    """Headers, widths of columns and the gap between them, so that no word is broken where that can be helped.
+
+    The widths are None where there is no room for every word.
+    """
+    columns = [[header, *(row[place] for row in rows)] for place, header in enumerate(headers)]
+    whole = [max(map(cell_len, column)) for column in columns]
+    gaps = len(columns) - 1
+    if sum(whole) + 2 * gaps <= room:
+        return list(headers), whole, 2
+    # The names of settings are written as words, which may stand below each other.
+    columns = [[header.replace("_", " "), *column[1:]] for header, column in zip(headers, columns, strict=True)]
+    widths = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in columns]
+    gap = 2 if sum(widths) + 2 * gaps <= room else 1
+    spare = room - sum(widths) - gap * gaps
+    if spare < 0:
+        return [column[0] for column in columns], [None] * len(columns), gap
+    bodies = [max(map(cell_len, column[1:]), default=0) for column in columns]
+    for wanted in (bodies, whole):  # a heading in two lines costs one line, a cell in two one for each row
+        for place in sorted(range(len(columns)), key=wanted.__getitem__):  # what is left is for the longest texts
+            more = max(0, min(spare, wanted[place] - widths[place]))
+            widths[place] += more
+            spare -= more
+    return [column[0] for column in columns], widths, gap
 
 
 def _unseen(done: int, total: int) -> None:

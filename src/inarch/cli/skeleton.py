@@ -43,9 +43,14 @@ def skeleton(model: str) -> Any:
 def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
     """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`.
 
-    `labels` are those of a task head that it is to have, in their order, instead of its own.
+    `labels` are those of a task head that it is to have, in their order, instead of its own. What is made anew is the
+    same each time.
     """
+    import torch
+
     from ..train.quiet import quiet
+
+    torch.manual_seed(0)
 
     config = read_model_config(model)
     if labels:
