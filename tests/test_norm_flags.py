@@ -5,14 +5,15 @@ import dataclasses
 import docs_norm_flags as page
 import pytest
 import torch
-from norm_flags import texts
-from norm_flags.analysis import Study
+from norm_flags import texts, trials
+from norm_flags.analysis import Study, pooled
 from norm_flags.cli import LOST, SOUND, combinations, flag_trials, main, practice_trials
 from norm_flags.record import Record
 from norm_flags.subjects import SUBJECTS
-from norm_flags.trials import SEEDS, Judgement, Outcome, Trial, flags_of, judge
+from norm_flags.trials import HALVES, SEEDS, Judgement, Outcome, Trial, flags_of, judge
 
 STUDIES = {study.backbone: study for study in page.studies()}
+FIRST = {study.backbone: study for study in page.studies((None,))}
 
 
 def test_the_page_is_what_the_records_say():
@@ -22,9 +23,10 @@ def test_the_page_is_what_the_records_say():
 
 def test_the_records_are_complete():
     """Each holds every training, and no other."""
-    assert STUDIES.keys() == SUBJECTS.keys()
+    assert STUDIES.keys() == FIRST.keys() == SUBJECTS.keys()
     for name, study in STUDIES.items():
-        assert set(study.record.outcomes) == set(flag_trials(name))
+        assert study.seeds == FIRST[name].seeds == SEEDS
+        assert set(study.record.outcomes) == set(flag_trials(name, study.judgements))
     assert set(practice_trials()) == set(Record.read("practices").outcomes)
 
 
@@ -40,13 +42,51 @@ def test_every_repair_is_one_of_the_eight_and_sound(name):
     assert {fix for one in study.judgements for fix in one.fixes} <= set(study.sound)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", FIRST)
 def test_one_formula_is_one_function_whatever_the_flags(name):
     """Bit for bit, through three epochs of training."""
-    assert len(list(STUDIES[name].twins())) >= 2
-    for one, other in STUDIES[name].twins():
-        for run, again in zip(STUDIES[name].runs(one.adapter), STUDIES[name].runs(other.adapter), strict=True):
+    assert len(list(FIRST[name].twins())) >= 2
+    for one, other in FIRST[name].twins():
+        for run, again in zip(FIRST[name].runs(one.adapter), FIRST[name].runs(other.adapter), strict=True):
             assert dataclasses.replace(run, trial=again.trial) == again
+
+
+def test_every_example_is_held_out_once_and_never_trained_on():
+    for half in HALVES:
+        digits, other = trials._digits(half), trials._digits(1 - half)
+        assert len(digits.train) + len(digits.validation) == texts.NUM_ALL
+        assert digits.validation.targets == other.train.targets
+        images = [[image.tobytes() for image in part.images] for part in (digits.train, digits.validation)]
+        assert images[1] == [image.tobytes() for image in other.train.images]
+        assert not set(images[0]) & set(images[1])  # no two scans are alike
+        train, held_out = texts.split(half)
+        assert len(train) + len(held_out) == texts.NUM_ALL
+        assert torch.equal(held_out.words, texts.split(1 - half)[0].words)
+        documents = [{tuple(row) for row in part.words.tolist()} for part in (train, held_out)]
+        assert not documents[0] & documents[1]
+        counts = torch.bincount(held_out.labels)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_two_halves_are_one_measurement_of_all_examples():
+    """Right answers are counted: 3 of 4 and 2 of 6 are 5 of 10, as are 1 of 4 and 4 of 6."""
+
+    def halves(first, second, loss):
+        rows = [(first, 4, 1.0), (second, 6, loss)]
+        return [
+            Outcome(
+                trial=Trial(backbone="vit", adapter=None, seed=0, half=half),
+                num_held_out=number,
+                accuracies=(0.0, right / number),
+                losses=(value,),
+                training_losses=(),
+            )
+            for half, (right, number, value) in enumerate(rows)
+        ]
+
+    one, other = pooled(halves(3, 2, 2.0)), pooled(halves(1, 4, 2.5))
+    assert (one.accuracy, one.num_held_out) == (other.accuracy, other.num_held_out) == (0.5, 10)
+    assert (one.losses, other.losses) == ((pytest.approx(1.6),), (pytest.approx(1.9),))
 
 
 def study_of(accuracies):
@@ -61,12 +101,13 @@ def study_of(accuracies):
         for seed in SEEDS:
             trial = Trial(backbone="vit", adapter=config, seed=seed)
             value = values[seed] if isinstance(values, list) else values
-            rows = {"accuracies": (0.1, value), "losses": (2.0, 1 - value), "training_losses": ()}
+            rows = {"accuracies": (0.1, value), "losses": (2.0, 1 - value), "training_losses": (), "num_held_out": 400}
             outcomes[trial] = Outcome(trial=trial, **rows)
     for seed in SEEDS:
         head = Trial(backbone="vit", adapter=None, seed=seed)
-        outcomes[head] = Outcome(trial=head, accuracies=(0.1, 0.9), losses=(2.0, 1.0), training_losses=())
-    return Study("vit", Record(page.PAGE, judgements, outcomes))
+        rows = {"accuracies": (0.1, 0.9), "losses": (2.0, 1.0), "training_losses": (), "num_held_out": 400}
+        outcomes[head] = Outcome(trial=head, **rows)
+    return Study("vit", Record(page.PAGE, judgements, outcomes), (None,))
 
 
 def agreements(accuracies):

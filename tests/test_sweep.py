@@ -5,13 +5,17 @@ import importlib
 import json
 import math
 import multiprocessing
+import re
+import shlex
 import socket
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
+from little_cifar import archive, cifar100
 from little_runs import save_model, save_pictures
 from throwaway_postgres import find_programs, serve
 
@@ -477,6 +481,34 @@ def test_the_table_says_which_did_what(sweep, tmp_path):
     code, printed, err = sweep("--resume", "--json", **none)
     assert (code, err) == (0, "")
     assert json.loads(printed) == read_study(tmp_path / "study").to_dict()
+
+
+def pasted(page):
+    """The words of the command that a page gives for a large model and CIFAR-100."""
+    commands = re.findall(r"^inarch sweep --study norm-flags (?:\\\n|.)*", page.read_text("utf-8"), re.MULTILINE)
+    (command,) = (one for one in commands if "in21k" in one)
+    return shlex.split(command.replace("\\\n", " "))[2:]
+
+
+def test_the_command_for_a_large_model_and_cifar_100_is_one(given, tmp_path, capsys):
+    """As the pages have it, with a tiny model, an archive of CIFAR's form, and fewer images, epochs and seeds."""
+    docs = Path(__file__).parent.parent / "docs"
+    words = pasted(docs / "norm-flags.md")
+    assert words == pasted(docs / "sweep.md")
+    assert words[words.index("--num-train") + 1] == "10000"
+    data = archive(tmp_path / "cifar-100-python.tar.gz", cifar100(), "cifar-100-python")
+    changes = {"--model": given[0], "--data": data, "--output": tmp_path / "study", "--num-train": 4, "--epochs": 1}
+    for flag, value in changes.items():
+        words[words.index(flag) + 1] = str(value)
+    with pytest.raises(SystemExit) as left:
+        main(["sweep", *words, "--seeds", "1", "--batch-size", "4", "--device", "cpu", "--adapter", ADAPTER])
+    assert left.value.code == 0
+    record = read_study(tmp_path / "study")
+    assert [one.status for one in record.trials] == ["finished"] * 8
+    assert [one.steps for one in record.trials] == [1] * 8  # four images of the six
+    assert "skip connection doubled" in capsys.readouterr().out
+    run = read_record(tmp_path / "study" / record.trials[0].runs[0])
+    assert (run.data["train"], run.data["validation"]) == (4, 6)  # the archive's own test images
 
 
 def test_ctrl_c_says_how_to_go_on_with_this_very_study(sweep, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Whether what was proved before training is what training shows, by the criteria of the study."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,26 +8,37 @@ from functools import cached_property
 from typing import Any
 
 from .record import Record
-from .trials import SEEDS, Judgement, Outcome, Trial
+from .trials import HALVES, SEEDS, Judgement, Outcome, Trial
 
 LOST_POINTS, SOUND_POINTS = 15.0, 3.0
 
 
 @dataclass(frozen=True)
 class Study:
-    """The eight combinations on one backbone. Accuracies and differences of them are in points, hundredths."""
+    """The eight combinations on one backbone. Accuracies and differences of them are in points, hundredths.
+
+    `halves` are those held out, one after the other, where one combination of each formula was trained; or None for 400
+    examples, where all eight were.
+    """
 
     backbone: str
     record: Record
+    halves: tuple[int | None, ...] = HALVES
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """Those with which every combination was trained, and a head alone."""
+        """Those with which everything was trained, a head alone too."""
         adapters = [*(one.adapter for one in self.judgements), None]
-        return tuple(s for s in SEEDS if all(self._trial(adapter, s) in self.record.outcomes for adapter in adapters))
+        return tuple(s for s in SEEDS if all(t in self.record.outcomes for a in adapters for t in self._trials(a, s)))
 
-    def _trial(self, adapter: str | None, seed: int) -> Trial:
-        return Trial(backbone=self.backbone, adapter=adapter, seed=seed)
+    def _trials(self, adapter: str | None, seed: int) -> list[Trial]:
+        trained = adapter if None in self.halves else self.trained_as(adapter)
+        return [Trial(backbone=self.backbone, adapter=trained, seed=seed, half=half) for half in self.halves]
+
+    def trained_as(self, adapter: str | None) -> str | None:
+        """The first of the combinations with the formula of this one."""
+        formulas = {one.adapter: one.formula for one in self.judgements}
+        return adapter and next(name for name, formula in formulas.items() if formula == formulas[adapter])
 
     @property
     def judgements(self) -> list[Judgement]:
@@ -34,8 +46,13 @@ class Study:
         return self.record.judgements
 
     def runs(self, adapter: str | None) -> list[Outcome]:
-        """The runs of a configuration, by seed."""
-        return [self.record.outcomes[self._trial(adapter, seed)] for seed in self.seeds]
+        """The runs of a configuration, by seed; what two halves have shown, as one."""
+        return [pooled([self.record.outcomes[trial] for trial in self._trials(adapter, seed)]) for seed in self.seeds]
+
+    @property
+    def num_held_out(self) -> int:
+        """On how many examples an accuracy is measured."""
+        return self.runs(None)[0].num_held_out
 
     def points(self, adapter: str | None) -> list[float]:
         """Accuracy by seed."""
@@ -65,8 +82,9 @@ class Study:
         return min(map(self.mean, self.sound)) - self.mean(adapter)
 
     def pairs(self, one: Judgement) -> list[tuple[Outcome, Outcome]]:
-        """By repair, where several are proposed, and by seed: the run as it is, and repaired."""
-        return [pair for fix in one.fixes for pair in zip(self.runs(one.adapter), self.runs(fix), strict=True)]
+        """By function that a repair makes, where there are several, and by seed: the run as it is, and repaired."""
+        repaired = dict.fromkeys(map(self.trained_as, one.fixes))
+        return [pair for fix in repaired for pair in zip(self.runs(one.adapter), self.runs(fix), strict=True)]
 
     def gaps(self, one: Judgement) -> list[float]:
         """How many points a configuration is behind in each of its pairs."""
@@ -107,6 +125,28 @@ class Study:
     def verdicts(self, *kinds: str) -> list[Judgement]:
         """The configurations of these verdicts."""
         return [one for one in self.judgements if one.verdict in kinds]
+
+
+def pooled(runs: Sequence[Outcome]) -> Outcome:
+    """What runs with the same lengths have shown on all that they held out, under the first one's name."""
+    if len(runs) == 1:
+        return runs[0]
+    sizes = [run.num_held_out for run in runs]
+
+    def mean(lists: Iterable[Sequence[float]]) -> tuple[float, ...]:
+        return tuple(
+            math.fsum(n * value for n, value in zip(sizes, values, strict=True)) / sum(sizes)
+            for values in zip(*lists, strict=True)
+        )
+
+    right = mean(run.accuracies for run in runs)
+    return Outcome(
+        trial=runs[0].trial,
+        num_held_out=sum(sizes),
+        accuracies=tuple(round(value * sum(sizes)) / sum(sizes) for value in right),  # a tie is one, however rounded
+        losses=mean(run.losses for run in runs),
+        training_losses=mean(run.training_losses for run in runs),
+    )
 
 
 def mean_points(record: Record, seeds: Sequence[int], **wanted: Any) -> float:

@@ -1,6 +1,6 @@
 """Train a part of the norm-flags study and keep its record in docs/norm-flags/.
 
-    python scripts/norm_flags vit        # or dinov2, swinv2, bert: eight combinations of flags, three seeds
+    python scripts/norm_flags vit        # or dinov2, swinv2, bert: eight combinations of flags, three seeds, two halves
     python scripts/norm_flags practices  # the recipe, varied on the ViT
 
 What is proved of a configuration is written down before it is trained. Trainings that the record has are passed over;
@@ -18,7 +18,7 @@ from inarch.train.quiet import quiet
 
 from .record import FOLDER, Record
 from .subjects import SUBJECTS
-from .trials import SEEDS, Trial, adapter, judge, run
+from .trials import HALVES, SEEDS, Judgement, Trial, adapter, judge, run
 
 SOUND, LOST = adapter(before=True, after=True, residual=True), adapter(before=True, after=False, residual=True)
 PRACTICE_SEEDS = SEEDS[:1]
@@ -40,9 +40,15 @@ def with_reduction(factor: int) -> str:
     return f"{SOUND[:-1]},reduction_factor={factor}]"
 
 
-def flag_trials(backbone: str) -> list[Trial]:
-    """Eight combinations and a head alone, with every seed."""
-    return [Trial(backbone=backbone, adapter=config, seed=seed) for seed in SEEDS for config in [*combinations(), None]]
+def flag_trials(backbone: str, judgements: Sequence[Judgement]) -> list[Trial]:
+    """A head alone, and eight combinations with 400 examples held out, or one of each formula with a half."""
+    formulas = list({one.formula: one.adapter for one in reversed(judgements)}.values())[::-1]
+    return [
+        Trial(backbone=backbone, adapter=config, seed=seed, half=half)
+        for seed in SEEDS
+        for half in (None, *HALVES)
+        for config in [*(combinations() if half is None else formulas), None]
+    ]
 
 
 def practice_trials() -> list[Trial]:
@@ -73,15 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     is_practices = arguments.part == "practices"
-    trials = practice_trials() if is_practices else flag_trials(arguments.part)
     record = Record.read(arguments.part, arguments.folder)
     if arguments.anew:
         record = Record(record.path)
     configs = [*map(with_reduction, REDUCTION_FACTORS), SOUND, LOST] if is_practices else combinations()
     record.judgements = [judge("vit" if is_practices else arguments.part, config) for config in configs]
     record.write()
+    trials = practice_trials() if is_practices else flag_trials(arguments.part, record.judgements)
     for trial in [one for one in trials if one not in record.outcomes][: arguments.limit]:
         with quiet():
             record.outcomes[trial] = outcome = run(trial)
         record.write()
-        print(f"{trial.adapter or 'head alone'} seed {trial.seed}: {outcome.accuracy:.4f}", flush=True)
+        half = "" if trial.half is None else f" half {trial.half}"
+        print(f"{trial.adapter or 'head alone'} seed {trial.seed}{half}: {outcome.accuracy:.4f}", flush=True)

@@ -29,7 +29,10 @@ def draw(studies: Sequence[Study], path: Path) -> None:
     figure = Figure(figsize=(12.5, 8.0), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.02, 0.965, "Proved before training, trained after", fontsize=15, fontweight="bold", color=INK)
-    caption = "Errors on 400 held-out examples, a point a seed; flags: before, after, residual; dotted: a head alone"
+    examples = f"{studies[0].num_held_out:,}"
+    caption = (
+        f"Errors on {examples} held-out examples, a point a seed; flags: before, after, residual; dotted: a head alone"
+    )
     figure.text(0.02, 0.935, caption, fontsize=10, color=GREY)
     for index, study in enumerate(studies):
         axes = figure.add_axes((0.25 + 0.5 * (index % 2), 0.525 - 0.45 * (index // 2), 0.235, 0.345))

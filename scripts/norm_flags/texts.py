@@ -18,7 +18,8 @@ from inarch.train.quiet import quiet
 from inarch.train.recipe import Recipe
 
 NUM_TRAINING, NUM_HELD_OUT = 1_397, 400  # as many as there are digits
-TRAINING_SEED, HELD_OUT_SEED = 1, 2
+NUM_ALL = 1_797
+TRAINING_SEED, HELD_OUT_SEED, SEED_OF_ALL = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,21 @@ def load_text_model(place: str) -> nn.Module:
         )
 
 
-def train_texts(place: str, adapter: str | None, recipe: Recipe) -> list[dict[str, Any]]:
+def split(half: int | None) -> tuple[Texts, Texts]:
+    """Documents to train on, and those held out: 400 of their own, or this half of as many as there are digits."""
+    if half is None:
+        return (
+            Texts(*labelled_documents(NUM_TRAINING, TRAINING_SEED)),
+            Texts(*labelled_documents(NUM_HELD_OUT, HELD_OUT_SEED)),
+        )
+    words, labels = labelled_documents(NUM_ALL, SEED_OF_ALL)
+    by_label = labels.argsort(stable=True)
+    halves = [by_label[start::2].sort().values for start in (0, 1)]  # every label evenly, in the order written
+    train, held_out = (Texts(words[halves[index]], labels[halves[index]]) for index in (1 - half, half))
+    return train, held_out
+
+
+def train_texts(place: str, adapter: str | None, recipe: Recipe, train: Texts, held_out: Texts) -> list[dict[str, Any]]:
     """Train on labelled documents; what was logged, in order: losses by epoch, `eval_accuracy` before and after each.
 
     `adapter` None trains the head alone.
@@ -66,7 +81,7 @@ def train_texts(place: str, adapter: str | None, recipe: Recipe) -> list[dict[st
             learning_rate=recipe.rate("adapter"),
             weight_decay=recipe.weight_decay,
             lr_scheduler_type=SCHEDULES[recipe.schedule],
-            warmup_steps=round(recipe.warmup * recipe.epochs * -(-NUM_TRAINING // recipe.batch_size)),
+            warmup_steps=round(recipe.warmup * recipe.epochs * -(-len(train) // recipe.batch_size)),
             max_grad_norm=recipe.max_grad_norm,
             seed=recipe.seed,
             use_cpu=True,
@@ -82,8 +97,8 @@ def train_texts(place: str, adapter: str | None, recipe: Recipe) -> list[dict[st
             model,
             args,
             trains="head" if adapter is None else "adapter",
-            train_dataset=Texts(*labelled_documents(NUM_TRAINING, TRAINING_SEED)),
-            eval_dataset=Texts(*labelled_documents(NUM_HELD_OUT, HELD_OUT_SEED)),
+            train_dataset=train,
+            eval_dataset=held_out,
             compute_metrics=_accuracy,
         )
         for printer in [one for one in trainer.callback_handler.callbacks if "Printer" in type(one).__name__]:

@@ -1,5 +1,6 @@
 """One training of the study: what is to be trained, what is proved of it, and what came of it."""
 
+import dataclasses
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -8,16 +9,19 @@ from typing import Any
 
 import inarch
 from inarch.data import load_data
-from inarch.data.examples import ImageData
+from inarch.data.examples import Examples, ImageData, hold_out
 from inarch.methods import read_config
 from inarch.train.demo import RECIPE
 from inarch.train.run import train_run
 
+from . import texts
 from .subjects import DIGITS, SUBJECTS, untrained
-from .texts import train_texts
 
 FLAGS = ("original_ln_before", "original_ln_after", "residual_before_ln")
 SEEDS = (0, 1, 2)
+HALVES = (0, 1)
+DIVIDING_SEED = 0
+"""Decides which of the digits are in which half."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class Trial:
     backbone: str
     adapter: str | None
     seed: int
+    half: int | None = None
+    """Of the examples, the half that is held out; None holds out 400 of them."""
     epochs: int = RECIPE.epochs
     learning_rate: float = RECIPE.learning_rate or 0.0
 
@@ -36,6 +42,7 @@ class Outcome:
     """What came of a trial; lists begin before training and go on with each epoch."""
 
     trial: Trial
+    num_held_out: int
     accuracies: tuple[float, ...]
     losses: tuple[float, ...]
     """On the held-out examples."""
@@ -55,7 +62,7 @@ class Outcome:
     def from_dict(cls, data: dict[str, Any]) -> "Outcome":
         """The outcome this data describes."""
         lists = {key: tuple(data[key]) for key in ("accuracies", "losses", "training_losses")}
-        return cls(trial=Trial(**data["trial"]), **lists)
+        return cls(trial=Trial(**data["trial"]), num_held_out=data["num_held_out"], **lists)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +117,21 @@ def run(trial: Trial) -> Outcome:
     subject = SUBJECTS[trial.backbone]
     recipe = RECIPE.replace(seed=trial.seed, epochs=trial.epochs, learning_rate=trial.learning_rate)
     if subject.data == "titles":
-        logged = train_texts(subject.place, trial.adapter, recipe)
+        titles = texts.split(trial.half)
+        logged = texts.train_texts(subject.place, trial.adapter, recipe, *titles)
         return Outcome(
             trial=trial,
+            num_held_out=len(titles[1]),
             accuracies=tuple(row["eval_accuracy"] for row in logged if "eval_accuracy" in row),
             losses=tuple(row["eval_loss"] for row in logged if "eval_loss" in row),
             training_losses=tuple(row["loss"] for row in logged if "loss" in row),
         )
+    images = _digits(trial.half)
     with tempfile.TemporaryDirectory() as folder:
         record = train_run(
             recipe,
             subject.place,
-            _digits(),
+            images,
             trial.adapter,
             Path(folder) / "run",
             trains="head" if trial.adapter is None else "adapter",
@@ -129,6 +139,7 @@ def run(trial: Trial) -> Outcome:
         )
     return Outcome(
         trial=trial,
+        num_held_out=len(images.validation),
         accuracies=tuple(epoch.metrics["accuracy"] or 0.0 for epoch in record.epochs),
         losses=tuple(_number(epoch.metrics["loss"]) for epoch in record.epochs),
         training_losses=tuple(_number(epoch.train_loss) for epoch in record.epochs[1:]),
@@ -140,7 +151,17 @@ def _number(value: float | None) -> float:
 
 
 @cache
-def _digits() -> ImageData:
+def _digits(half: int | None) -> ImageData:
+    """The digits, with their own 400 held out, or one of two halves of all."""
     images = load_data("digits")
     assert tuple(images.labels) == DIGITS
-    return images
+    if half is None:
+        return images
+    parts = (images.train, images.validation)
+    every = Examples(
+        [image for part in parts for image in part.images],
+        [target for part in parts for target in part.targets],
+        len(images.labels),
+    )
+    halves = [every.pick(indices) for indices in hold_out(every.targets, 0.5, DIVIDING_SEED)]
+    return dataclasses.replace(images, train=halves[1 - half], validation=halves[half])
