@@ -8,7 +8,8 @@ from torch import nn
 
 import inarch
 from inarch.combine import Recipe, _dare, _ties
-from inarch.testing import tiny, tiny_inputs
+from inarch.core.errors import SetupError
+from inarch.testing import PlainTransformer, tiny, tiny_inputs
 
 EVERYWHERE = "lora[r=3,alpha=5,attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True,init_weights=bert]"
 SCALES = "ia3[alpha=1.5,attn_matrices=[q,k,v],output_lora=True]"
@@ -314,3 +315,22 @@ def test_a_learned_bias_is_merged_where_the_projection_has_one():
     with pytest.raises(inarch.SetupError, match="got a projection without one at `layers.0.self_attn.q_proj.weight`"):
         adapters.merge("a")
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+
+
+@pytest.mark.parametrize("config", ["lora", "dora"])
+def test_a_weight_that_the_model_computes_is_adapted_and_not_merged(config):
+    """In a type that a run on unit vectors in single precision would not take."""
+    model = PlainTransformer().double()
+    for block in model.blocks:
+        torch.nn.utils.parametrizations.weight_norm(block.mlp[0])
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    before = model(x)
+    adapters = inarch.attach(model, example_inputs=x)
+    adapters.add("a", f"{config}[selfattn_lora=false,intermediate_lora=true]")
+    with adapters.using("a"):
+        assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
+    with pytest.raises(
+        SetupError, match=r"merged into parameters; got `blocks.0.mlp.0.weight`, which PlainTransformer"
+    ):
+        adapters.merge("a", example_inputs=x)
+    assert torch.equal(model(x), before)

@@ -34,10 +34,10 @@ class Base:
         """Its values now. Raises `SiteError` where they cannot be had."""
         name = self.projection.weight or "weight"
         holder, leaf = _holder(self.owner, name)
-        weight = holder._parameters.get(leaf)  # not by name: an effective weight may stand before it
+        weight = _value(holder, leaf)
         if weight is None or (is_quantised(weight) and not is_sharded(weight)):
             return self._of_quantised()
-        bias = None if self.projection.weight else self.owner._parameters.get("bias")
+        bias = None if self.projection.weight else _value(self.owner, "bias")
         return self._in_role(
             self._whole(holder, leaf, weight), None if bias is None else self._whole(holder, "bias", bias)
         )
@@ -95,6 +95,13 @@ class OnBase:
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
         result: Tensor = self.module(inputs, output, self.base.read())
         return result
+
+
+def _value(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or what a module computes in the place of one (`torch.nn.utils.parametrize`)."""
+    registered = module._parameters.get(name)  # first: an effective weight may stand before it
+    found = getattr(module, name, None) if registered is None else registered
+    return found if isinstance(found, Tensor) else None
 
 
 def _holder(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -185,7 +185,7 @@ def _vectors(
             for leaf, own in placement.vectors.names.items():
                 if module.changes(leaf):
                     path = f"{placement.site.absolute(placement.vectors.path)}.{own}"
-                    yield path, model.get_parameter(path), placement.vectors, leaf, module
+                    yield path, _parameter(model, path), placement.vectors, leaf, module
 
 
 def _projections(
@@ -200,10 +200,23 @@ def _projections(
             projection = placement.projection
             path = placement.site.absolute(projection.path)
             weight_name = projection.weight or "weight"
-            weight = model.get_parameter(f"{path}.{weight_name}")
+            weight = _parameter(model, f"{path}.{weight_name}")
             # A module that applies its weight itself keeps no bias that a method could change.
-            bias = None if projection.weight else getattr(model.get_submodule(path), "bias", None)
+            has_bias = not projection.weight and getattr(model.get_submodule(path), "bias", None) is not None
+            bias = _parameter(model, f"{path}.bias") if has_bias else None
             yield f"{path}.{weight_name}", weight, bias, projection, module, base_of(model, placement.site, projection)
+
+
+def _parameter(model: nn.Module, path: str) -> nn.Parameter:
+    """A parameter of the base. Raises `SetupError` where the model computes what is at its place."""
+    owner, _, leaf = path.rpartition(".")
+    found = model.get_submodule(owner)._parameters.get(leaf)
+    if found is None:
+        raise SetupError(
+            f"An adapter is merged into parameters; got `{path}`, which {type(model).__name__} computes from others "
+            "or holds in a form of its own. Keep the adapter active instead, or remove the parametrization first."
+        )
+    return found
 
 
 def _module(model: nn.Module, name: str, method: str, placement: Placement) -> nn.Module:
