@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import inarch
 from inarch.bank import SiteSlot
-from inarch.sites import synthesise
+from inarch.sites import ProbeError, synthesise
 from inarch.testing import PlainTransformer, perturb
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -429,6 +429,46 @@ def test_a_layer_has_its_two_sublayers_and_nothing_else(layer):
     adapters.add("a", "double_seq_bn[init_weights=mam_adapter,reduction_factor=8]")
     adapters.train("a", head=False)
     assert all(torch.equal(left, right) for left, right in zip(before, model(x), strict=True))
+
+
+class Joined(nn.Module):
+    """Adds its attention by a sum, and its MLP by whatever it is given."""
+
+    def __init__(self, join, width=16):
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(width, 2, batch_first=True), mlp(width)
+        self.gamma, self.join = nn.Parameter(torch.full((width,), 0.5)), join
+
+    def forward(self, x):
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.join(x, self.mlp(x), self.gamma)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda x, h, scale: torch.addcmul(x, scale, h), lambda x, h, scale: torch.addcmul(x, h, scale, value=0.5)],
+)
+def test_a_scale_and_a_sum_in_one_operator_are_a_scaled_branch(join):
+    sites = inarch.probe(Layers(lambda: Joined(join)), example_inputs=torch.randn(2, 9, 16))
+    assert [(site.role, site.output.path, site.exact) for site in sites] == [
+        ("self_attention", "attn", True),
+        ("mlp", "mlp", False),
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("join", "name"),
+    [
+        (lambda x, h, _: torch.lerp(x, h, 0.5), "lerp"),
+        (lambda x, h, _: x - h, "sub"),
+        (lambda x, h, _: torch.stack((x, h)).sum(0), "sum"),
+        (torch.addcdiv, "addcdiv"),
+    ],
+)
+def test_a_branch_that_is_joined_by_no_sum_is_named(join, name):
+    """Without it the layers would have half of their sites."""
+    with pytest.raises(ProbeError, match=f"adds what it computes to its stream; got `{name}` in .*`layers.0` .Joined"):
+        inarch.probe(Layers(lambda: Joined(join)), example_inputs=torch.randn(2, 9, 16))
 
 
 def test_a_weighed_sum_is_not_exact():

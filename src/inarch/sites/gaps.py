@@ -9,8 +9,9 @@ from torch import nn
 from ..core.site import Site
 from .graph import Call, Graph
 from .layers import Layer, Tree, is_checkpointed, parent_path, tree
-from .residual import Branch
+from .residual import Branch, joined_otherwise
 from .roles import is_attention
+from .stream import forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,12 @@ def find_gaps(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer], s
     found = list(layers.values())
     return Gaps(
         refused=(*unclaimed, *_in_no_layer(graph, layers, refused), *_unused(graph, layers), *_never_run(graph, found)),
-        problems=(*_disagreements(graph, sites), *_without_sites(graph, found, refused), *missed),
+        problems=(
+            *_disagreements(graph, sites),
+            *_without_sites(graph, found, refused),
+            *missed,
+            *_joined_otherwise(graph, layers),
+        ),
     )
 
 
@@ -116,6 +122,24 @@ def _unclaimed_attentions(graph: Graph, layers: dict[Branch, Layer], sites: list
         if name not in attending
     ]
     return refused, problems
+
+
+def _joined_otherwise(graph: Graph, layers: dict[Branch, Layer]) -> Iterator[str]:
+    """Layers that hand out what they computed from their stream beside the stream itself, joined by something else than
+    a sum."""
+    claimed: set[int] = set().union(*(branch.interior for branch in layers))
+    for scope in {layer.scope.index: layer.scope for layer in layers.values()}.values():
+        outputs = set(scope.outputs.values())
+        for value in graph.values[scope.start : scope.stop]:
+            if (
+                value.index not in claimed
+                and joined_otherwise(graph, value)
+                and not outputs.isdisjoint(forward(graph, value.index))
+            ):
+                yield (
+                    f"a layer adds what it computes to its stream; got `{value.op.removeprefix('aten.')}` in the "
+                    f"forward of `{scope.path}` ({type(scope.module).__name__})."
+                )
 
 
 def _in_no_layer(graph: Graph, layers: dict[Branch, Layer], refused: list[Layer]) -> Iterator[str]:

@@ -30,6 +30,8 @@ _MOVES = frozenset(
 _JOIN = "aten.cat"
 _WRITES = frozenset({"aten.index_put", "aten.masked_scatter"})
 _MIX = "aten.bmm"
+_JOINS = frozenset({"aten.addcdiv", "aten.lerp", "aten.sub", "aten.sum"})
+"""What two tensors of one shape become one by, and no sum of the two; the last where they were stacked."""
 _GATES = frozenset({"aten._softmax", "aten.rsub", "aten.sigmoid"})
 """What gates between 0 and 1 come from; `1 - gate` is one too."""
 _MIXERS_WITHOUT_WEIGHT = ("fft", "pool")
@@ -302,3 +304,18 @@ def _split_behind_scale(graph: Graph, branch: Branch) -> list[Branch]:
     parts = [_branch(graph, total, branch.skip, branch.stream, part) for part in _operands(graph, inner)]
     branches = [part for part in parts if part is not None]
     return branches if len(branches) > 1 else [branch]
+
+
+def joined_otherwise(graph: Graph, value: Value) -> bool:
+    """Whether a value would have a branch if what joins its operands were a sum."""
+    if value.op not in _JOINS or not value.active or len(value.shape) < 2:
+        return False
+    if value.op == "aten.sum":
+        stacked = graph.values[value.deps[0]]
+        operands = list(dict.fromkeys(stacked.deps)) if stacked.op == "aten.stack" else []
+    else:
+        operands = list(dict.fromkeys(value.deps[:2]))
+    operands = [one for one in operands if graph.values[one].active and graph.values[one].numel == value.numel]
+    found = (branch for skip in operands for branch in _branches_over(graph, value, skip, operands))
+    # Without its average, which has no weight, a series goes on as it is.
+    return any(graph.values[index].weighted for branch in found for index in branch.path)

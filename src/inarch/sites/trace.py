@@ -25,6 +25,8 @@ from .native import unfused
 _PRODUCTS = ("mm", "bmm", "conv", "linear", "matmul", "dot", "rnn", "lstm", "gru")
 _NOT_COMPUTED = ("aten.sym_", "aten.is_same_size", "prim.")
 _MOST_PLACES = 2**12
+_SUM_OF_PRODUCT = "aten.addcmul"
+"""`x + scale * h`, spelled as one operator."""
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Known | None = None) -> Graph:
@@ -184,6 +186,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if kwargs.get("alpha", 1) != 1 and len(args) > 1 and isinstance(args[1], Tensor):
             deps[1] = self._scaled(args[1], deps[1])  # x + alpha * h, spelled as one operator
+        if traits.name == _SUM_OF_PRODUCT:
+            larger = max(args[1:3], key=Tensor.numel)
+            traits, deps = _traits(torch.ops.aten.add.Tensor), [deps[0], self._scaled(larger, *deps[1:3])]
         outputs = list(_tensors((result,)))
         written = [args[place] for place in traits.writes if place < len(args) and isinstance(args[place], Tensor)]
         if traits.only_shape:
@@ -212,10 +217,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = (None if index is None else next(known) for index in places)
             self.indices[self._version[id(result)]] = tuple(v if v is None else v.detach().cpu().clone() for v in found)
 
-    def _scaled(self, tensor: Tensor, dep: int) -> int:
+    def _scaled(self, tensor: Tensor, *deps: int) -> int:
         previous = self._version[id(tensor)]
-        value = self._new(tensor, "aten.mul", (dep,))
-        value.data, value.active = self.values[dep].data, self.values[dep].active
+        value = self._new(tensor, "aten.mul", deps)
+        value.data = any(self.values[dep].data for dep in deps)
+        value.active = any(self.values[dep].active for dep in deps)
         self._version[id(tensor)] = previous
         return value.index
 
