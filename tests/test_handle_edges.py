@@ -416,3 +416,30 @@ def test_a_model_that_cannot_be_attached_for_its_checkpointing_is_left_as_it_was
         assert inarch.attach(model, example_inputs=torch.zeros(2, 5, 32)).names == ()
     finally:
         _Reentrant.gradient_checkpointing = True
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda a: a.add("b", unsound="alow"),
+            SetupError,
+            "`unsound` is `refuse` or `allow`; got 'alow'. Did you mean",
+        ),
+        (lambda a: a.load(".", other_base="Allow"), SetupError, "`other_base` is `refuse` or `allow`; got 'Allow'"),
+        (lambda a: a.activate("a", skip_layers=[0.5]), ConfigError, "`skip_layers` names layers.*0 to 1; got 0.5"),
+        (lambda a: a.activate("a", skip_layers="0"), ConfigError, "`skip_layers` names layers.*0 to 1; got 0"),
+        (lambda a: a.add_fusion("a"), SetupError, "layers are those of a `Fuse`; got 'a'"),
+        (lambda a: a.share("a"), SetupError, "named in a list; got 'a'"),
+        (lambda a: a.share([]), SetupError, "named in a list; got \\[\\]"),
+        (lambda a: a.remove(None), SetupError, "must be added before it is used; got `None`. Known: `a`"),
+        (lambda _: inarch.attach("vit"), SiteError, "A model is a PyTorch module.*got str"),
+    ],
+)
+def test_what_is_no_word_of_an_argument_is_refused_by_name(model, call, error, message):
+    """A misspelt word would else be one of the others in silence."""
+    adapters = inarch.attach(model)
+    adapters.add("a")
+    with pytest.raises(error, match=message):
+        call(adapters)
+    assert (adapters.names, adapters.setup, adapters.skipped) == (("a",), None, ())

@@ -24,8 +24,16 @@ def check_name(name: object) -> None:
 
 def check_present(name: str, known: Collection[str]) -> None:
     """Raise `SetupError` for an adapter that the model does not have."""
-    if name not in known:
-        raise SetupError(f"An adapter must be added before it is used; got `{name}`. {nearest(name, known)}")
+    if not isinstance(name, str) or name not in known:
+        raise SetupError(f"An adapter must be added before it is used; got `{name}`. {nearest(str(name), known)}")
+
+
+def check_word(argument: str, value: object, known: Collection[str]) -> None:
+    """Raise `SetupError` for a word that an argument does not have, which would else be as good as none."""
+    if value not in known:
+        raise SetupError(
+            f"`{argument}` is {' or '.join(f'`{word}`' for word in known)}; got {value!r}. {nearest(str(value), known)}"
+        )
 
 
 def check_setup(setup: object, sites: Sites, configs: Mapping[str, AdapterConfig], unsound: Collection[str]) -> None:

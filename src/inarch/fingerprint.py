@@ -1,7 +1,8 @@
 """Tells whether a model is the base an adapter was made on: the same sites, the same weights.
 
 Two numbers of every tensor are kept, its norm and its sum under fixed signs, and compared within the tolerance of the
-dtype. So a change anywhere in a tensor is seen, and the same weights in half precision still agree. Tensors are known
+dtype. So a change anywhere in a tensor is seen (of a very large one, in the rows that are read: `_WHOLE`), and the same
+weights in half precision still agree. Tensors are known
 by their role at a site, or by the layer they are in; those outside the layers (embeddings, the norm at the end) by
 their stack and shape. No name of a module is used. What a task adds behind the last layer is no part of the base.
 """
@@ -239,7 +240,7 @@ def _rounded(value: float) -> float:
 @lru_cache(maxsize=64)
 def _signs(count: int) -> Tensor:
     """As many signs, always the same ones, by a hash of the place. They let rounding errors cancel out."""
-    hashed = torch.arange(1, count + 1) * 2654435761 % 2**32
+    hashed = torch.arange(1, count + 1, device="cpu") * 2654435761 % 2**32
     hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
     return 1 - 2 * (hashed >> 31)
 

@@ -271,10 +271,10 @@ class Grafted:
     def _switch(self, setup: Setup, skip_layers: Iterable[int] = ()) -> None:
         """Change the hooks to those of a setup; if that fails, what was active stays so."""
         before, skipped = self._setup, self._skipped
-        chosen = tuple(sorted(set(skip_layers)))
+        chosen = tuple(dict.fromkeys(skip_layers))
         check_layers("skip_layers", chosen, self.sites)
         try:
-            self._skipped = chosen
+            self._skipped = tuple(sorted(chosen))
             self._arm(setup)
         except BaseException:
             self._skipped = skipped

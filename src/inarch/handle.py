@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from . import loading, pretrained, publish, saving, setups, state
-from .admission import check_setup, refusal
+from .admission import check_setup, check_word, refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
 from .check import Data, Report, Stored, Training, examine, impossible, model_facts, report
@@ -92,6 +92,10 @@ def _batch(model: nn.Module, example_inputs: Any) -> Inputs | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and data-parallel wrappers."""
+    if not isinstance(model, nn.Module):
+        raise SiteError(
+            f"A model is a PyTorch module, `torch.nn.Module`; got {type(model).__name__}. Load the model, and pass it."
+        )
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -255,6 +259,7 @@ class Adapters(Grafted):
         """
         with LOCK:
             self._check_new(name, overwrite)
+            check_word("unsound", unsound, get_args(Unsound))
             parsed = read_config(config)
             verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
@@ -269,6 +274,8 @@ class Adapters(Grafted):
         They are an adapter of their own: saved, loaded and removed by that name, and active as part of the `Fuse`.
         """
         with LOCK:
+            if not isinstance(block, Fuse):
+                raise SetupError(f"Fusion layers are those of a `Fuse`; got {block!r}. Write `Fuse('a', 'b')`.")
             for name in leaves(block):
                 self._require(name)
             parts = read_config(config).parts
@@ -572,6 +579,7 @@ class Adapters(Grafted):
         """
         self._require_attached()
         self._refuse_merged("An adapter is loaded into the base it was trained on")
+        check_word("other_base", other_base, get_args(OtherBase))
         if name is not None:
             self._check_new(name, overwrite)
         # Outside the lock, because a download may take minutes.

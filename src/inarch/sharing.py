@@ -13,6 +13,11 @@ from .methods import AdapterConfig, LinearMethod, method_of
 
 def share(model: nn.Module, sites: Sites, names: Sequence[str], configs: Mapping[str, AdapterConfig]) -> None:
     """Let adapters have the shareable parameters of the first. Raises `SetupError` where they cannot."""
+    if isinstance(names, str) or not names:
+        raise SetupError(
+            f"The adapters that share parameters are named in a list; got {names!r} for {sites.model_class}. Write "
+            "`share([...])`."
+        )
     for name in names:
         if not any(method.shareable for method in _methods(configs[name])):
             raise SetupError(

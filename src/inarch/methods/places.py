@@ -73,7 +73,7 @@ def kind_placements(
 def check_layers(name: str, layers: tuple[int, ...], sites: Sites) -> None:
     """Raise `ConfigError` for layer numbers the model does not have."""
     total = sum(sites.num_layers.values())
-    unknown = [layer for layer in layers if not 0 <= layer < total]
+    unknown = [layer for layer in layers if type(layer) is not int or not 0 <= layer < total]
     if unknown:
         raise ConfigError(
             f"`{name}` names layers of the model, 0 to {total - 1}; got {', '.join(map(str, unknown))} "
