@@ -400,3 +400,34 @@ def test_what_cannot_be_had_is_refused():
         model(**tiny_inputs("bert"))
     with pytest.raises(inarch.ConfigError, match=re.escape("must reach at least one attention")):
         adapters.add("b", "prefix_tuning[leave_out=[0,1]]")
+
+
+@pytest.mark.parametrize("kind", ["fused", "scores"])
+def test_an_interrupted_forward_leaves_other_attentions_as_they_are(kind):
+    """Python's `KeyboardInterrupt` passes by the hooks that end a forward."""
+    model, inputs = PlainTransformer().eval(), {"x": torch.randn(2, 5, 32)}
+    last = model.blocks[0].out
+    if kind == "scores":
+        model, inputs = tiny_model("deberta-v2").eval(), {"input_ids": torch.arange(3, 11)[None]}
+        last = next(module for path, module in model.named_modules() if path.endswith("layer.0.attention.self.dropout"))
+    adapters = inarch.attach(model, example_inputs=inputs)
+    adapters.add("a", f"prefix_tuning[{SMALL}]")
+    adapters.activate("a")
+    expected = model(**inputs)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    q = torch.randn(2, 4, 5, 8)
+    alone = nn.functional.scaled_dot_product_attention(q, q, q), (q @ q.mT).softmax(-1) @ q
+    hook = last.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    hook.remove()
+    assert torch.overrides._get_current_function_mode_stack()  # what the test is about: the hook was passed by
+    others = nn.functional.scaled_dot_product_attention(q, q, q), (q @ q.mT).softmax(-1) @ q
+    assert all(torch.equal(one, other) for one, other in zip(alone, others, strict=True))
+    first = [output if torch.is_tensor(output) else output[0] for output in (expected, model(**inputs))]
+    assert torch.equal(*first)
+    adapters.deactivate()
+    assert not torch.overrides._get_current_function_mode_stack()

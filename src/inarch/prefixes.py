@@ -26,14 +26,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Literal
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .bank import argument_of, refuse_replica, thread
 from .compose import Average, Cut, Cutter, Fuse, Setup, Take, run, walk
@@ -221,7 +221,7 @@ class PrefixSlot:
         self._reads_input = any(module.reads_input for module in modules.values())
         self._inputs: dict[int, Tensor] = {}
         self._calls: dict[int, list[int]] = {}
-        self._modes: dict[int, list[TorchFunctionMode]] = {}
+        self._modes: dict[int, list[_Mode]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running forward."""
@@ -265,14 +265,24 @@ class PrefixSlot:
         if not torch.compiler.is_compiling():
             self._calls.setdefault(thread(), []).append(0)
         if self.way in ("fused", "scores"):
-            mode = _Attending(self) if self.way == "fused" else _Scoring(self, module)
+            if not torch.compiler.is_compiling():
+                self.clear()
+            mode = _Attending(self, module) if self.way == "fused" else _Scoring(self, module)
             self._modes.setdefault(thread(), []).append(mode)
             mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotation there
+
+    def clear(self) -> None:
+        """Leave the modes of this thread that an interrupted forward has left behind."""
+        modes = self._modes.get(thread())
+        while modes and not modes[-1].is_running() and _innermost() is modes[-1]:
+            modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook on the attention, also called after an exception."""
         if self.way in ("fused", "scores"):
-            self._modes[thread()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
+            modes = self._modes.get(thread())
+            if modes:  # else an exception came before `enter`
+                modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
         self._inputs.pop(thread(), None)
         if torch.compiler.is_compiling():
             return
@@ -425,35 +435,70 @@ def _described(mask: Any) -> str:
     return f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"`{type(mask).__name__}`"
 
 
-class _Attending(TorchFunctionMode):
-    """Meets the calls of `scaled_dot_product_attention` of one thread."""
+class _Mode(TorchFunctionMode):
+    """Meets the calls of torch's functions in one forward of an attention, in one thread.
 
-    def __init__(self, slot: PrefixSlot) -> None:
+    Python's `KeyboardInterrupt` passes by the hook that leaves it. What is left then meets nothing any more.
+    """
+
+    def __init__(self, slot: PrefixSlot, attention: nn.Module) -> None:
         super().__init__()
         self._slot = slot
+        # A compiled graph has no frames, and no interrupts.
+        self._frame = None if torch.compiler.is_compiling() else _frame_of(attention)
+
+    def is_running(self) -> bool:
+        """Whether the forward has not ended."""
+        if self._frame is None or torch.compiler.is_compiling():
+            return True
+        frame: FrameType | None = sys._getframe()  # noqa: SLF001  there is no public name for it
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+def _innermost() -> object:
+    """The function mode that a call of torch's meets first in this thread."""
+    return _get_current_function_mode()  # type: ignore[no-untyped-call]  # torch has no annotation there
+
+
+def _frame_of(module: nn.Module) -> FrameType | None:
+    """The frame in which a module is being called, among those of this thread; None where that cannot be seen."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001  as above
+    while frame is not None and not (frame.f_code is _CALL and frame.f_locals.get("self") is module):
+        frame = frame.f_back
+    return frame
+
+
+_CALL = nn.Module._call_impl.__code__  # noqa: SLF001  what calls a module's hooks and its forward
+
+
+class _Attending(_Mode):
+    """Meets the calls of `scaled_dot_product_attention`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and self.is_running():
             return self._slot.attend_fused(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-class _Scoring(TorchFunctionMode):
-    """Meets the products and the softmax of a disentangled attention (DeBERTa), of one thread.
+class _Scoring(_Mode):
+    """Meets the products and the softmax of a disentangled attention (DeBERTa).
 
     Its first product is that of queries and keys; either may be scaled already. Of the scores of a prefix only that one
     has a meaning: those of relative positions belong to keys with a position.
     """
 
     def __init__(self, slot: PrefixSlot, attention: Any) -> None:
-        super().__init__()
-        self._slot = slot
+        super().__init__(slot, attention)
         self._attention = attention
         self._query: Tensor | None = None
         self._values: Tensor | None = None
         self._is_scaled = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _SCORES or not self.is_running():
+            return func(*args, **(kwargs or {}))
         if func in (torch.matmul, torch.bmm):
             if self._query is None:
                 self._query, self._is_scaled = args[0], func is torch.matmul  # v2 scales the keys instead
@@ -461,7 +506,7 @@ class _Scoring(TorchFunctionMode):
                 own, values = args[1], self._values
                 args = (args[0], torch.cat([values.reshape(*own.shape[:-2], *values.shape[-2:]), own], -2))
                 self._values = None
-        elif func is F.softmax:
+        else:
             args = (self._extended(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
@@ -483,6 +528,9 @@ class _Scoring(TorchFunctionMode):
         return torch.cat([more.to(scores.dtype), scores], -1)
 
 
+_SCORES = frozenset({torch.matmul, torch.bmm, F.softmax})
+
+
 @dataclass(frozen=True, slots=True)
 class _Armed:
     """An attention with a slot."""
@@ -495,6 +543,7 @@ class _Armed:
         if self.attention.__dict__.get(ATTRIBUTE) is self.slot:
             del self.attention.__dict__[ATTRIBUTE]
             self.attention.__dict__.pop("_attn", None)
+        self.slot.clear()
         _close(id(self.slot))
 
 
