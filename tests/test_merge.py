@@ -334,3 +334,28 @@ def test_a_weight_that_the_model_computes_is_adapted_and_not_merged(config):
     ):
         adapters.merge("a", example_inputs=x)
     assert torch.equal(model(x), before)
+
+
+@pytest.fixture
+def new_parameters_on_conversion():
+    """Lets `.to()` put new parameters in the place of the old ones, as sharding and loading with `assign=True` do."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("new_parameters_on_conversion")
+def test_an_adapter_is_taken_out_of_the_weights_that_the_model_has_by_now():
+    model, adapters = grafted("vit", a="lora")
+    before = weights(model)
+    adapters.merge("a")
+    model.double()
+    adapters.unmerge()
+    assert all(torch.equal(value.float(), before[key]) for key, value in weights(model).items())
+    adapters.merge("a")
+    layer = adapters.sites["image0.0.self_attention"]
+    path = layer.absolute(layer.projections["q"][0].path)
+    model.get_submodule(path).weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(SetupError, match=rf"of the shape that they had; got others at `{path}.weight`"):
+        adapters.unmerge()
+    assert adapters.merged == ("a",)

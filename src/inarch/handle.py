@@ -442,9 +442,12 @@ class Adapters(Grafted):
             return found
 
     def unmerge(self) -> None:
-        """Take every merged adapter out of the weights, bit for bit."""
+        """Take every merged adapter out of the weights, bit for bit.
+
+        Raises `SetupError` where the model has other weights by now, such as quantised ones.
+        """
         with LOCK:
-            self._merged.restore()
+            self._merged.restore(self.model)
             self._merged.names.clear()
 
     def _refuse_merged(self, what: str) -> None:

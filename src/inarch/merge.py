@@ -18,7 +18,7 @@ from .core.site import Affine, Projection, Sites
 from .frozen import Base
 from .methods import AdapterConfig, Frozen, LinearMethod, ParameterMethod, Placement, method_of, placements
 from .sites import Inputs
-from .tensors import is_quantised, is_sharded
+from .tensors import copy_into, is_quantised, is_sharded
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
 """How far outputs may be apart because weights are rounded with an update in them, relative to their size."""
@@ -29,35 +29,44 @@ class Merged:
     """The adapters that are in the weights of a model, and what was there before."""
 
     names: list[str] = field(default_factory=list)
-    kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    """Parameters of the base, each with its values before anything was merged, on the CPU."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """By path, parameters of the base with their values before anything was merged, on the CPU. By path, for a model
+    may get others in their place: in another type, or spread over processes."""
 
-    def keep(self, parameter: nn.Parameter) -> None:
+    def keep(self, path: str, parameter: nn.Parameter) -> None:
         """Keep the values of a parameter, if they are not kept already."""
-        if all(known is not parameter for known, _ in self.kept):
-            self.kept.append((parameter, parameter.detach().to("cpu", copy=True)))
+        if path not in self.kept:
+            self.kept[path] = parameter.detach().to("cpu", copy=True)
 
-    def restore(self) -> None:
-        """Put back what was kept."""
-        with torch.no_grad():
-            for parameter, values in self.kept:
-                parameter.copy_(values)
+    def restore(self, model: nn.Module) -> None:
+        """Put back what was kept. Raises `SetupError` where it does not fit, before anything is put back."""
+        found = {path: _parameter(model, path) for path in self.kept}
+        for path, values in self.kept.items():
+            if is_quantised(found[path]) or found[path].is_meta or found[path].shape != values.shape:
+                raise SetupError(
+                    "What was merged is taken out of weights in floating point, in memory, of the shape that they had; "
+                    f"got others at `{path}` of {type(model).__name__}. Load the base anew, or keep the adapters in it "
+                    "with `detach(keep_merged=True)`."
+                )
+        for path, values in reversed(
+            self.kept.items()
+        ):  # of a parameter with two paths the first has the base's values
+            copy_into(found[path], values)
         self.kept.clear()
 
 
 @contextmanager
-def undone_on_error(merged: Merged) -> Iterator[None]:
+def undone_on_error(model: nn.Module, merged: Merged) -> Iterator[None]:
     """A block in which an adapter is merged: where it raises, the weights are as they were at its beginning."""
-    before = [(parameter, parameter.detach().clone()) for parameter, _ in merged.kept]
-    known = list(merged.kept)
+    before = {path: _parameter(model, path).detach().clone() for path in merged.kept}
+    known = dict(merged.kept)
     try:
         yield
     except BaseException:
-        merged.restore()
-        merged.kept.extend(known)
-        with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
+        merged.restore(model)
+        merged.kept.update(known)
+        for path, values in before.items():
+            copy_into(_parameter(model, path), values)
         raise
 
 
@@ -107,7 +116,7 @@ def merge(
             fold(model, sites, name, config, merged)
             yield
 
-    with undone_on_error(merged):
+    with undone_on_error(model, merged):
         found = difference(model, run_of(model, inputs), active, folded)
         check_agreement(name, found, allowed)
     merged.names.append(name)
@@ -149,18 +158,18 @@ def fold(model: nn.Module, sites: Sites, name: str, config: AdapterConfig, merge
         frozen = [base.read() if module.reads_base else None for *_, module, base in found]
         frozen = [None if one is None else Frozen(one.weight.clone(), None) for one in frozen]
         # Then vectors: what adapters make of an output, they make of one with the effective bias.
-        for _, parameter, part, leaf, changing in vectors:
-            merged.keep(parameter)
+        for path, parameter, part, leaf, changing in vectors:
+            merged.keep(path, parameter)
             rows = _indices(part.rows, parameter.device)
             parameter[rows] = changing.effective(leaf, parameter[rows])
-        for (_, parameter, bias, projection, module, _), base in zip(found, frozen, strict=True):
-            merged.keep(parameter)
+        for (path, parameter, bias, projection, module, _), base in zip(found, frozen, strict=True):
+            merged.keep(path, parameter)
             weight = parameter.mT if projection.transposed else parameter
             rows = _indices(projection.rows, parameter.device)
             new, new_bias = module.fold(weight[rows], None if bias is None else bias[rows], base)
             weight[rows] = new.to(weight.dtype)
             if bias is not None and new_bias is not None:
-                merged.keep(bias)
+                merged.keep(f"{path.rpartition('.')[0]}.bias", bias)
                 bias[rows] = new_bias.to(bias.dtype)
 
 
