@@ -106,6 +106,7 @@ MODELS = {
 
 OTHER_MODELS = {
     "bert-generation": lambda: tf.BertGenerationEncoder(tf.BertGenerationConfig(**ENCODER, **TEXT)),
+    "clip_text_model": lambda: tf.CLIPTextModel(tf.CLIPTextConfig(**ENCODER, **TEXT, **TOKENS)),
     "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**ENCODER, **IMAGE)),
     "deberta-v2": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**ENCODER, **TEXT, **DISENTANGLED)),
     "distilbert": lambda: tf.DistilBertModel(

@@ -119,6 +119,36 @@ def _reasons(found: dict[str, dict[str, Difference | str]], root: Path) -> dict[
     return cases
 
 
+FAMILIES = {
+    "ALBERT": ("albert",),
+    "BART": ("bart",),
+    "BEiT": ("beit",),
+    "BERT": ("bert", "bert_decoder"),
+    "BERT-Generation": ("bert-generation",),
+    "CLIP": ("clip_text_model", "clip_vision_model"),
+    "DeBERTa": ("deberta",),
+    "DeBERTa-v2": ("deberta-v2",),
+    "DistilBERT": ("distilbert",),
+    "ELECTRA": ("electra",),
+    "EncoderDecoder": (),
+    "GPT-2": ("gpt2",),
+    "GPT-J": ("gptj",),
+    "Llama": ("llama",),
+    "MBart": ("mbart",),
+    "Mistral": ("mistral",),
+    "mT5": ("mt5",),
+    "PLBart": ("plbart",),
+    "RoBERTa": ("roberta",),
+    "T5": ("t5",),
+    "ViT": ("vit",),
+    "Whisper": ("whisper",),
+    "XLM-RoBERTa": ("xlm-roberta",),
+    "X-MOD": ("xmod",),
+    "by hooks": ("gemma2", "gemma3_text", "modernbert", "phi", "qwen2", "qwen3"),
+}
+"""What the library has code of its own for, with the folders of the oracle; and what its shipped interfaces name."""
+NO_NAMES = "refused: its modules are those of two other models, and a folder does not say of which"
+
 PAGE = """# Agreement with the library `adapters`
 
 What adapters saved by the library `adapters` 1.3.0 (transformers 4.57.6) compute there, and what they compute when
@@ -140,6 +170,14 @@ the presets, all combinations of the three flags of the wiring, gates, scales, n
 {rows}
 
 {notes}
+
+## The model families
+
+| family | compared |
+|---|---|
+{families}
+
+`load` reads `clip` as both of its towers, and any other model with an `adapter_interface.json` by the names in it.
 
 ## Every case
 
@@ -184,9 +222,20 @@ def page(found: dict[str, dict[str, Difference | str]], root: Path, tolerance: f
         summary=summary(found, tolerance),
         rows="\n".join(rows),
         notes=NOTES,
+        families="\n".join(f"| {family} | {_of_family(types, found)} |" for family, types in FAMILIES.items()),
         table=small_table(found),
         reasons="\n".join(f"* {', '.join(where)}: {text}" for text, where in _reasons(found, root).items()),
     )
+
+
+def _of_family(types: tuple[str, ...], found: dict[str, dict[str, Difference | str]]) -> str:
+    """How many cases of each model type were compared."""
+    counts = {
+        name: sum(isinstance(value, Difference) for value in results.values())
+        for name, results in found.items()
+        if name in types
+    }
+    return ", ".join(f"`{name}`: {count}" for name, count in counts.items()) or (NO_NAMES if not types else "none")
 
 
 def small_table(found: dict[str, dict[str, Difference | str]]) -> str:

@@ -41,6 +41,7 @@ from transformers import (
 import inarch
 from inarch import convert
 from inarch.convert.adapterhub_names import RANDOM_BASES, TOWERS
+from inarch.convert.adapterhub_sites import known_towers
 from inarch.methods.bottleneck import BottleneckConfig
 from inarch.methods.ia3 import IA3Config
 from inarch.methods.lora import LoRAConfig
@@ -170,6 +171,24 @@ def test_script_prints_the_agreement():
     page = script.page(results, FIXTURES, 1e-5)
     assert "4 compared, 1 refused, 1 apart by more than rounding." in page
     assert "| other | 1 | 3e+00 | 2.0 | 1 |" in page and "* other/adapter_plus: no such thing" in page
+
+
+def test_every_family_of_the_library_is_compared_or_refused_by_name():
+    spec = importlib.util.spec_from_file_location("oracle_table", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (SCRIPT.parents[1] / "docs" / "agreement.md").read_text()
+    assert "0 apart by more than rounding" in page
+    types = {name for names in script.FAMILIES.values() for name in names}
+    assert len(script.FAMILIES) == 24 + 1 and set(TOWERS) - {"clip"} <= types
+    for family, names in script.FAMILIES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| {family} |"))
+        for name in names:
+            assert int(row.partition(f"`{name}`: ")[2].partition(",")[0].strip(" |")) > 10
+        assert names or row == f"| {family} | {script.NO_NAMES} |"
+    with pytest.raises(inarch.StateError, match="`encoder-decoder`, whose modules are those of two other models"):
+        known_towers("encoder-decoder", "here")
 
 
 # Habits of the reference on some models

@@ -84,6 +84,11 @@ def fused_with_gate(site: Site) -> bool:
 
 def known_towers(model_type: str, folder: object) -> tuple[Tower, ...]:
     """The towers of a model type. Raises `StateError` for one that is not in the table."""
+    if model_type == "encoder-decoder":
+        raise StateError(
+            "An adapter is read where its modules have names of their own; got one of the model type "
+            f"`encoder-decoder`, whose modules are those of two other models, at `{folder}`. Train the adapter anew."
+        )
     towers = TOWERS.get(model_type)
     if towers is None:
         raise StateError(
