@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-ROOTS = ("adapterhub", "adapterhub_habits")
+ROOTS, HEADS = ("adapterhub", "adapterhub_habits"), "adapterhub_heads"
 TOLERANCE = 1e-5
 
 
@@ -35,13 +35,18 @@ def write(target: Path) -> None:
                 adapters.save("x", target / case.relative_to(FIXTURES), format="adapterhub")
             except inarch.StateError as error:
                 print(f"{case.relative_to(FIXTURES)}: {error}")
+    for record in sorted((FIXTURES / HEADS).glob("*/head_config.json")):
+        model = AutoModel.from_pretrained(FIXTURES / "adapterhub" / "bert" / "base").eval()
+        adapters = inarch.attach(model)
+        name = adapters.load(record.parent)
+        adapters.save(name, target / HEADS / name, format="adapterhub")
 
 
 def judge(target: Path) -> None:
     """What the library computes with them."""
     import adapters
 
-    worst = 0.0
+    worst = _judge_heads(target)
     for record in sorted(target.glob("*/*/*/adapter_config.json")):
         case = record.parent.relative_to(target)
         origin = FIXTURES / case.parent
@@ -58,6 +63,27 @@ def judge(target: Path) -> None:
         worst = max(worst, difference)
         print(f"{case}: {difference:.1e}")
     sys.exit(worst > TOLERANCE)
+
+
+def _judge_heads(target: Path) -> float:
+    """How far the outputs of the heads are, at the most."""
+    import adapters
+
+    expected, worst = load_file(FIXTURES / HEADS / "outputs.safetensors"), 0.0
+    ids = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 2, 0, 0]])
+    for record in sorted((target / HEADS).glob("*/head_config.json")):
+        name = record.parent.name
+        model = adapters.AutoAdapterModel.from_pretrained(FIXTURES / "adapterhub" / "bert" / "base")
+        model.load_adapter(str(record.parent), use_safetensors=True, set_active=True)
+        more = {"word_starts": torch.tensor([[1, 3, 4, 0, 0], [1, 2, 0, 0, 0]])} if name == "parse" else {}
+        with torch.no_grad():
+            found = model.eval()(ids, attention_mask=(ids != 0).long(), **more)
+        wanted = {key.partition(".")[2]: value for key, value in expected.items() if key.startswith(f"{name}.")}
+        differences = [(found[key] - value).abs() for key, value in wanted.items() if key in found]
+        difference = max(float(values[values.isfinite()].max()) for values in differences)
+        worst = max(worst, difference)
+        print(f"head {name}: {difference:.1e}")
+    return worst
 
 
 if __name__ == "__main__":

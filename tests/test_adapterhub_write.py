@@ -1,5 +1,7 @@
 """Folders written for the library `adapters`, read again. That library judges in `scripts/adapterhub_write_back.py`."""
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,78 @@ def test_what_the_library_does_not_compute_is_not_written(name, config, message,
     with pytest.raises(inarch.StateError, match=message):
         adapters.save("a", tmp_path / "a", format="adapterhub")
     assert not (tmp_path / "a").exists()
+
+
+HEADS = {
+    "layered": "classification[num_labels=3,labels=[bad,so,good]]",
+    "pooler": "classification[layers=1,pooling=pooler]",
+    "tags": "tagging[num_labels=4,layers=3,activation_function=relu]",
+    "answers": "question_answering",
+    "choices": "multiple_choice",
+    "parse": "dependency_parsing",
+    "masks": "masked_lm[layers=3]",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_written_beside_its_adapter_and_read_again(name, tmp_path):
+    """The library itself judges it in `scripts/adapterhub_write_back.py`."""
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    adapters.add(name, "lora[r=2]")
+    adapters.add_head(name, HEADS[name])
+    adapters.train(name)
+    head = model.get_submodule(f"inarch.heads.{name}")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    adapters.save(name, tmp_path / "a", format="adapterhub")
+    adapters.save(name, tmp_path / "a", format="adapterhub")  # over what is there
+    record = json.loads((tmp_path / "a" / "head_config.json").read_text())
+    assert record["model_class"] == "BertAdapterModel" and record["name"] == name
+    other = tiny("bert")
+    assert inarch.attach(other).load(tmp_path / "a") == name
+    again = other.get_submodule(f"inarch.heads.{name}")
+    assert again.config == (head.config.replace(tied=True) if name == "masks" else head.config)
+    assert {key: value.tolist() for key, value in again.state_dict().items()} == {
+        key: value.tolist() for key, value in head.state_dict().items()
+    }
+    # as the folders of the library's predecessor name the class
+    (tmp_path / "a" / "head_config.json").write_text(json.dumps(record | {"model_class": "BertModelWithHeads"}))
+    old = inarch.attach(tiny("bert"))
+    old.load(tmp_path / "a")
+    assert tuple(old.flexible_heads) == (name,)
+
+
+def test_a_models_own_head_is_written_and_read_again(tmp_path):
+    model = tiny("bert-classifier")
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn")
+    adapters.train("a")
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    adapters.save("a", tmp_path / "a", format="adapterhub")
+    record = json.loads((tmp_path / "a" / "head_config.json").read_text())
+    assert record["model_class"] == "BertForSequenceClassification" and record["config"] is None
+    other = tiny("bert-classifier")
+    inarch.attach(other).load(tmp_path / "a")
+    assert torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("classification[pooling=mean]", "got `pooling='mean'` in `a`"),
+        ("tagging[bias=False]", "got `bias=False` in `a`"),
+        ("masked_lm[dropout_prob=0.1]", "got `dropout_prob` in `a`"),
+    ],
+)
+def test_a_head_that_the_library_does_not_have_is_told_of_and_left_out(head, message, tmp_path, caplog):
+    adapters = inarch.attach(tiny("bert"))
+    adapters.add("a", "lora")
+    adapters.add_head("a", head)
+    adapters.train("a")
+    with caplog.at_level(logging.WARNING, "inarch"):
+        adapters.save("a", tmp_path / "a", format="adapterhub")
+    assert message in caplog.text and "only the adapter is written" in caplog.text
+    assert not (tmp_path / "a" / "head_config.json").exists()

@@ -15,8 +15,9 @@ from . import convert, state
 from .core.errors import StateError
 from .core.site import Sites
 from .fingerprint import describe_sites, fingerprint
-from .heads import HeadConfig, head_data, id2label
+from .heads import HeadConfig, head_data, id2label, model_class, name_at, write_foreign
 from .methods import AdapterConfig
+from .tensors import whole
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -66,16 +67,53 @@ def write(
         )
         state.write(folder, written, settings, state.Files(convert.peft_record.SAFE, convert.peft_record.RECORD))
     elif format_ == "adapterhub":
-        if adapter.head:
-            logger.warning("Of `%s` only the adapter is written: the library `adapters` has other heads.", adapter.name)
         written, settings = convert.write_adapterhub(
             adapter.name, adapter.config, adapter.tensors, model=model, sites=sites
         )
-        state.write(
-            folder, written, settings, state.Files(convert.adapterhub_record.SAFE, convert.adapterhub_record.RECORD)
-        )
+        names = convert.adapterhub_record
+        files = state.Files(names.SAFE, names.RECORD, (names.HEAD_SAFE, names.HEAD_RECORD))
+        beside = _adapterhub_head(adapter, model, settings) if adapter.head else {}
+        state.write(folder, written, settings, files, beside=beside)
     else:
         state.write(folder, both, _record(adapter, model, sites, heads, processor))
+
+
+def _adapterhub_head(adapter: Adapter, model: nn.Module, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a head in the format of the library `adapters`. What it does not have is told of and left out.
+
+    That library has one flexible head in a folder, under the class of its own that has some, or the modules of the
+    model's own head, under the model's class.
+    """
+    named = {path: config for path, config in adapter.flexible.items() if path in adapter.head}
+    if named and (len(named) > 1 or len(adapter.head) > 1):
+        heads = ", ".join(f"`{path}`" for path in adapter.head)
+        logger.warning("Of `%s` the adapter alone is written, without %s: there one head fits.", adapter.name, heads)
+        return {}
+    base = {key: record[key] for key in ("hidden_size", "model_name", "model_type", "version")}
+    tensors = {key.removeprefix("head."): tensor for key, tensor in adapter.head_tensors.items()}
+    if not named:
+        labels = {label: number for number, label in id2label(model).items()}
+        own = {"config": None, "name": None, "model_class": record["model_class"]}
+        return _packed(tensors, base | own | {"label2id": labels, "num_labels": len(labels)})
+    ((path, config),) = named.items()
+    name = name_at(path)
+    own = {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items()}
+    try:
+        written, settings = write_foreign(name, config, own, model)
+    except StateError as error:
+        logger.warning("Of `%s` only the adapter is written. %s", adapter.name, error)
+        return {}
+    kind = model_class(model).removesuffix("Model").removesuffix("Encoder")
+    return _packed(written, base | {"config": settings, "name": name, "model_class": f"{kind}AdapterModel"})
+
+
+def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, bytes]:
+    from safetensors.torch import save
+
+    names = convert.adapterhub_record
+    plain = {key: whole(tensor.detach()).cpu().contiguous().clone() for key, tensor in tensors.items()}
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return {names.HEAD_SAFE: save(plain), names.HEAD_RECORD: text.encode()}
 
 
 def _record(adapter: Adapter, model: nn.Module, sites: Sites, heads: Sequence[str], processor: Any) -> dict[str, Any]:

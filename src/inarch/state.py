@@ -41,18 +41,24 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The names of the two files of an adapter folder."""
+    """The names of the two files of an adapter folder, and of others that may lie beside them."""
 
     tensors: str = TENSORS
     record: str = RECORD
+    others: tuple[str, ...] = ()
 
 
 def write(
-    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files = Files()
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    files: Files = Files(),
+    *,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
 
-    Arguments: `files` names its files where it is one of another library.
+    Arguments: `files` names its files where it is one of another library; `beside` are more files, by name.
 
     Where the system cannot let two folders change places (Linux can, on most file systems), there is an instant between
     two renames in which a reader sees none.
@@ -69,8 +75,8 @@ def write(
         )
     values = {key: whole(tensor) for key, tensor in tensors.items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
-        return _write_once(Path(folder), values, record, files)
-    return _write(Path(folder), values, record, files)
+        return _write_once(Path(folder), values, record, files, beside or {})
+    return _write(Path(folder), values, record, files, beside or {})
 
 
 def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path:
@@ -93,14 +99,16 @@ def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path
     return found
 
 
-def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
+def _write_once(
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files, beside: Mapping[str, bytes]
+) -> Path:
     """Let the first process write, and all of them know when it has, or why it could not."""
     from torch import distributed
 
     outcome = [""]
     if distributed.get_rank() == 0:
         try:
-            _write(folder, tensors, record, files)
+            _write(folder, tensors, record, files, beside)
         except StateError as error:
             outcome = [str(error)]
     distributed.broadcast_object_list(outcome, src=0)
@@ -109,7 +117,9 @@ def _write_once(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     return folder
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files) -> Path:
+def _write(
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files, beside: Mapping[str, bytes]
+) -> Path:
     from safetensors.torch import save as to_bytes
 
     target = check_target(folder, files)
@@ -123,8 +133,10 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any
         (draft / files.record).write_text(
             json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        for file in (draft / files.tensors, draft / files.record):
-            sync(file)
+        for name, content in beside.items():
+            (draft / name).write_bytes(content)
+        for name in (files.tensors, files.record, *beside):
+            sync(draft / name)
         replace_folder(draft, target)
     except OSError as error:
         raise _unwritable(folder, error) from None
@@ -180,7 +192,11 @@ def sync(path: Path) -> None:
 
 
 def _replaceable(target: Path, files: Files) -> bool:
-    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {files.tensors, files.record}
+    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {
+        files.tensors,
+        files.record,
+        *files.others,
+    }
 
 
 def _contents(target: Path) -> str:

@@ -8,6 +8,8 @@ from .flexible import name_at as name_at
 from .flexible import path_of as path_of
 from .foreign import read_foreign as read_foreign
 from .foreign import read_foreign_settings as read_foreign_settings
+from .foreign_write import model_class as model_class
+from .foreign_write import write_foreign as write_foreign
 from .kinds import KINDS as KINDS
 from .kinds import HeadConfig as HeadConfig
 from .kinds import head_data as head_data
