@@ -46,6 +46,11 @@ def test_what_is_written_computes_what_the_library_did(case, tmp_path):
     ("name", "config", "message"),
     [
         ("vit", "ia3", "got the methods `ia3` in `a`"),
+        (
+            "bert",
+            "compacter[phm_dim=2,reduction_factor=4]",
+            "got `phm_layer=True`, whose parameters have other names there, in `a`",
+        ),
         ("vit", "lora|seq_bn", "got the methods `lora`, `bottleneck` in `a`"),
         ("vit", "lora[rank_pattern={'*.q':2}]", "got `rank_pattern`, which mean something else there, in `a`"),
         ("vit", "seq_bn[leave_out_roles=[self_attention]]", "got `leave_out_roles`, which mean something else"),

@@ -46,6 +46,8 @@ def write_adapterhub(
         raise _refusal(name, f"the methods `{'`, `'.join(method_of(one).name for one in config.parts)}`")
     if isinstance(part, LoRAConfig) and part.init_weights == "pissa":
         raise _refusal(name, "`init_weights='pissa'`, whose frozen factors have no place there,")
+    if isinstance(part, BottleneckConfig) and part.phm_layer:
+        raise _refusal(name, "`phm_layer=True`, whose parameters have other names there,")
     if sites.model_type not in TOWERS:
         raise _refusal(name, f"the model type `{sites.model_type}`, whose modules have no names there,")
     stacks = match_stacks(known_towers(sites.model_type, name), sites, name)
