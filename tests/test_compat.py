@@ -366,6 +366,9 @@ def test_setups_and_all_that_is_saved(tmp_path):
     model.save_all_adapters(tmp_path / "all", with_head=False)
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"a", "b"}
     assert [path.name for path in (tmp_path / "fusions").iterdir()] == ["a+b"]
+    with pytest.raises(SetupError, match="with the adapters that they combine; got `mine`"):
+        model.load_adapter_fusion(tmp_path / "fusions" / "a+b", load_as="mine", set_active=True)
+    model.delete_adapter("mine")
     model.save_adapter_setup(tmp_path / "setup", ac.Parallel("a", "b"))
     fresh = tiny("bert")
     adapters.init(fresh)

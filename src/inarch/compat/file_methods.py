@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..compose import Setup
+from ..core.errors import SetupError
 from ..handle import Adapters
 from .composition import as_fuse, as_setup
 from .own import OF_TRANSFORMERS, own_method
@@ -121,7 +122,13 @@ class FileMethods:
         refuse_kwargs("load_adapter_fusion", kwargs)
         name = self._handle.load(adapter_fusion_name_or_path, name=load_as, head=with_head, overwrite=True)
         if set_active:
-            self._handle.activate(as_fuse(name.split("+")))
+            fused = name.split("+")
+            if len(fused) < 2 or not all(child in self._handle for child in fused):
+                raise SetupError(
+                    f"Fusion layers are activated with the adapters that they combine; got `{name}`, which names no "
+                    f'adapters of the model. Call `set_active_adapters(Fuse(..., name="{name}"))`.'
+                )
+            self._handle.activate(as_fuse(fused))
         return name
 
     def save_adapter_setup(  # noqa: PLR0917  as it is called there
