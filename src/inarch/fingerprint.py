@@ -2,9 +2,9 @@
 
 Two numbers of every tensor are kept, its norm and its sum under fixed signs, and compared within the tolerance of the
 dtype. So a change anywhere in a tensor is seen (of a very large one, in the rows that are read: `_WHOLE`), and the same
-weights in half precision still agree. Tensors are known
-by their role at a site, or by the layer they are in; those outside the layers (embeddings, the norm at the end) by
-their stack and shape. No name of a module is used. What a task adds behind the last layer is no part of the base.
+weights in half precision still agree. Tensors are known by their role at a site, or by the layer they are in; those
+outside the layers (embeddings, the norm at the end) by their stack and shape. No name of a module is used. What a task
+adds behind the last layer is no part of the base.
 """
 
 import logging

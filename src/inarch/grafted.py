@@ -201,7 +201,10 @@ class Grafted:
 
     @contextmanager
     def using(self, setup: Setup | None, *, skip_layers: Iterable[int] = ()) -> Iterator[None]:
-        """Activate a setup, or none, for the length of a `with` block, as `activate` does."""
+        """Activate a setup, or none, for the length of a `with` block, as `activate` does.
+
+        Under checkpointing, layers run again in the backward pass, as they are then: call `backward` in the block.
+        """
         before, skipped, heads = self._setup, self._skipped, self._heads.active
         if setup is None:
             self.deactivate()
