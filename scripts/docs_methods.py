@@ -21,8 +21,9 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 import inarch
 from inarch.compose import BLOCKS
 from inarch.core.errors import InarchError
-from inarch.methods import AbstractMethod, LinearMethod, method_of, methods, placements, presets
+from inarch.methods import AbstractMethod, LinearMethod, method_of, methods, placements, presets, read_config
 from inarch.methods.unions import UNIONS
+from inarch.plan import plan
 
 PAGE = DOCS / "methods.md"
 
@@ -77,12 +78,9 @@ def models() -> dict[str, inarch.Adapters]:
 def parameters(preset: str, adapters: inarch.Adapters) -> str:
     """How many a preset has on a model; a dash where it has no place."""
     try:
-        adapters.add("a", preset)
+        return f"{plan(adapters.sites, {'a': read_config(preset)}).num_parameters:,}"
     except InarchError:
         return "-"
-    distinct = {id(parameter): parameter.numel() for parameter in adapters["a"].values()}
-    adapters.remove("a")
-    return f"{sum(distinct.values()):,}"
 
 
 def first(method: type[AbstractMethod]) -> inarch.core.config.Config:

@@ -4,9 +4,10 @@ Chen et al. 2022 (arXiv 2205.13535), section 3.2, equations 2 and 3:
 
     y = x + MLP(LN(x)) + s * (W_up drop(ReLU(W_down x + b_down)) + b_up)        s = 0.1, 64 units
 
-`x` is the stream as it enters the MLP's norm, as in the code of the authors, who put no norm before the bottleneck;
-`normed=True` reads it behind the layer's norm. The dropout, of 0.1 in that code, is between the two maps. W_down starts
-from Kaiming's distribution, W_up and both biases from zero, so that training starts at the base model.
+`x` is the stream as it enters the MLP's norm: the authors' code (`models/custom_modules.py`) reads it there, and has no
+norm before the bottleneck; `normed=True` reads it behind the layer's norm. The dropout, of 0.1 in that code, is between
+the two maps. W_down starts from Kaiming's distribution, W_up and both biases from zero, so that training starts at the
+base model.
 
 Tensors: B batch, L tokens, D width of the site, R bottleneck.
 """
