@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from little_adapters import moved
 
 import inarch
 from inarch import Average, BatchSplit, MultiTask, Parallel, Split, Stack
@@ -60,14 +61,7 @@ def test_an_average_of_adapters_that_count_the_exchanged_stream_differently_is_t
 def grafted(name, configs=CONFIGS):
     """A tiny model in double precision with adapters moved off their initial weights."""
     model = tiny(name).double()
-    adapters = inarch.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    for key, config in configs.items():
-        adapters.add(key, config)
-        with torch.no_grad():
-            for parameter in adapters[key].values():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model, adapters
+    return model, moved(model, configs)
 
 
 def inputs_of(name, batch=4):

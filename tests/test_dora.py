@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate import dispatch_model
-from test_lora import EVERY, awake, by_hand, grafted, output, rows_of
+from little_adapters import EVERY, awake, by_hand, grafted, output, rows_of
 from torch import nn
 
 import inarch

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from test_lora import awake
+from little_adapters import awake
 from torch import nn
 
 import inarch

@@ -1,64 +1,14 @@
 """rsLoRA and PiSSA against their formulas in float64, on every port, and through merging, averages and files."""
 
-import copy
 import math
 
 import pytest
 import torch
+from little_adapters import EVERY, awake, by_hand, grafted, output, rows_of
 from torch import nn
 
 import inarch
-from inarch.testing import tiny, tiny_inputs
-
-EVERY = "attn_matrices=[q,k,v,o],intermediate_lora=True,output_lora=True"
-
-
-def grafted(name, **configs):
-    """A tiny model in float64 with adapters moved off their initial weights."""
-    model = tiny(name).double()
-    adapters = inarch.attach(model)
-    for key, config in configs.items():
-        adapters.add(key, config)
-        awake(adapters, key)
-    return model, adapters
-
-
-def awake(adapters, name):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
-
-
-@torch.no_grad()
-def output(model, name):
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(name).items()}
-    return model(**inputs).last_hidden_state
-
-
-def rows_of(model, site, projection):
-    """The weight (rows, in) of a projection, as a view or a copy, and how to write it back."""
-    weight = model.get_submodule(site.absolute(projection.path)).get_parameter(projection.weight or "weight")
-    view = weight.mT if projection.transposed else weight
-    rows = projection.rows or ((0, projection.out_features),)
-    return view, torch.cat([torch.arange(*pair) for pair in rows])
-
-
-def by_hand(model, adapters, method, change):
-    """A copy of the base with `change(weight, tensors, role)` in the place of every adapted weight."""
-    twin = copy.deepcopy(model)
-    inarch.attach(twin).detach()
-    found: dict = {}
-    for key, tensor in adapters.tensors("a").items():
-        place, _, rest = key.partition(f".{method}.")
-        role, _, leaf = rest.partition(".")
-        found.setdefault((place, role), {})[leaf] = tensor.detach()
-    with torch.no_grad():
-        for (place, role), tensors in found.items():
-            site = adapters.sites[place]
-            view, rows = rows_of(twin, site, site.projections[role][0])
-            view[rows] = change(view[rows], tensors, role)
-    return twin
+from inarch.testing import tiny
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from little_adapters import moved
 from torch import nn
 
 import inarch
@@ -17,14 +18,7 @@ SCALES = "ia3[alpha=1.5,attn_matrices=[q,k,v],output_lora=True]"
 
 def grafted(name, **configs):
     model = tiny(name) if isinstance(name, str) else name
-    adapters = inarch.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    for key, config in configs.items():
-        adapters.add(key, config)
-        with torch.no_grad():
-            for parameter in adapters[key].values():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model, adapters
+    return model, moved(model, configs)
 
 
 @torch.no_grad()

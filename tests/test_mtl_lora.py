@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_lora import EVERY, awake, by_hand, grafted, output
+from little_adapters import EVERY, awake, by_hand, grafted, output
 from transformers import BertConfig, BertModel
 
 import inarch

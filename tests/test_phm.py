@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lora import awake, output
+from little_adapters import awake, output
 
 import inarch
 from inarch.attach import modules_at, slot_of

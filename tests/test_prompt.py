@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from little_adapters import prompted
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,18 +17,6 @@ from inarch.testing import tiny, tiny_inputs
 COUNT = 3
 LEFT = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
-
-
-def grafted(model, *configs):
-    """The handle, with adapters `a`, `b`, ... whose vectors matter, the first one active."""
-    adapters = inarch.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    for name, config in zip("abc", configs, strict=False):
-        adapters.add(name, config)
-        for vectors in adapters[name].values():
-            vectors.data = torch.randn(vectors.shape, generator=generator)
-    adapters.activate("a")
-    return adapters
 
 
 def vectors(adapters, name="a"):
@@ -44,7 +33,7 @@ def in_front(values, front):
 @pytest.mark.parametrize("mask", [None, LEFT, RIGHT], ids=["whole", "left", "right"])
 def test_a_decoder_sees_vectors_among_its_words(name, mask):
     model = tiny(name)
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     ids = tiny_inputs(name)["input_ids"]
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     found = model(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True)
@@ -69,7 +58,7 @@ def test_a_decoder_sees_vectors_among_its_words(name, mask):
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left"])
 def test_generation_with_a_cache_is_generation_without(name, mask):
     model = tiny(name)
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     ids = tiny_inputs(name)["input_ids"]
     settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     settings |= {"eos_token_id": None} if "t5" not in name and "bart" not in name else {"min_new_tokens": 5}
@@ -91,7 +80,7 @@ def test_generation_with_a_cache_is_generation_without(name, mask):
 def test_padding_on_the_left_changes_nothing():
     """Where positions are counted by the mask, as `generate` does it."""
     model = tiny("gpt2-lm")
-    grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     ids = tiny_inputs("gpt2-lm")["input_ids"][:1]
     padded = torch.cat((torch.full((1, 2), 5), ids), dim=1)
     mask = torch.cat((torch.zeros(1, 2), torch.ones(1, 7)), dim=1).long()
@@ -103,7 +92,7 @@ def test_padding_on_the_left_changes_nothing():
 @pytest.mark.parametrize("name", ["t5-lm", "bart-lm"])
 def test_an_encoder_sees_the_vectors_and_so_does_the_decoder(name):
     model = tiny(name)
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     inputs = tiny_inputs(name)
     found = model(**inputs, attention_mask=RIGHT)
     adapters.deactivate()
@@ -117,7 +106,7 @@ def test_an_encoder_sees_the_vectors_and_so_does_the_decoder(name):
 def test_padding_on_the_left_of_an_encoder_changes_nothing():
     """T5 counts distances between places: the vectors stand behind the padding."""
     model = tiny("t5-lm")
-    grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     inputs = tiny_inputs("t5-lm")
     mask = torch.ones(2, 7, dtype=torch.long)
     padded = {"input_ids": torch.cat((torch.full((2, 2), 5), inputs["input_ids"]), dim=1)}
@@ -131,7 +120,7 @@ def test_padding_on_the_left_of_an_encoder_changes_nothing():
 def test_a_classifier_pools_the_users_first_token(insert, mask):
     """`auto` leaves tokens at their positions; `words` moves them."""
     model = tiny("bert-classifier")
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT},insert={insert}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT},insert={insert}]")
     ids = tiny_inputs("bert")["input_ids"]
     types = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
     found = model(input_ids=ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
@@ -155,7 +144,7 @@ def test_a_decoder_classifies_by_the_users_last_token(side):
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, pad_token_id=0, num_labels=3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     mask = LEFT if side == "left" else RIGHT
     ids = torch.randint(1, 30, (2, 7)) * mask
     found = model(input_ids=ids, attention_mask=mask).logits
@@ -180,7 +169,7 @@ def test_the_paper_starts_uniformly_or_at_words():
 
 def test_rows_copies_tasks_stacks_and_averages():
     model = tiny("llama-lm")
-    adapters = grafted(model, *[f"prompt_tuning[prompt_length={COUNT}]"] * 2)
+    adapters = prompted(model, *[f"prompt_tuning[prompt_length={COUNT}]"] * 2)
     ids = tiny_inputs("llama-lm")["input_ids"]
 
     def run(setup, **changes):
@@ -208,7 +197,7 @@ def test_rows_copies_tasks_stacks_and_averages():
 def test_an_invertible_adapter_goes_with_it():
     """In one program at the embedding of BERT: what a later part puts in front, an earlier one does not change."""
     model = tiny("bert-classifier")
-    adapters = grafted(model, f"invertible|prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"invertible|prompt_tuning[prompt_length={COUNT}]")
     inputs = tiny_inputs("bert")
     found = model(**inputs).logits
     adapters.deactivate()
@@ -224,7 +213,7 @@ def test_a_decoder_with_an_embedding_of_its_own_has_a_cache():
     for name in ("Bert", "Roberta"):
         config = getattr(transformers, f"{name}Config")(vocab_size=40, is_decoder=True, pad_token_id=0, **settings)
         model = getattr(transformers, "BertLMHeadModel" if name == "Bert" else "RobertaForCausalLM")(config).eval()
-        grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+        prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
         ids = torch.randint(3, 40, (2, 6))
         whole = model(input_ids=ids, attention_mask=torch.ones(2, 6)).logits
         start = model(input_ids=ids[:, :4], attention_mask=torch.ones(2, 4), use_cache=True)
@@ -234,7 +223,7 @@ def test_a_decoder_with_an_embedding_of_its_own_has_a_cache():
 
 def test_what_cannot_be_told_of_the_vectors_is_refused():
     model = tiny("llama-lm")
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     ids = tiny_inputs("llama-lm")["input_ids"]
     with pytest.raises(
         inarch.SetupError, match=r"extended by those in front of them; got `attention_mask` of \(2, 1, 7"
@@ -258,7 +247,7 @@ def test_an_embedding_without_positions_is_among_the_words():
     model = transformers.ModernBertModel(
         transformers.ModernBertConfig(vocab_size=99, pad_token_id=0, **settings)
     ).eval()
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     ids = tiny_inputs("bert")["input_ids"]
     found = model(input_ids=ids, attention_mask=RIGHT).last_hidden_state
     adapters.deactivate()
@@ -319,7 +308,7 @@ def test_the_tokens_of_clip_stay_where_they_are():
     """The text is pooled at the position of its last token, which the ids tell."""
     model = tiny("clip")
     skip_where_no_table_is_told(inarch.attach(model))
-    adapters = grafted(model, f"prompt_tuning[prompt_length={COUNT}]")
+    adapters = prompted(model, f"prompt_tuning[prompt_length={COUNT}]")
     inputs = tiny_inputs("clip")
     found = model(**inputs).text_embeds
     states = model.text_model(input_ids=inputs["input_ids"])
@@ -333,7 +322,7 @@ def test_the_tokens_of_clip_stay_where_they_are():
 def test_a_folder_of_the_library_adapters_is_read(tmp_path, name, prefix):
     model = tiny(name)
     preset = "prompt_tuning" if prefix == "bert." else "vpt_shallow[dropout=0]"
-    adapters = grafted(
+    adapters = prompted(
         model, preset.replace("]", ",prompt_length=4]") if "]" in preset else f"{preset}[prompt_length=4]"
     )
     expected = model(**tiny_inputs(name)).logits
@@ -366,7 +355,7 @@ def peft_folder(folder, rows, **changes):
 
 def test_a_folder_of_peft_is_read(tmp_path):
     model = tiny("gpt2-lm")
-    adapters = grafted(model, "prompt_tuning[prompt_length=4]")
+    adapters = prompted(model, "prompt_tuning[prompt_length=4]")
     expected = model(**tiny_inputs("gpt2-lm")).logits
     peft_folder(tmp_path, vectors(adapters))
     adapters.activate(adapters.load(tmp_path, name="x"))
@@ -375,7 +364,7 @@ def test_a_folder_of_peft_is_read(tmp_path):
 
 def test_of_an_encoder_and_decoder_peft_uses_the_first_half(tmp_path):
     model = tiny("t5-lm")
-    adapters = grafted(model, "prompt_tuning[prompt_length=4]")
+    adapters = prompted(model, "prompt_tuning[prompt_length=4]")
     expected = model(**tiny_inputs("t5-lm")).logits
     rows = torch.cat((vectors(adapters), torch.ones(4, 32)))
     peft_folder(tmp_path, rows, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2)

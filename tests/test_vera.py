@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_lora import EVERY, awake, by_hand, grafted, output
+from little_adapters import EVERY, awake, by_hand, grafted, output
 
 import inarch
 from inarch.testing import tiny

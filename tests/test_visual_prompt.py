@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from little_adapters import prompted
 
 import inarch
 from inarch import Average, BatchSplit, Parallel, Stack
@@ -21,18 +22,6 @@ def model_of(name, config, **settings):
     model = getattr(transformers, name)(getattr(transformers, config)(**SMALL, **settings)).eval()
     perturb(model)
     return model
-
-
-def grafted(model, *configs):
-    """The handle, with adapters `a`, `b`, ... whose prompts matter, the first one active."""
-    adapters = inarch.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    for name, config in zip("abc", configs, strict=False):
-        adapters.add(name, config)
-        for vectors in adapters[name].values():
-            vectors.data = torch.randn(vectors.shape, generator=generator)
-    adapters.activate("a")
-    return adapters
 
 
 def layers_of(adapters):
@@ -69,7 +58,7 @@ def test_a_vision_transformer_computes_the_equations(config):
     model = model_of("ViTForImageClassification", "ViTConfig", num_labels=4)
     pixels = torch.randn(2, 3, 32, 32)
     base = model(pixel_values=pixels, output_hidden_states=True)
-    adapters = grafted(model, config)
+    adapters = prompted(model, config)
     found = model(pixel_values=pixels, output_hidden_states=True)
     adapters.deactivate()
     vit = model.vit
@@ -89,7 +78,7 @@ def test_relative_positions_of_beit_stay_as_they_are(config, shared):
     if not hasattr(model, "shared_position_bias"):
         pytest.skip("in this release of transformers the layers of BEiT get their positions in another way")
     pixels = torch.randn(2, 3, 32, 32)
-    adapters = grafted(model, config)
+    adapters = prompted(model, config)
     found = model(pixel_values=pixels).last_hidden_state
     adapters.deactivate()
     order = [0, *range(6, 22)]  # where the class token and the patches stand
@@ -111,7 +100,7 @@ def test_relative_positions_of_beit_stay_as_they_are(config, shared):
 def test_registers_and_rotary_positions_of_dinov3_stay_as_they_are(config):
     model = model_of("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2)
     pixels = torch.randn(2, 3, 32, 32)
-    adapters = grafted(model, config)
+    adapters = prompted(model, config)
     found = model(pixel_values=pixels).last_hidden_state
     adapters.deactivate()
     rotary = model.rope_embeddings(pixels)
@@ -127,7 +116,7 @@ def test_feature_maps_are_those_of_patches(name):
     model = model_of(f"{name}Backbone", f"{name}Config", out_features=["stem", "stage1", "stage3"], **extra)
     pixels = torch.randn(2, 3, 32, 32)
     base = model(pixel_values=pixels).feature_maps
-    grafted(model, "vpt_shallow[prompt_length=5]")
+    prompted(model, "vpt_shallow[prompt_length=5]")
     found = model(pixel_values=pixels).feature_maps
     assert [one.shape for one in found] == [one.shape for one in base]
     assert torch.equal(found[0], base[0])
@@ -172,7 +161,7 @@ def test_the_start_is_that_of_the_authors():
 
 def test_rows_copies_stacks_and_averages():
     model = tiny("vit")
-    adapters = grafted(model, *["vpt_deep[prompt_length=4]"] * 2)
+    adapters = prompted(model, *["vpt_deep[prompt_length=4]"] * 2)
     inputs = tiny_inputs("vit")
 
     def run(setup):
@@ -198,7 +187,7 @@ def test_rows_copies_stacks_and_averages():
 @pytest.mark.parametrize("config", PRESETS[:2])
 def test_checkpointing_copies_and_half_precision(config):
     model = tiny("vit")
-    adapters = grafted(model, config)
+    adapters = prompted(model, config)
     adapters.train("a")
     inputs = tiny_inputs("vit")
     adapters.model.eval()
@@ -259,7 +248,7 @@ def test_layers_that_are_left_out_are_those_of_a_deep_one():
 
 def test_prompts_have_keys_of_sites(tmp_path):
     model = tiny("vit")
-    adapters = grafted(model, PRESETS[1])
+    adapters = prompted(model, PRESETS[1])
     keys = [f"image0.{layer}.self_attention.visual_prompt.vectors" for layer in range(2)]
     assert list(adapters["a"]) == keys
     expected = model(**tiny_inputs("vit")).last_hidden_state
