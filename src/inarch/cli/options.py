@@ -10,6 +10,7 @@ given on the command line. Defaults stay with the configuration class, which als
 import dataclasses
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -67,7 +68,7 @@ def _fields(cls: type[Config]) -> tuple[dataclasses.Field[Any], ...]:
 
 def option_of(field: dataclasses.Field[Any], annotation: Any, default: object) -> inspect.Parameter:
     """The option of one field: None where it is not given."""
-    flag = f"--{field.name.replace('_', '-')}"
+    flag = _flag(field.name)
     kind, choices = _kind(annotation)
     shown = "" if default is None or default is dataclasses.MISSING else f" [default: {_word(default)}]"
     declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
@@ -110,9 +111,17 @@ def made_from(cls: type[Config], values: Mapping[str, Any]) -> Config:
         raise ConfigError(in_options(str(error), cls)) from None
 
 
+_CHANGED = re.compile(r"\b(?:study|recipe|data)\.(\w+)(?= .* instead of )")
+"""How a run or a study that goes on names an option that it was not begun with."""
+
+
 def in_options(message: str, *classes: type[Config]) -> str:
     """A message about fields of configuration classes as one about options."""
     for cls in classes:
         for field in _fields(cls):
-            message = message.replace(f"`{cls.__name__}.{field.name}`", f"`--{field.name.replace('_', '-')}`")
-    return message
+            message = message.replace(f"`{cls.__name__}.{field.name}`", f"`{_flag(field.name)}`")
+    return _CHANGED.sub(lambda found: _flag(found[1]), message)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

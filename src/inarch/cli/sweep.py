@@ -1,6 +1,5 @@
 """`inarch sweep`: a study over configurations."""
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -92,9 +91,7 @@ def sweep(
         }
         record = _run(options, is_quiet=quiet or json)
     except InarchError as error:
-        message = in_options(str(error), StudyConfig, Recipe, DataConfig)
-        message = re.sub(r"\b(?:study|recipe|data)\.(\w+)(?= .* instead of )", _as_flag, message)
-        raise type(error)(message) from error
+        raise type(error)(in_options(str(error), StudyConfig, Recipe, DataConfig)) from error
     except KeyboardInterrupt:
         if (output / STUDY).is_file():
             again = f" --storage {_masked(storage)}" if storage else ""
@@ -104,10 +101,6 @@ def sweep(
     say_json(record.to_dict()) if json else _say_result(record, output)
     if record.best is None:
         raise typer.Exit(ERROR)
-
-
-def _as_flag(found: re.Match[str]) -> str:
-    return f"--{found[1].replace('_', '-')}"
 
 
 def _masked(url: str) -> str:

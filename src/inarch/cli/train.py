@@ -1,6 +1,5 @@
 """`inarch train`: from a folder of images to an adapter folder."""
 
-import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,7 +85,6 @@ def train(
         if not _is_main():
             raise typer.Exit(ERROR) from None  # one process says what all of them met
         message = in_options(str(error), Recipe, DataConfig)
-        message = re.sub(r"\b(?:recipe|data)\.(\w+)(?= .* instead of )", lambda found: _flag(found[1]), message)
         raise type(error)(message.replace('pass `unsound="allow"` to `add`', "pass `--allow-unsound`")) from error
     except KeyboardInterrupt:
         if _is_main():
@@ -104,10 +102,6 @@ _TOLD = {
     "stopped": "This run was ended by its monitor. With `--no-stop-early` it goes on.",
 }
 """What is said of a run that there is nothing to go on with, by its status."""
-
-
-def _flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
 
 
 def _trains(*, head_only: bool, full: bool) -> str | None:
