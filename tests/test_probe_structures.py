@@ -307,3 +307,29 @@ class Sized(nn.Module):
 def test_the_shapes_of_images_are_no_text():
     inputs = {"pixel_values": torch.randn(2, 6, WIDTH), "spatial_shapes": torch.tensor([[2, 3], [3, 2]])}
     assert set(inarch.probe(Sized().eval(), example_inputs=inputs).num_layers) == {"image0"}
+
+
+class Windowed(nn.Module):
+    """Attends within windows of four tokens, and puts them together again."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attend, self.mlp = nn.LayerNorm(WIDTH), SelfAttention(), MLP()
+
+    def forward(self, x):
+        h = self.attend(self.norm(x).unflatten(1, (-1, 4)).flatten(0, 1))
+        x = x + h.unflatten(0, (len(x), -1)).flatten(1, 2)
+        return x + self.mlp(x)
+
+
+def test_what_reads_the_stream_is_refused_where_a_branch_is_in_windows():
+    model, inputs = nn.Sequential(Windowed(), Windowed()), torch.randn(2, 16, WIDTH)
+    adapters = inarch.attach(model, example_inputs=inputs)
+    assert [site.same_layout for site in adapters.sites] == [False, True] * 2
+    with pytest.raises(
+        inarch.SiteError,
+        match=r"got another layout at site `data0\.0\.self_attention` \(`0`\)\. Use `original_ln_before=F",
+    ):
+        adapters.add("a", "par_bn[mh_adapter=True]")
+    assert adapters.names == ()
+    starts_at_the_base(model, (inputs,), "double_seq_bn[original_ln_before=False,init_weights=mam_adapter]")
