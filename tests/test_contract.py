@@ -538,7 +538,8 @@ def test_a_cache_and_padding_change_no_logit(preset):
             cached = written(adapters.model, ids, mask)
             assert torch.allclose(cached, written(adapters.model, ids, mask, use_cache=False), atol=CLOSE)
             alone = written(adapters.model, ids[1:, own], mask[1:, own])
-            assert torch.allclose(cached[1:], alone, atol=CLOSE), name
+            # Older releases take T5's softmax in single precision, which sees how long the row is.
+            assert torch.allclose(cached[1:], alone, atol=1e-6 if name == "t5-lm" else CLOSE), name
             adapters.deactivate()
             assert not torch.allclose(cached, written(adapters.model, ids, mask)), name
 
