@@ -121,7 +121,7 @@ def reason(message: str, refused: list[str]) -> str:
     for entry in refused:
         classes, _, why = entry.partition("): ")
         count = classes.count("`") // 2
-        groups.setdefault(why, Counter())[classes.rpartition("(")[2]] += count
+        groups.setdefault(why, Counter())[re.sub(r"^\d+ of ", "", classes.rpartition("(")[2])] += count
     if groups:
         parts = (f"{', '.join(f'{n} {c}' for c, n in classes.items())} ({why})" for why, classes in groups.items())
         return "; ".join(parts)
