@@ -63,3 +63,28 @@ def test_what_cannot_be_read_is_refused(tmp_path, setup, message):
     with pytest.raises(inarch.InarchError, match=message):
         adapters.load_setup(tmp_path)
     assert adapters.names == ()
+
+
+def test_heads_in_folders_of_their_own_come_with_their_setup(tmp_path):
+    folder_of_adapters(tmp_path, STACK)
+    model = tiny("bert")
+    adapters = inarch.attach(model)
+    adapters.add("mood", "seq_bn")
+    adapters.add_head("mood", "classification[num_labels=3]")
+    adapters.train("mood")
+    adapters.save("mood", tmp_path / "mood", format="adapterhub")
+    expected = {key: value.tolist() for key, value in model.get_submodule("inarch.heads.mood").state_dict().items()}
+    record = {"adapter_setup": STACK, "head_setup": {"type": "Parallel", "children": ["mood"]}}
+    (tmp_path / "adapter_setup.json").write_text(json.dumps(record))
+    other = tiny("bert")
+    fresh = inarch.attach(other)
+    fresh.load_setup(tmp_path)
+    assert fresh.names == ("a", "b") and tuple(fresh.flexible_heads) == ("mood",)
+    found = {key: value.tolist() for key, value in other.get_submodule("inarch.heads.mood").state_dict().items()}
+    assert found == expected
+    (tmp_path / "adapter_setup.json").write_text(json.dumps(record | {"head_setup": True}))
+    bare = inarch.attach(tiny("bert"))
+    with pytest.raises(inarch.StateError, match="The heads of a stored setup have names; got `head_setup` true"):
+        bare.load_setup(tmp_path)
+    assert bare.names == ()
+    assert bare.load_setup(tmp_path, head=False) == Stack("a", "b")

@@ -4,7 +4,7 @@ Those of the library `adapters` have `adapter_setup.json`, and the adapter folde
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,29 @@ def _home(place: Path) -> Path:
 def _foreign(place: Path) -> Any:
     """The setup of the library `adapters` as our data."""
     return _block(adapterhub_record.read_json(place / _FOREIGN).get("adapter_setup"), place)
+
+
+def lone_heads(folder: str | os.PathLike[str], adapters: Collection[str]) -> dict[str, Path]:
+    """The heads of a setup of the library `adapters` (`head_setup`) that are none of its adapters', with their folders.
+
+    Raises `StateError` for one without a name.
+    """
+    place = Path(folder).expanduser()
+    wish = adapterhub_record.read_json(place / _FOREIGN).get("head_setup") if _is_foreign(place) else None
+    if wish is True:
+        raise StateError(
+            "The heads of a stored setup have names; got `head_setup` true, which is a model's own head, at "
+            f"`{place}`. Load with `head=False`, and the head with an adapter."
+        )
+    return {name: place / name for name in _names(wish) if name not in adapters}
+
+
+def _names(wish: Any) -> list[str]:
+    """The names in a setup of heads: one, a list, or a block."""
+    if isinstance(wish, str):
+        return [wish]
+    inside = wish.get("children") if isinstance(wish, Mapping) else wish
+    return [name for child in inside or () for name in _names(child)]
 
 
 def _block(data: Any, place: Path) -> Any:
