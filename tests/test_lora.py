@@ -6,6 +6,7 @@ import pytest
 import torch
 from little_adapters import EVERY, awake, by_hand, grafted, output, rows_of
 from torch import nn
+from transformers import LongformerConfig, LongformerModel
 
 import inarch
 from inarch.testing import tiny
@@ -169,3 +170,20 @@ def test_linear_averages_of_other_starts_and_scales_are_refused():
         inarch.SetupError, match=r"keep the same values frozen; got `a` and `d`, which differ in `.*A0`"
     ):
         adapters.average("m", ["a", "d"], overwrite=True)
+
+
+@pytest.mark.parametrize("config", ["lora[use_gating=True]", "ia3[use_gating=True]"])
+def test_a_gate_of_a_projection_whose_samples_may_lie_elsewhere_is_refused(config):
+    """Longformer computes q, k and v of (L, B, D); a mean over the other dimension would mix samples."""
+    settings = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = LongformerModel(LongformerConfig(vocab_size=16, attention_window=4, **settings)).eval()
+    tokens = {"input_ids": torch.arange(4, 12).reshape(2, 4)}
+    adapters = inarch.attach(model, example_inputs=tokens)
+    adapters.add("a", config)
+    adapters.activate("a")
+    message = r"mean over the tokens of a sample.*got a transposed tensor of shape \(4, 2, 8\) .*`use_gating=False`"
+    with pytest.raises(inarch.SiteError, match=message):
+        model(**tokens)
+    adapters.add("b", config.partition("[")[0])
+    adapters.activate("b")
+    model(**tokens)

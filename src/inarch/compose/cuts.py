@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import SetupError
+from ..core.turned import is_turned
 from .batch import Batch
 from .blocks import BatchSplit, Block, MultiTask, Parallel, Split, walk
 
@@ -65,11 +66,8 @@ class Place:
         return TaskCut(here, len(block.children))
 
     def check_inputs(self, inputs: Tensor) -> None:
-        """Raise `SetupError` where a layer has turned (B, L, D) into (L, B, D), or back, for a projection.
-
-        Nothing but its strides tells such a view: a batch of windows may have the same shape.
-        """
-        if inputs.dim() == 3 and min(inputs.shape[:2]) > 1 and 0 < inputs.stride(0) < inputs.stride(1):
+        """Raise `SetupError` where a layer has turned (B, L, D) into (L, B, D), or back, for a projection."""
+        if is_turned(inputs):
             raise SetupError(
                 f"A projection gets its samples in the dimension in which its layer has them, {self.batch_dim}; got a "
                 f"transposed tensor of shape {tuple(inputs.shape)} at `{self.key}`, which may have them in the other "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.config import Config, config_class, option
 from ..core.errors import ConfigError
 from ..core.site import Sites
-from .method import Frozen, LinearMethod, Placement, in_dtype, sequence_gate
+from .method import Frozen, LinearMethod, Placement, in_dtype, projection_gate
 from .places import projection_placements
 
 
@@ -172,7 +172,7 @@ class IA3(LinearMethod):
 
     def _scaled(self, values: Tensor, scale: Tensor, inputs: Tensor) -> Tensor:
         if self.gate is not None:
-            scale = scale * sequence_gate(self.gate, in_dtype(inputs, self.gate.weight.dtype), self.batch_dim)
+            scale = scale * projection_gate(self.gate, inputs, self.batch_dim)
         elif self.alpha != 1.0:
             scale = scale * self.alpha
         return values * in_dtype(scale, values.dtype)

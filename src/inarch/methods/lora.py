@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..core.config import Config, config_class, option
 from ..core.site import Sites
 from .low_rank import LowRankConfig, add_scaled, dropout_on_weight
-from .method import Frozen, LinearMethod, Placement, in_dtype, sequence_gate
+from .method import Frozen, LinearMethod, Placement, in_dtype, projection_gate
 
 
 @config_class
@@ -154,7 +154,7 @@ class LoRA(LinearMethod):
             output = output + in_dtype(self.bias, output.dtype)
         if self.gate is None:
             return add_scaled(output, in_dtype(delta, output.dtype), self.scaling)
-        gate = sequence_gate(self.gate, in_dtype(inputs, A.dtype), self.batch_dim)
+        gate = projection_gate(self.gate, inputs, self.batch_dim)
         return output + in_dtype(delta * gate, output.dtype)
 
     def effective(self, weight: Tensor, base: Frozen | None = None) -> Tensor:

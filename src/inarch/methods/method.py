@@ -25,6 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..core.config import Config, option
 from ..core.errors import ConfigError, SiteError
 from ..core.site import Affine, Entry, Kind, Projection, Site, Sites
+from ..core.turned import is_turned
 from ..core.wiring import Carry, Circuit, Summable
 
 V = TypeVar("V", bound=Summable)
@@ -353,6 +354,19 @@ def sequence_gate(gate: nn.Module, z: Tensor, batch_dim: int) -> Tensor:
     open_: Tensor = torch.sigmoid(gate(z))
     tokens = tuple(dim for dim in range(z.dim() - 1) if dim != batch_dim)
     return open_.mean(dim=tokens, keepdim=True) if tokens else open_
+
+
+def projection_gate(gate: nn.Module, inputs: Tensor, batch_dim: int) -> Tensor:
+    """The `sequence_gate` of what a projection gets. Raises `SiteError` where its samples may lie in another dimension
+    than those of its layer."""
+    if is_turned(inputs):
+        raise SiteError(
+            f"A gate is a mean over the tokens of a sample, whose number is dimension {batch_dim}; got a transposed "
+            f"tensor of shape {tuple(inputs.shape)} for the input of a projection, which may have it in the other one. "
+            "Use `use_gating=False`, or leave this projection out of the adapter."
+        )
+    weight: Any = gate.weight
+    return sequence_gate(gate, in_dtype(inputs, weight.dtype), batch_dim)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
