@@ -178,7 +178,7 @@ def bad_inputs(place):
         (["check", "vit", "--adapter", "nonsense"], "nonsense"),
         (["check", "vit", "--adapter", ""], "a configuration begins with a name"),
         (["check", "vit", "--adapter", "seq_bn["], "is missing at the end"),
-        (["check", "vit", "--adapter", "seq_bn[reduction_factor=-1]"], "reduction_factor"),
+        (["check", "vit", "--adapter", "seq_bn[reduction_factor=few]"], "reduction_factor"),
         (["check", "vit", "--adapter", "seq_bn[nonsense=1]"], "nonsense"),
         (["check", "vit", "--adapter", place / "text.json"], "text.json"),
         (["check", "vit", "--adapter", place / "none.json"], "none.json"),
