@@ -2,7 +2,9 @@
 
 import http.server
 import io
+import random
 import shutil
+import socketserver
 import stat
 import tarfile
 import tempfile
@@ -180,6 +182,24 @@ def test_what_is_no_archive_is_refused(tmp_path, content):
         pass
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+@pytest.mark.parametrize("place", [0.5, 0.9999])
+def test_a_damaged_archive_is_refused_whose_entries_can_all_be_read(tmp_path, kind, place):
+    """The sum of the whole stands behind the last entry, where reading entries does not come."""
+    content, file = random.Random(0).randbytes(300_000), tmp_path / f"a.tar.{kind}"
+    with tarfile.open(file, f"w:{kind}") as archive:
+        member = tarfile.TarInfo("adapter.safetensors")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    with unpacked(file) as folder:
+        assert (folder / "adapter.safetensors").read_bytes() == content
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * place)] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(inarch.StateError, match="a zip or tar archive of plain files; got .*Unpack"), unpacked(file):
+        pass
+
+
 # Addresses
 
 
@@ -228,6 +248,31 @@ def test_an_address_is_not_read_offline_and_its_size_is_bounded(served, monkeypa
     with pytest.raises(inarch.StateError, match="which cannot: `HF_HUB_OFFLINE` or .* is set. Check the address"):
         adapters.load(f"{address}/ia3.zip")
     assert not adapters.names
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nPK", "it ended after 2 of 1000 bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nPK", "IncompleteRead"),
+        (b"nonsense\r\n\r\n", "BadStatusLine"),
+    ],
+)
+def test_an_answer_that_breaks_off_or_is_none_is_told_of(served, answer, reason):
+    class Broken(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Broken) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with (
+            pytest.raises(inarch.StateError, match=f"which cannot: {reason}"),
+            unpacked(f"http://127.0.0.1:{server.server_address[1]}/a.tar"),
+        ):
+            pass
+        thread.join()
 
 
 def test_other_schemes_are_no_addresses(tmp_path):

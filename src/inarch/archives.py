@@ -2,10 +2,12 @@
 
     .zip  .tar  .tar.gz  .tgz  .tar.bz2  .tar.xz
 
-Nothing of an archive is trusted: an entry that is no plain file, that would lie outside of the folder, or that is there
-twice, refuses the whole, and so does more than `MOST_BYTES` or `MOST_FILES`, counted as they are unpacked.
+Nothing of an archive is trusted: one that its own sums call damaged, an entry that is no plain file, that would lie
+outside of the folder, or that is there twice, refuses the whole, and so does more than `MOST_BYTES` or `MOST_FILES`,
+counted as they are unpacked.
 """
 
+import http.client
 import os
 import re
 import tarfile
@@ -16,7 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from .core.errors import StateError
@@ -62,10 +64,10 @@ def unpacked(source: str | os.PathLike[str]) -> Iterator[Path]:
             _unpack(file, folder, text)
         except StateError:
             raise
-        except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-            raise _refusal(f"one that cannot be read ({error})", text) from None
         except (tarfile.TarError, zipfile.BadZipFile) as error:
             raise _refusal(f"a damaged one ({error})", text) from None
+        except Exception as error:  # noqa: BLE001  unpacking fails in as many ways as a file can be damaged or crafted
+            raise _refusal(f"one that cannot be read ({error})", text) from None
         yield folder
 
 
@@ -94,8 +96,10 @@ def _download(address: str, file: Path) -> None:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("xb") as target:  # noqa: S310 - as above
             if not is_address(answer.url):
                 raise _out_of_reach(address, f"it leads to `{answer.url}`")
-            _copy(answer, target, MOST_BYTES, address)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+            length, wanted = _copy(answer, target, MOST_BYTES, address), answer.headers.get("Content-Length")
+            if wanted is not None and wanted.isdecimal() and length != int(wanted):
+                raise _out_of_reach(address, f"it ended after {length} of {wanted} bytes")
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise _out_of_reach(address, f"{type(error).__name__}: {error}") from None
 
 
@@ -134,6 +138,8 @@ def _entries(file: Path, source: str) -> Iterator[tuple[str, int, IO[bytes]]]:
                     raise _refusal(f"`{member.name}`, which is no plain file,", source)
                 if content is not None:
                     yield member.name, member.size, content
+            rest: Any = archive.fileobj
+            _copy(rest, None, MOST_BYTES, source)  # the sum that tells of damage stands at its very end
     elif zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
@@ -154,12 +160,13 @@ def _inside(name: str, source: str) -> PurePosixPath:
     return path
 
 
-def _copy(source: IO[bytes], target: IO[bytes], most: int, place: str) -> int:
-    """Copy a stream; returns its length. Raises `StateError` for one that is longer than `most` bytes."""
+def _copy(source: IO[bytes], target: IO[bytes] | None, most: int, place: str) -> int:
+    """Copy a stream, or only read it; returns its length. Raises `StateError` for one of more than `most` bytes."""
     length = 0
     while piece := source.read(_PIECE):
         length += len(piece)
         if length > most:
             raise _refusal(f"more than {MOST_BYTES} bytes", place)
-        target.write(piece)
+        if target is not None:
+            target.write(piece)
     return length
