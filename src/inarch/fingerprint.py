@@ -295,7 +295,7 @@ def _numbers(summary: Summary) -> str:
 
 # Format 1: four values of some projections
 
-_SAMPLED_MAPS, _SAMPLED_VALUES = 32, 4
+_SAMPLED_VALUES = 4
 _SAMPLE_TOLERANCE = _TOLERANCE | {torch.float64: 1e-6, torch.float32: 1e-6}
 
 

@@ -109,8 +109,7 @@ class Convpass(BesideMethod):
 
     def branch(self, z: Tensor) -> Tensor:
         """s * W_up drop(q(conv(q(W_down z)))), (B, L, D) or (B, H, W, D) -> the same."""
-        u = _quick_gelu(self.down(in_dtype(z, self.down.weight.dtype)))
-        u = _quick_gelu(self._convolved(u))
+        u = _quick_gelu(self._convolved(_quick_gelu(self.down(in_dtype(z, self.down.weight.dtype)))))
         if self.training and self.dropout:
             u = F.dropout(u, self.dropout)
         return in_dtype(self.up(u) * self.scale, z.dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 TEXT_LENGTH = 8
 _AUDIO_FRAMES = 12
 _SAMPLES = 3200
-_SERIES_LENGTH = 32
 
 
 def made_arguments(config: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,11 +132,6 @@ class Stream:
         if self.handle is not None and self.handle.setup is not None and self.model is model:
             self._capture = self.model.register_forward_pre_hook(self._take, with_kwargs=True)
 
-    @property
-    def has_inputs(self) -> bool:
-        """Whether there are samples to measure on."""
-        return self._inputs is not None
-
     def close(self) -> None:
         """Take the hook away."""
         if self._capture is not None:
