@@ -102,6 +102,52 @@ def test_tables_are_read_from_our_files_and_those_of_adapters(tmp_path, is_ours)
         adapters.load_embeddings(tmp_path, name="narrow")
 
 
+class Kept(Words):
+    """One that can be saved."""
+
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        (folder / "words.txt").write_text("\n".join(self.vocabulary))
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    """No tokenizer of an old table stays beside a new one, and what fails leaves the old folder."""
+    adapters = inarch.attach(tiny("bert"))
+    adapters.add_embeddings("one", NEW)
+    adapters.add_embeddings("two", OLD)
+    adapters.save_embeddings("one", tmp_path / "here", tokenizer=Kept(["a"]))
+    assert (tmp_path / "here" / "tokenizer" / "words.txt").read_text() == "a"
+
+    class Full(Words):
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "words.txt").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    before = {path: path.is_file() and path.read_bytes() for path in sorted(tmp_path.rglob("*"))}
+    with pytest.raises(inarch.StateError, match="table of embeddings must be writable; got .*here.*No space left"):
+        adapters.save_embeddings("two", tmp_path / "here", tokenizer=Full(["b"]))
+    assert {path: path.is_file() and path.read_bytes() for path in sorted(tmp_path.rglob("*"))} == before
+    adapters.save_embeddings("two", tmp_path / "here")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["embedding.safetensors"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(inarch.StateError, match="saved into a new folder, an empty one, or over a table.*mine.txt"):
+        adapters.save_embeddings("two", tmp_path / "other")
+
+
+def test_an_output_layer_of_its_own_is_told_of_that_keeps_the_old_vocabulary(caplog):
+    model = tiny("llama-lm")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    adapters = inarch.attach(model)
+    adapters.add_embeddings("other", NEW)
+    assert "`lm_head` of LlamaForCausalLM, which is not tied to the token embeddings, goes on" in caplog.text
+    caplog.clear()
+    inarch.attach(tiny("gpt2-lm")).add_embeddings("other", NEW)
+    inarch.attach(tiny("bert")).add_embeddings("other", NEW)
+    assert not caplog.text
+
+
 def test_a_pickle_is_not_run(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -113,7 +159,7 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused(tmp_path):
     adapters = inarch.attach(tiny("bert"))
     with pytest.raises(inarch.SetupError, match="must be added before they are used; got `x`"):
         adapters.activate_embeddings("x")
@@ -128,4 +174,8 @@ def test_what_does_not_fit_is_refused():
     masked = inarch.attach(BertForMaskedLM(config).eval())
     with pytest.raises(inarch.SetupError, match="bias of its own.*got 99 numbers for the 82 tokens of `x`"):
         masked.add_embeddings("x", NEW)
-    assert masked.active_embeddings == "default"
+    assert (masked.active_embeddings, masked.embeddings) == ("default", ("default",))
+    adapters.save_embeddings("x", tmp_path)
+    with pytest.raises(inarch.SetupError, match="bias of its own"):
+        masked.load_embeddings(tmp_path, name="x")
+    assert masked.embeddings == ("default",)

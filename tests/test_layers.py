@@ -91,7 +91,7 @@ LAYERS: dict[str, set[str]] = {
     "trainer_door": GRAFT,
     "combine": GRAFT,
     "scores": GRAFT,
-    "embeddings": GRAFT | {"convert"},
+    "embeddings": GRAFT | {"state", "convert"},
     "sharing": GRAFT,
     "trainable": GRAFT,
     "summary": GRAFT | {"heads"},

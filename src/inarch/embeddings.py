@@ -10,15 +10,16 @@ output layer is tied to the token embeddings, it gets the table too.
 Tensors: V vocabulary, D width of the embeddings.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import state
 from .attach import Removable, forget_compiled
 from .bank import CHILD
 from .convert.weights import read_tensor
@@ -26,8 +27,11 @@ from .core.errors import SetupError, StateError, nearest
 from .tensors import TRAINABLE
 from .weight import Shadows, WeightSlot
 
+logger = logging.getLogger(__name__)
+
 DEFAULT = "default"
 SAFE, TORCH, TOKENIZER = "embedding.safetensors", "embedding.pt", "tokenizer"
+FILES = state.Files(SAFE, TOKENIZER, (TORCH,), "a table of embeddings")
 _STD = 0.02
 
 
@@ -123,6 +127,7 @@ class Embeddings:
         if name != DEFAULT:
             self._require(name)
             self._check_output(name)
+            self._tell_output(name)
         self._release()
         self.active = name
         if name == DEFAULT:
@@ -139,6 +144,14 @@ class Embeddings:
         if self._is_tied() and hasattr(config, "vocab_size"):  # by which a loss takes logits apart
             self.vocabulary, config.vocab_size = config.vocab_size, len(table.weight)
         forget_compiled()
+
+    def start(self, name: str) -> None:
+        """Use a table that has just come, or forget it where that cannot be done."""
+        try:
+            self.activate(name)
+        except BaseException:
+            self.remove(name)
+            raise
 
     def remove(self, name: str) -> None:
         """Forget a table; the base's own is active if it was."""
@@ -161,17 +174,13 @@ class Embeddings:
     # Files
 
     def save(self, name: str, folder: Path, tokenizer: Any) -> None:
-        """Write a table, and a tokenizer beside it."""
-        weight = self.weight(name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"weight": weight.detach().cpu().contiguous()}, folder / SAFE)
-        except OSError as error:
-            raise StateError(
-                f"The folder of embeddings must be writable; got `{folder}`: {error.strerror or error}. Choose another."
-            ) from None
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder / TOKENIZER)
+        """Write a table, and a tokenizer beside it, whole or not at all: what the folder held of both goes."""
+
+        def beside(draft: Path) -> None:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(draft / TOKENIZER)
+
+        state.write(folder, {"weight": self.weight(name).detach()}, None, FILES, beside=beside)
 
     def load(self, name: str, folder: Path) -> Any:
         """Read a table, of ours or of the library `adapters`. Returns the tokenizer that lies beside it, or None."""
@@ -212,6 +221,20 @@ class Embeddings:
 
     def _is_tied(self) -> bool:
         return any(not isinstance(module, nn.Embedding) for module in self._readers())
+
+    def _tell_output(self, name: str) -> None:
+        """Warn of an output layer that is not tied to the token embeddings, and so has no part in a table."""
+        get = getattr(self.model, "get_output_embeddings", None)
+        found = get() if callable(get) else None
+        if isinstance(found, nn.Module) and found._parameters.get("weight") is not self.weight(DEFAULT):
+            path = next((path for path, module in self.model.named_modules() if module is found), "the output layer")
+            logger.warning(
+                "`%s` of %s, which is not tied to the token embeddings, goes on to score the base's tokens, not those "
+                "of `%s`. Train a head for them (`add_head`), or use the hidden states.",
+                path,
+                type(self.model).__name__,
+                name,
+            )
 
     def _check_output(self, name: str) -> None:
         rows, own = len(self.tables[name].weight), len(self.weight(DEFAULT))

@@ -460,6 +460,8 @@ class Grafted:
     ) -> None:
         """Give the model token embeddings for another tokenizer, and activate them. The base keeps its own.
 
+        An output layer that is not tied to them goes on to score the base's tokens, which is warned of.
+
         Arguments: rows of tokens that `tokenizer` and `reference_tokenizer` both know are those of the table
         `reference`, such as `default`; all others are drawn anew.
 
@@ -468,7 +470,7 @@ class Grafted:
         with LOCK:
             self._require_attached()
             self._embeddings.add(name, tokenizer, reference, reference_tokenizer)
-            self._embeddings.activate(name)
+            self._embeddings.start(name)
 
     def activate_embeddings(self, name: str) -> None:
         """Run token embeddings from now on; `default` for the base's own. Raises `SetupError` for an unknown name."""
@@ -483,7 +485,10 @@ class Grafted:
             self._embeddings.remove(name)
 
     def save_embeddings(self, name: str, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
-        """Write token embeddings, and a tokenizer beside them, into a folder."""
+        """Write token embeddings, and a tokenizer beside them, into a folder, whole or not at all.
+
+        Raises `StateError` if the folder holds something else or cannot be written.
+        """
         self._require_attached()
         self._embeddings.save(name, Path(folder).expanduser(), tokenizer)
 
@@ -495,7 +500,7 @@ class Grafted:
         with LOCK:
             self._require_attached()
             tokenizer = self._embeddings.load(name, Path(folder).expanduser())
-            self._embeddings.activate(name)
+            self._embeddings.start(name)
             return tokenizer
 
     # What comes in

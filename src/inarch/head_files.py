@@ -18,7 +18,7 @@ from .core.errors import ConfigError, StateError
 from .heads import HeadConfig, head_data, read_foreign, read_head
 from .tensors import read_tensors
 
-FILES = state.Files("head.safetensors", "head.json")
+FILES = state.Files("head.safetensors", "head.json", what="a head")
 _VERSION = 1
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from .tensors import is_sharded, read_tensors, whole
 TENSORS, RECORD, SETUP = "adapter.safetensors", "inarch.json", "setup.json"
 FORMAT_VERSION = 2
 """2: the fingerprint of the base summarises all of it; that of 1 holds some values of some matrices."""
+
+
+Beside = Mapping[str, bytes] | Callable[[Path], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +49,22 @@ class Files:
     tensors: str = TENSORS
     record: str = RECORD
     others: tuple[str, ...] = ()
+    what: str = "an adapter"
+    """What the folder holds."""
 
 
 def write(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    record: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
     files: Files = Files(),
     *,
-    beside: Mapping[str, bytes] | None = None,
+    beside: Beside | None = None,
 ) -> Path:
     """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
 
-    Arguments: `files` names its files where it is one of another library; `beside` are more files, by name.
+    Arguments: `files` names its files where it is one of another library; `beside` are more files, by name, or what
+    writes them into the folder; a `record` of None is not written.
 
     Where the system cannot let two folders change places (Linux can, on most file systems), there is an instant between
     two renames in which a reader sees none.
@@ -70,8 +76,9 @@ def write(
     offloaded = [key for key, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
         raise StateError(
-            f"An adapter is saved from memory; got {len(offloaded)} tensors without values, first `{offloaded[0]}`, "
-            "which are offloaded or on the meta device. Add or load the adapter after the model is offloaded."
+            f"{files.what.capitalize()} is saved from memory; got {len(offloaded)} tensors without values, first "
+            f"`{offloaded[0]}`, which are offloaded or on the meta device. Add or load the adapter after the model is "
+            "offloaded."
         )
     values = {key: whole(tensor) for key, tensor in tensors.items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
@@ -85,22 +92,22 @@ def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path
     try:
         is_free, found = not target.exists() or _replaceable(target, files), target.resolve()
     except (OSError, RuntimeError) as error:  # the latter for links that go round
-        raise _unwritable(folder, error) from None
+        raise _unwritable(folder, files, error) from None
     if not is_free:
         raise StateError(
-            f"An adapter is saved into a new folder, an empty one, or over an adapter; got `{target}`, which holds "
-            f"{_contents(target)}. Choose another folder."
+            f"{files.what.capitalize()} is saved into a new folder, an empty one, or over {files.what}; got "
+            f"`{target}`, which holds {_contents(target)}. Choose another folder."
         )
     if found == Path.cwd():
         raise StateError(
-            f"An adapter folder is replaced as a whole; got `{target}`, the folder that the process is in, which would "
-            "be left without one. Name a folder in it."
+            f"The folder of {files.what} is replaced as a whole; got `{target}`, the folder that the process is in, "
+            "which would be left without one. Name a folder in it."
         )
     return found
 
 
 def _write_once(
-    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files, beside: Mapping[str, bytes]
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None, files: Files, beside: Beside
 ) -> Path:
     """Let the first process write, and all of them know when it has, or why it could not."""
     from torch import distributed
@@ -118,7 +125,7 @@ def _write_once(
 
 
 def _write(
-    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], files: Files, beside: Mapping[str, bytes]
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None, files: Files, beside: Beside
 ) -> Path:
     from safetensors.torch import save as to_bytes
 
@@ -130,25 +137,29 @@ def _write(
         plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
         (draft / files.tensors).write_bytes(to_bytes(plain))
         version = {"format_version": FORMAT_VERSION} if files == Files() else {}
-        (draft / files.record).write_text(
-            json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        for name, content in beside.items():
-            (draft / name).write_bytes(content)
-        for name in (files.tensors, files.record, *beside):
-            sync(draft / name)
+        if record is not None:
+            (draft / files.record).write_text(
+                json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        if callable(beside):
+            beside(draft)
+        else:
+            for name, content in beside.items():
+                (draft / name).write_bytes(content)
+        for path in draft.rglob("*"):
+            sync(path)
         replace_folder(draft, target)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _unwritable(folder, files, error) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _unwritable(folder: str | os.PathLike[str], error: Exception) -> StateError:
+def _unwritable(folder: str | os.PathLike[str], files: Files, error: Exception) -> StateError:
     return StateError(
-        f"An adapter folder must be writable; got `{folder}`: {getattr(error, 'strerror', None) or error}. Nothing was "
-        "changed there. Free some space or choose another folder."
+        f"The folder of {files.what} must be writable; got `{folder}`: {getattr(error, 'strerror', None) or error}. "
+        "Nothing was changed there. Free some space or choose another folder."
     )
 
 
