@@ -440,3 +440,17 @@ def test_configurations_are_read_as_they_are_written_there():
         adapters.RobertaAdapterModel.from_config(tiny("bert").config)
     with pytest.raises(SetupError, match="adapter_names=.* What is trained is saved"):
         adapters.AdapterTrainer(model=None, adapter_names=[["a"]])
+
+
+def test_labels_and_heads_are_those_of_what_was_loaded(tmp_path):
+    """Not those of the head that happens to be active beside an adapter without one."""
+    model = tiny("bert")
+    adapters.init(model)
+    model.add_adapter("plain")
+    model.save_adapter(tmp_path / "plain", "plain")
+    model.save_adapter_setup(tmp_path / "setup", "plain")
+    model.add_classification_head("other", num_labels=2, id2label={0: "no", 1: "yes"})
+    model.load_adapter(str(tmp_path / "plain"), id2label={0: "x", 1: "y"})
+    assert model.get_labels("other") == ["no", "yes"]
+    assert model.load_adapter_setup(tmp_path / "setup")[1] is None
+    assert model.active_head == "other"

@@ -88,3 +88,19 @@ def test_heads_in_folders_of_their_own_come_with_their_setup(tmp_path):
         bare.load_setup(tmp_path)
     assert bare.names == ()
     assert bare.load_setup(tmp_path, head=False) == Stack("a", "b")
+
+
+def test_a_head_that_does_not_fit_leaves_the_model_without_the_setup(tmp_path):
+    folder_of_adapters(tmp_path, STACK)
+    adapters = inarch.attach(tiny("bert"))
+    adapters.add_head("mood", "classification[num_labels=3]")
+    adapters.save_head("mood", tmp_path / "mood")
+    record = {"adapter_setup": STACK, "head_setup": ["mood"]}
+    (tmp_path / "adapter_setup.json").write_text(json.dumps(record))
+    description = json.loads((tmp_path / "mood" / "head.json").read_text())
+    description["head"]["num_labels"] = 4
+    (tmp_path / "mood" / "head.json").write_text(json.dumps(description))
+    fresh = inarch.attach(tiny("bert"))
+    with pytest.raises(inarch.StateError, match="the model wants"):
+        fresh.load_setup(tmp_path)
+    assert fresh.names == () and fresh.flexible_heads == {}

@@ -354,9 +354,7 @@ class Grafted:
             self._require_attached()
             check_name(name)
             self._check_new_head(name, overwrite=overwrite)
-            built = self._heads.build(read_head(head, **settings))
-            with self._rearmed():  # what stands in `generate` and sees output embeddings has to see these
-                self._heads.put(name, built)
+            self._put_head(name, self._heads.build(read_head(head, **settings)))
             self._heads.active = (name,)
 
     def remove_head(self, name: str) -> None:
@@ -384,9 +382,7 @@ class Grafted:
             asked = recipe(of, weights, "linear", normalize_weights=normalize_weights, rank=None, density=None, seed=0)
             check_name(name)
             self._check_new_head(name, overwrite=overwrite)
-            built = self._heads.averaged(asked.names, asked.weights)
-            with self._rearmed():
-                self._heads.put(name, built)
+            self._put_head(name, self._heads.averaged(asked.names, asked.weights))
 
     @property
     def lone_heads(self) -> tuple[str, ...]:
@@ -399,10 +395,13 @@ class Grafted:
             self._require_attached()
             self._heads.rename_labels(head, labels)
 
-    def heads_of(self, setup: Setup) -> tuple[str, ...]:
-        """The flexible heads that become active with a setup: those of the adapters that have the last word in it."""
+    def heads_of(self, setup: Setup, *, stay: bool = True) -> tuple[str, ...]:
+        """The flexible heads that become active with a setup: those of the adapters that have the last word in it.
+
+        Where these have none, the active heads stay so and are named; `stay=False` names none then.
+        """
         self._check_setup(setup)
-        return self._heads.of_setup(setup)
+        return self._heads.of_setup(setup, stay=stay)
 
     def save_head(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write a flexible head alone. (`save` writes that of an adapter with it.) Raises `StateError` as `save`."""
@@ -419,18 +418,26 @@ class Grafted:
         """
         with LOCK:
             self._require_attached()
-            found, config, tensors = head_files.read(folder, self.model)
-            chosen = name or found
-            check_name(chosen)
-            self._check_new_head(chosen, overwrite=overwrite)
-            built = self._heads.build(config)
-            wanted = built.state_dict(keep_vars=True)
-            state.check_tensors(tensors, wanted, str(folder))
-            for key, tensor in wanted.items():
-                copy_into(tensor, tensors[key])
-            with self._rearmed():
-                self._heads.put(chosen, built.requires_grad_(requires_grad=False))
+            chosen, built = self._ready_head(folder, name, overwrite=overwrite)
+            self._put_head(chosen, built)
             return chosen
+
+    def _ready_head(self, folder: str | os.PathLike[str], name: str | None, *, overwrite: bool) -> tuple[str, Head]:
+        """The name and the module of the head in a folder. Raises for what does not fit; nothing is changed."""
+        found, config, tensors = head_files.read(folder, self.model)
+        chosen = name or found
+        check_name(chosen)
+        self._check_new_head(chosen, overwrite=overwrite)
+        built = self._heads.build(config)
+        wanted = built.state_dict(keep_vars=True)
+        state.check_tensors(tensors, wanted, str(folder))
+        for key, tensor in wanted.items():
+            copy_into(tensor, tensors[key])
+        return chosen, built.requires_grad_(requires_grad=False)
+
+    def _put_head(self, name: str, built: Head) -> None:
+        with self._rearmed():  # what stands in `generate` and sees output embeddings has to see these
+            self._heads.put(name, built)
 
     def _check_new_head(self, name: str, *, overwrite: bool) -> None:
         if name in self._heads.flexible() and not overwrite:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import head_files, loading, pretrained, publish, saving, setups, state
+from . import loading, pretrained, publish, saving, setups, state
 from .admission import check_setup, check_word, refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
@@ -651,9 +651,7 @@ class Adapters(Grafted):
         with LOCK:
             setup, folders = setups.find(folder)
             heads = setups.lone_heads(folder, folders) if head else {}
-            for name, place in heads.items():
-                head_files.read(place, self.model)
-                self._check_new_head(name, overwrite=overwrite)
+            lone = [self._ready_head(place, name, overwrite=overwrite) for name, place in heads.items()]
             ready = []
             for name, place in folders.items():
                 found = loading.find(place, self.model, self.sites, heads=self.heads, head=head, other_base="refuse")
@@ -663,8 +661,8 @@ class Adapters(Grafted):
             check_setup(setup, self.sites, configs, unsound)
             for one in ready:
                 self._take(one)
-            for name, place in heads.items():
-                self.load_head(place, name=name, overwrite=overwrite)
+            for name, built in lone:
+                self._put_head(name, built)
         return setup
 
 

@@ -62,7 +62,7 @@ class FileMethods:
         refuse_kwargs("load_adapter", kwargs)
         name = self._handle.load(adapter_name_or_path, name=load_as, head=with_head, overwrite=True, revision=version)
         if id2label is not None:
-            for head in self._handle.heads_of(name):
+            for head in self._handle.heads_of(name, stay=False):
                 self._handle.name_labels(head, [id2label[number] for number in sorted(id2label)])
         if set_active:
             self._handle.activate(name)
@@ -162,7 +162,7 @@ class FileMethods:
         refuse("load_adapter_setup", custom_weights_loaders=custom_weights_loaders, version=version)
         refuse_kwargs("load_adapter_setup", kwargs)
         setup = self._handle.load_setup(adapter_setup_name_or_path, overwrite=True)
-        heads = self._handle.heads_of(setup)
+        heads = self._handle.heads_of(setup, stay=False)
         if set_active:
             self._handle.activate(setup)
         return setup, heads[0] if len(heads) == 1 else list(heads) or None

@@ -155,12 +155,14 @@ class TrainedHeads:
         if heads is not None:
             heads.setup, heads.batch = setup, batch
 
-    def of_setup(self, setup: Setup) -> tuple[str, ...]:
-        """The flexible heads of the adapters of a setup; the active ones where its adapters have none.
+    def of_setup(self, setup: Setup, *, stay: bool = True) -> tuple[str, ...]:
+        """The flexible heads of the adapters of a setup; where its adapters have none the active ones, which stay.
 
         Where they cut a batch, there is a head for each part of it, unless all parts have the same.
         """
         found = [self._flexible_of(name) for name in ends(setup)]
+        if not all(found) and not stay:
+            return ()
         if not any(found):
             return self.active
         if not all(found):
