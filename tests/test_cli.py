@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -541,6 +542,37 @@ def test_fix_rewrites_a_file_and_prints_what_it_became(tmp_path):
     assert "written to" in result.stdout
     assert str(read_config(str(file))) == "seq_bn[original_ln_after=False,residual_before_ln=False]"
     assert run("check", "demo", "--adapter", str(file)).exit_code == 0
+
+
+def test_check_reads_the_images_of_a_training(place, tmp_path):
+    """Labels of an adapter's head that the data lack, bytes instead of pixel values, and images of another size."""
+
+    def codes(model, *arguments):
+        result = run("check", model, *arguments, "--json")
+        return result.exit_code, [found["code"] for found in json.loads(result.stdout)["findings"]]
+
+    assert codes(place / "base", "--adapter", "seq_bn", "--data", place / "data") == (0, [])
+    assert codes(place / "base", "--adapter", place / "run/adapter", "--data", place / "data") == (0, [])
+    assert codes(place / "base", "--adapter", place / "run/adapter", "--data", "digits") == (1, ["labels-disagree"])
+    raw = shutil.copytree(place / "base", tmp_path / "raw")
+    file = raw / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "do_rescale": False}))
+    new = ("--adapter", "seq_bn", "--data", place / "data")
+    assert codes(raw, *new) == (1, ["images-not-normalised"])
+    assert codes(raw, *new, "--measure") == (1, ["images-not-normalised"])
+    trained = run("train", "--model", raw, *new, "--epochs", "1", "--output", tmp_path / "run")
+    assert "error images-not-normalised at `pixel_values`" in trained.stdout
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert [found["code"] for found in record["verdict"]["details"]] == ["images-not-normalised"]
+    file.write_text(json.dumps({**settings, "size": {"height": 24, "width": 24}}))
+    assert codes(raw, *new) == (0, ["images-of-other-size"])
+    for result in (
+        run("check", raw, *new, "--measure"),
+        run("train", "--model", raw, *new, "--output", tmp_path / "none"),
+    ):
+        assert result.exit_code != 0 and "got 24 x 24 pixels, and `" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_learning_rate_is_judged():

@@ -249,10 +249,12 @@ def _looks_untrained(model: nn.Module, head: tuple[str, ...], spread: float | No
 
 
 def _with_pixels(data: Data | None, inputs: Inputs | None) -> Data | None:
-    """What a batch says of the images, beside what is given."""
+    """What a batch says of the images, where nothing is given."""
     pixels = None if inputs is None else inputs.kwargs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or data is None or pixels.is_meta:
+    if not isinstance(pixels, Tensor) or data is None or data.pixel_size is not None or pixels.is_meta:
         return data
-    low, high = float(pixels.min()), float(pixels.max())
-    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    return Data(labels=data.labels, label_ids=data.label_ids, pixel_range=(low, high), pixel_size=size)
+    return replace(
+        data,
+        pixel_range=(float(pixels.min()), float(pixels.max())),
+        pixel_size=(int(pixels.shape[-2]), int(pixels.shape[-1])),
+    )

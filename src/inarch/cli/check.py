@@ -3,6 +3,7 @@
 import dataclasses
 import json as json_library
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,8 @@ from .output import fail, say, say_json, say_table
 from .probe import LAYOUT_HELP, MODEL_HELP
 
 if TYPE_CHECKING:
-    from ..check import Report
+    from ..check import Data, Report
+    from ..data.examples import Examples
     from ..methods import AdapterConfig
 
 ADAPTER_HELP = (
@@ -45,6 +47,14 @@ def check(
             "the weights are loaded anyway, to be compared with those it was made on.",
         ),
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="The images to train on: `digits`, a folder of images by class, a CIFAR archive, a saved data "
+            "set or the id of one on the Hub. Their labels and pixels are checked too, and measured on.",
+            show_default=False,
+        ),
+    ] = None,
     fix: Annotated[
         bool,
         typer.Option("--fix", help="Apply the smallest repair of every error: rewrite a JSON file, else print it."),
@@ -60,6 +70,7 @@ def check(
         from ..handle import attach
         from ..loading import head_labels, is_source, opened
         from ..methods import read_settings
+        from ..train.known import check_taken
         from .skeleton import is_type
 
     stored = is_source(adapter)
@@ -72,11 +83,16 @@ def check(
     if stored:
         with opened(adapter) as folder:
             labels = head_labels(folder)
+    images = None if data is None else _Images.read(model, data)
+    if images is not None and not labels:
+        labels = images.known.labels or ()  # training makes a head for them
     network = _network(model, labels, with_weights=measure or (stored and not is_type(model)))
     config = None if stored else read_settings(adapter)[0]
     training = None if learning_rate is None else Training(learning_rate=learning_rate)
     handle = attach(network, layout=layout)
-    inputs = made_batch(network, batch_size)
+    inputs = images.batch(batch_size) if measure and images is not None else made_batch(network, batch_size)
+    if measure and images is not None and inputs is not None:
+        check_taken(network, inputs, model)
     if measure and inputs is None:
         raise SiteError(
             f"A model is measured on a batch that its configuration describes; got `{model}`, whose inputs cannot be "
@@ -84,7 +100,8 @@ def check(
         )
 
     def judge(candidate: "AdapterConfig | str") -> "Report":
-        return handle.check(candidate, example_inputs=inputs, training=training, measure=inputs is not None)
+        known = None if images is None else images.known
+        return handle.check(candidate, example_inputs=inputs, training=training, data=known, measure=inputs is not None)
 
     report = judge(adapter)
     if fix and report.has_errors and config is not None:
@@ -110,7 +127,31 @@ def check(
 def _network(model: str, labels: Sequence[str], *, with_weights: bool) -> Any:
     from .skeleton import skeleton, with_own_weights
 
-    return with_own_weights(model, labels) if with_weights else skeleton(model)
+    return with_own_weights(model, labels) if with_weights else skeleton(model, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The images that a model is to be trained on, as its own processor makes them."""
+
+    examples: "Examples"
+    processor: Any
+    known: "Data"
+
+    @classmethod
+    def read(cls, model: str, data: str) -> "_Images":
+        from ..data import load_data
+        from ..train.known import known_data
+        from ..train.models import load_processor
+
+        images, processor = load_data(data), load_processor(model)
+        return cls(images.train, processor, known_data(images.train, processor, images.labels))
+
+    def batch(self, size: int) -> dict[str, Any]:
+        """What the model is called with, for that many of the images."""
+        from ..train.known import sample_batch
+
+        return {"pixel_values": sample_batch(self.examples, self.processor, size)["pixel_values"]}
 
 
 def made_batch(network: Any, size: int) -> dict[str, Any] | None:

@@ -20,14 +20,16 @@ DEMO = "demo"
 DEMO_BACKBONE = Path(__file__).parents[1] / "assets" / "demo_backbone"
 
 
-def skeleton(model: str) -> Any:
+def skeleton(model: str, labels: Sequence[str] = ()) -> Any:
     """The model on the meta device. `model`: `demo`, a folder, a model type such as `vit`, or a Hub id.
+
+    `labels` are those of a task head that it is to have, in their order, instead of its own.
 
     Raises `SiteError` if there is no such model, or it cannot be built without its own code.
     """
     import torch
 
-    config = read_model_config(model)
+    config = _labelled(read_model_config(model), labels)
     try:
         with torch.device("meta"):
             return _model_class(config)._from_config(config).eval()
@@ -43,8 +45,7 @@ def skeleton(model: str) -> Any:
 def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
     """The model with its pre-trained weights, or random ones for a model type. `model` is as in `skeleton`.
 
-    `labels` are those of a task head that it is to have, in their order, instead of its own. What is made anew is the
-    same each time.
+    `labels` are as in `skeleton`. What is made anew is the same each time.
     """
     import torch
 
@@ -52,10 +53,7 @@ def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
 
     torch.manual_seed(0)
 
-    config = read_model_config(model)
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
+    config = _labelled(read_model_config(model), labels)
     if is_type(model):
         return _model_class(config)._from_config(config).eval()
     place = DEMO_BACKBONE if model == DEMO else model
@@ -71,6 +69,14 @@ def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
         # As adapters are to remember it, and not the place where it lies here.
         loaded.config._name_or_path = DEMO  # noqa: SLF001  where transformers keeps a model's name
     return loaded.eval()
+
+
+def _labelled(config: Any, labels: Sequence[str]) -> Any:
+    """The configuration, for a task head with these labels if there are any."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    return config
 
 
 def is_type(model: str) -> bool:

@@ -189,6 +189,7 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
     from ..check import Training
     from ..handle import attached
     from ..train.callbacks import epochs_of
+    from ..train.known import known_data
 
     class Shown(TrainerCallback):
         """Prints what happens: the verdict as a result, the rest beside the results."""
@@ -210,7 +211,9 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
             if handle is not None and self.is_first:
                 # What a batch shows of the initial weights says nothing of a run that goes on.
                 training = Training(learning_rate=args.learning_rate)
-                say_report(handle.check(training=training, measure=state.global_step == 0))
+                dataset = rest["train_dataloader"].dataset.samples
+                data = known_data(dataset.examples, dataset.preprocessing, _labels(rest["model"]))
+                say_report(handle.check(training=training, data=data, measure=state.global_step == 0))
             self.is_first = False
             if num_seeds > 1:
                 self.say(f"seed {args.seed}")
@@ -239,10 +242,14 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
 
 def _data_line(model: Any, train: Any) -> str:
     """What was understood of the data: how many images, which labels, and whether an image may have several."""
-    labels = [str(label) for label in model.config.id2label.values()]
+    labels = _labels(model)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     several = ", several an image" if model.config.problem_type == "multi_label_classification" else ""
     return f"{len(train.dataset):,} images to train on; {len(labels)} labels{several}: {shown}"
+
+
+def _labels(model: Any) -> list[str]:
+    return [str(label) for label in model.config.id2label.values()]
 
 
 def _epoch_line(epoch: EpochRecord) -> str:

@@ -7,15 +7,15 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ..check import Data, Report, Training
+from ..check import Report, Training
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.records import SiteRecord, VerdictRecord
 from ..data.examples import ImageData
-from ..data.transforms import ImageDataset, collate
 from ..handle import Adapters, attach
 from ..methods import AdapterConfig, SublayerMethod, method_of
 from ..train.folder import NEUTRAL
+from ..train.known import known_data, sample_batch
 from ..train.ledger import describe_model, describe_sites, describe_verdict
 from ..train.models import load_model, load_processor
 from ..train.recipe import Recipe
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 WIRED = ("original_ln_before", "original_ln_after", "residual_before_ln", "adapter_residual_before_ln")
 """Fields that decide a formula and nothing else: where two configurations have the same formulas, these may differ."""
 
-NUM_IMAGES = 2
+NUM_IMAGES = 8
 """Of the batch that shows which tensors are dead."""
 
 
@@ -54,9 +54,9 @@ class Bench:
         network = load_model(model, images.labels, task=images.task)
         self.handle: Adapters = attach(network)
         self.model = describe_model(model, network, None)
-        self.labels = tuple(images.labels)
-        shown = ImageDataset(images.train, load_processor(model))
-        self.batch = collate([shown[index] for index in range(min(NUM_IMAGES, len(shown)))])
+        processor = load_processor(model)
+        self.batch = sample_batch(images.train, processor, NUM_IMAGES)
+        self.data = known_data(images.train, processor, images.labels)
 
     def warn(self, config: AdapterConfig, recipe: Recipe) -> None:
         """Say what is wrong with the study as a whole, whatever configuration it tries."""
@@ -74,7 +74,7 @@ class Bench:
         training = self._training(recipe)
         inputs = {"pixel_values": self.batch["pixel_values"]}
         try:
-            report = self.handle.check(config, example_inputs=inputs, training=training, data=Data(labels=self.labels))
+            report = self.handle.check(config, example_inputs=inputs, training=training, data=self.data)
         except ConfigError as error:
             return Judgement(None, None, str(error), "", ())
         errors = [

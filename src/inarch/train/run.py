@@ -35,6 +35,7 @@ from . import resume as checkpoints
 from .callbacks import Divergence, Patience, Report
 from .folder import RunFolder
 from .image_trainer import ImageTrainer, make_trainer, reports, resolve_precision
+from .known import check_taken, known_data, sample_batch
 from .ledger import Ledger, describe_data, describe_environment, describe_model, describe_sites, describe_verdict, now
 from .metrics import BEST
 from .models import load_model, load_processor
@@ -231,8 +232,9 @@ class _Run:
         set_seed(self.job.recipe.seed)
         network = load_model(self.job.model, self.images.labels, task=self.images.task)
         processor = load_processor(self.job.model)
+        check_taken(network, sample_batch(self.images.train, processor, 1), self.job.model)
         handle = _make_trainable(network, self.job)
-        record = earlier or self._new_record(network, handle)
+        record = earlier or self._new_record(network, handle, processor)
         ledger = Ledger(
             self.folder, dataclasses.replace(record, status="running", job=self.job.to_dict(), finished=None)
         )
@@ -288,12 +290,16 @@ class _Run:
             self.processes.agree(lambda: _write_result(self.job.name, self.folder, network, handle, processor))
         return self.processes.agree(lambda: ledger.update(trainer.state, status))
 
-    def _new_record(self, network: nn.Module, handle: Adapters | None) -> RunRecord:
+    def _new_record(self, network: nn.Module, handle: Adapters | None, processor: Any) -> RunRecord:
         job = self.job
         precision = resolve_precision(job.recipe, self.processes.state.device)
         report = None
         if handle is not None:
-            report = handle.check(training=Training(learning_rate=job.recipe.rate(job.trains)), measure=False)
+            report = handle.check(
+                training=Training(learning_rate=job.recipe.rate(job.trains)),
+                data=known_data(self.images.train, processor, self.images.labels),
+                measure=False,
+            )
         return RunRecord(
             name=job.name,
             trains=job.trains,
