@@ -255,6 +255,24 @@ def test_an_adapter_for_a_bare_tower_loads_where_there_are_more(tmp_path):
     assert inarch.attach(tiny("clip").text_model).load(tmp_path / "again") == "a"
 
 
+@pytest.mark.parametrize(
+    ("config", "whole"), [("loreft", "loreft[layers=[2,3]]"), ("loreft[layers=[1]]", "loreft[layers=[3]]")]
+)
+def test_layers_that_are_named_are_those_of_the_tower(tmp_path, config, whole):
+    """Methods that name the layers they are at follow as those do that name the ones they are not at."""
+    bare = inarch.attach(tiny("clip").text_model)
+    bare.add("a", config)
+    bare.save("a", tmp_path / "bare")
+    handle = inarch.attach(tiny("clip"))
+    handle.load(tmp_path / "bare")
+    assert str(handle.config("a")) == whole
+    assert handle["a"].keys() == bare["a"].keys()
+    handle.save("a", tmp_path / "whole")
+    again = inarch.attach(tiny("clip").text_model)
+    again.load(tmp_path / "whole")
+    assert again["a"].keys() == bare["a"].keys()
+
+
 def test_only_the_weights_of_the_tower_are_compared(tmp_path):
     bare = tiny("clip").text_model
     adapters = inarch.attach(bare)

@@ -171,12 +171,16 @@ def renumber(config: Config, numbers: Mapping[int, int], others: Iterable[int]) 
     """A configuration for a model that counts the same layers otherwise.
 
     Arguments: `numbers` are the new numbers by the old ones, `others` those of layers to be left out besides. By
-    convention a configuration names layers in `leave_out` and in the keys of mappings.
+    convention a configuration names layers in `leave_out`, in `layers` (those that it is for, or `all`) and in the keys
+    of mappings.
     """
     changes: dict[str, Any] = {}
+    left_out = sorted(others)
     for name, value in config.to_dict().items():
         if name == "leave_out":
-            changes[name] = sorted({numbers[old] for old in value if old in numbers} | set(others))
+            changes[name] = sorted({numbers[old] for old in value if old in numbers} | set(left_out))
+        elif name == "layers" and (left_out or value != "all"):
+            changes[name] = sorted(new for old, new in numbers.items() if value == "all" or old in value)
         elif isinstance(value, dict):
             kept = {
                 str(numbers[int(key)]): item for key, item in value.items() if key.isdigit() and int(key) in numbers
