@@ -273,6 +273,17 @@ def test_layers_that_are_named_are_those_of_the_tower(tmp_path, config, whole):
     assert again["a"].keys() == bare["a"].keys()
 
 
+def test_what_has_no_place_in_the_other_tower_leaves_none_of_its_layers_out(tmp_path):
+    """Prompts of images cannot leave layers out, and need not."""
+    bare = inarch.attach(tiny("clip").vision_model)
+    bare.add("a", "vpt_shallow")
+    bare.save("a", tmp_path / "bare")
+    handle = inarch.attach(tiny("clip"))
+    handle.load(tmp_path / "bare")
+    assert str(handle.config("a")) == "vpt_shallow"
+    assert handle["a"].keys() == bare["a"].keys()
+
+
 def test_only_the_weights_of_the_tower_are_compared(tmp_path):
     bare = tiny("clip").text_model
     adapters = inarch.attach(bare)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from . import archives, convert, state
 from .attach import build, tensors_in
 from .bank import Modules
-from .core.errors import StateError, nearest_place
+from .core.config import Config
+from .core.errors import ConfigError, StateError, nearest_place
 from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import HeadConfig, id2label, name_at, path_of, read_foreign, read_head
-from .methods import AdapterConfig, preset_names, read_config, renumber
+from .methods import AdapterConfig, placements, preset_names, read_config, renumber
 from .tensors import copy_into
 
 logger = logging.getLogger(__name__)
@@ -305,7 +306,18 @@ def _for_stacks(config: AdapterConfig, before: Iterable[str], sites: Sites, stac
     old, new = ({place: n for n, place in enumerate(_places(counts))} for counts in (theirs, ours))
     numbers = {old[place]: number for place, number in new.items() if place in old and place[0] in stacks}
     others = [number for place, number in new.items() if place[0] not in stacks]
-    return replace(config, parts=tuple(renumber(part, numbers, others) for part in config.parts))
+    return replace(config, parts=tuple(_for_layers(part, numbers, others, sites, stacks) for part in config.parts))
+
+
+def _for_layers(part: Config, numbers: Mapping[int, int], others: list[int], sites: Sites, stacks: set[str]) -> Config:
+    """One method of it, which leaves the layers of other stacks out where it would be there."""
+    plain = renumber(part, numbers, ())
+    try:
+        if all(placement.site.stack in stacks for placement in placements(plain, sites)):
+            return plain
+    except ConfigError:  # it cannot be there
+        pass
+    return renumber(part, numbers, others)
 
 
 def _places(counts: Mapping[str, int]) -> list[tuple[str, int]]:
