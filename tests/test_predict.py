@@ -219,7 +219,7 @@ def test_folders_without_an_adapter_are_told_apart(adapter, tmp_path):
     ):
         with pytest.raises(StateError, match=words):
             find_adapter(folder)
-    with pytest.raises(StateError, match="is a folder or a Hub repository"):
+    with pytest.raises(StateError, match="is a folder, an archive or a Hub repository"):
         find_adapter("./nowhere")
 
 
