@@ -136,6 +136,15 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
         adapters.save_embeddings("two", tmp_path / "other")
 
 
+def test_a_tokenizer_that_cannot_be_read_leaves_no_table(tmp_path):
+    adapters = inarch.attach(tiny("bert"))
+    adapters.add_embeddings("one", NEW)
+    adapters.save_embeddings("one", tmp_path / "here", tokenizer=Kept(["a"]))
+    with pytest.raises(inarch.StateError, match="The tokenizer beside embeddings must be one of transformers; got"):
+        adapters.load_embeddings(tmp_path / "here", name="two")
+    assert adapters.embeddings == ("default", "one")
+
+
 def test_an_output_layer_of_its_own_is_told_of_that_keeps_the_old_vocabulary(caplog):
     model = tiny("llama-lm")
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight

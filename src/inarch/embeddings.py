@@ -191,12 +191,9 @@ class Embeddings:
                 f"Embeddings are as wide as those of the model, {own.shape[1]}; got a table of shape "
                 f"{tuple(weight.shape)} at `{folder}`. Load them into a model of their width."
             )
+        tokenizer = _tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
         self._put(name, weight.to(own))
-        if not (folder / TOKENIZER).is_dir():
-            return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder / TOKENIZER)
+        return tokenizer
 
     # Parts of the model
 
@@ -276,3 +273,17 @@ class Embeddings:
             raise SetupError(
                 f"The embeddings of a model have different names, without `.`; got {name!r}. Choose another name."
             )
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises `StateError` where it cannot be read, or only by code that lies there."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers fail in as many ways as their files can be damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StateError(
+            f"The tokenizer beside embeddings must be one of transformers; got `{folder}`: {reason} Move it elsewhere, "
+            "and load the table alone."
+        ) from None
