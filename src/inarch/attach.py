@@ -1,4 +1,4 @@
-"""Grafts slots onto a model and arms their hooks. The only file that touches a model's modules.
+"""Grafts slots onto a model and arms their hooks: the one place from which adapters are put into a model.
 
 Hooks exist only where an adapter is active, at most two or three a site: one where h appears, one where x can be read
 if the wiring reads it, one on the norm after the sum if the adapter ends behind it.
