@@ -454,3 +454,23 @@ def test_labels_and_heads_are_those_of_what_was_loaded(tmp_path):
     assert model.get_labels("other") == ["no", "yes"]
     assert model.load_adapter_setup(tmp_path / "setup")[1] is None
     assert model.active_head == "other"
+
+
+def test_labels_are_in_the_order_of_their_numbers_however_these_are_written(tmp_path):
+    """As text, which is what JSON makes of numbers, 10 would stand before 2."""
+    model = tiny("bert")
+    adapters.init(model)
+    names = [f"l{number}" for number in range(11)]
+    texts = {str(number): name for number, name in enumerate(names)}
+    model.add_classification_head("c", num_labels=11, id2label=texts)
+    assert model.get_labels("c") == names
+    model.save_head(tmp_path / "c", "c")
+    model.load_head(tmp_path / "c", "d", id2label=texts)
+    assert model.get_labels("d") == names
+    with pytest.raises(ConfigError, match=r"`id2label` names the labels 0 to 1; got 1, 2. Count from 0"):
+        model.add_classification_head("e", num_labels=2, id2label={1: "no", 2: "yes"})
+    with pytest.raises(SetupError, match="The labels of one head are asked for; got 'zz'.*Known: `c`, `d`"):
+        model.get_labels("zz")
+    model.active_head = None
+    with pytest.raises(SetupError, match="The labels of one head are asked for; got None"):
+        model.get_labels()

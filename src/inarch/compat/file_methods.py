@@ -14,6 +14,7 @@ from ..compose import Setup
 from ..core.errors import SetupError
 from ..handle import Adapters
 from .composition import as_fuse, as_setup
+from .heads import labels_of
 from .own import OF_TRANSFORMERS, own_method
 from .refused import refuse, refuse_kwargs
 
@@ -60,10 +61,11 @@ class FileMethods:
     ) -> str:
         refuse("load_adapter", custom_weights_loaders=custom_weights_loaders, leave_out=leave_out or None)
         refuse_kwargs("load_adapter", kwargs)
+        labels = None if id2label is None else labels_of(id2label)
         name = self._handle.load(adapter_name_or_path, name=load_as, head=with_head, overwrite=True, revision=version)
-        if id2label is not None:
+        if labels is not None:
             for head in self._handle.heads_of(name, stay=False):
-                self._handle.name_labels(head, [id2label[number] for number in sorted(id2label)])
+                self._handle.name_labels(head, labels)
         if set_active:
             self._handle.activate(name)
         return name

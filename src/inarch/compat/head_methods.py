@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import SetupError, nearest
 from ..handle import Adapters
 from ..heads import read_foreign_settings
-from .heads import PredictionHead, settings_of, two_scores
+from .heads import PredictionHead, labels_of, settings_of, two_scores
 from .refused import refuse_kwargs
 
 
@@ -130,8 +131,10 @@ class HeadMethods:
 
     def get_labels_dict(self, head_name: str | None = None) -> dict[int, str] | None:
         """`dict(enumerate(adapters.flexible_heads[name].labels))`"""
-        name = self._handle.active_head if head_name is None else head_name
-        labels = getattr(self._handle.flexible_heads[str(name)], "labels", None)
+        name, heads = self._handle.active_head if head_name is None else head_name, self._handle.flexible_heads
+        if not isinstance(name, str) or name not in heads:
+            raise SetupError(f"The labels of one head are asked for; got {name!r}. {nearest(str(name), heads)}")
+        labels = getattr(heads[name], "labels", None)
         return None if labels is None else dict(enumerate(labels))
 
     # Files
@@ -155,7 +158,8 @@ class HeadMethods:
     ) -> str:
         """`adapters.load_head(folder, name=...)`"""
         refuse_kwargs("load_head", kwargs)
+        labels = None if id2label is None else labels_of(id2label)
         name = self._handle.load_head(save_directory, name=load_as, overwrite=True)
-        if id2label is not None:
-            self._handle.name_labels(name, [id2label[number] for number in sorted(id2label)])
+        if labels is not None:
+            self._handle.name_labels(name, labels)
         return name

@@ -20,9 +20,20 @@ class PredictionHead:
 
 def settings_of(id2label: Mapping[int, str] | None, *, use_pooler: bool, **settings: Any) -> dict[str, Any]:
     """What a head takes there, as a head here takes it."""
-    labels = {} if id2label is None else {"labels": [id2label[number] for number in sorted(id2label)]}
+    labels = {} if id2label is None else {"labels": labels_of(id2label)}
     pooling = {"pooling": "pooler"} if use_pooler else {}
     return {**settings, **labels, **pooling}
+
+
+def labels_of(id2label: Mapping[Any, str]) -> list[str]:
+    """Labels in their order, by numbers that may be written as text. Raises `ConfigError` where numbers are missing."""
+    named = {int(number): label for number, label in id2label.items()}
+    if sorted(named) != list(range(len(id2label))):
+        raise ConfigError(
+            f"`id2label` names the labels 0 to {len(id2label) - 1}; got {', '.join(map(str, sorted(named)))}. Count "
+            "from 0, and leave none out."
+        )
+    return [named[number] for number in sorted(named)]
 
 
 def _head(kind: str, model: Any, head_name: str, settings: dict[str, Any]) -> PredictionHead:  # noqa: ARG001  a model is given there
