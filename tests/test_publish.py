@@ -77,3 +77,16 @@ def test_what_the_hub_refuses_is_told(hub):
     adapters.add("a", "lora")
     with pytest.raises(StateError, match="a Hub repository that can be written; got `nobody/x`: PermissionError: 403"):
         adapters.push("a", "nobody/x")
+
+
+@pytest.mark.parametrize("name", ["google-bert/bert-base-uncased", "gpt2", "", "/home/me/models/vit", "./vit", "."])
+def test_a_card_names_the_base_by_its_repository_and_by_no_place_of_a_machine(hub, name):
+    model = tiny("bert")
+    model.config._name_or_path = name
+    adapters = inarch.attach(model)
+    adapters.add("a", "lora[r=4]")
+    card = (hub.place / adapters.push("a", "me/x") / "README.md").read_text()
+    is_repository = name in ("google-bert/bert-base-uncased", "gpt2")
+    assert (f"base_model: {name}\n" in card) == is_repository
+    assert f"An adapter for `{name if is_repository else 'BertModel'}`" in card
+    assert "/home/me" not in card

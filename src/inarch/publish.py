@@ -1,15 +1,19 @@
 """Puts an adapter folder on the Hub, with a model card that is made of its record."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .core.errors import StateError
 
+_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
+
 
 def card(record: Mapping[str, Any], config: str, repository: str, datasets: Sequence[str] = ()) -> str:
     """The model card of an adapter, with the data that the Hub reads at its head; `datasets` are ids of the Hub."""
     base, head = record["base"], record.get("head") or {}
+    known = base["id"] if _is_on_hub(base["id"]) else ""  # a folder of one machine tells others nothing
     head_rows = [f"* head: {', '.join(head['modules'])}"] if head.get("modules") else []
     lines = [
         "---",
@@ -17,13 +21,13 @@ def card(record: Mapping[str, Any], config: str, repository: str, datasets: Sequ
         "tags:",
         "- inarch",
         "- adapter",
-        *([f"base_model: {base['id']}"] if base["id"] else []),
+        *([f"base_model: {known}"] if known else []),
         *(["datasets:", *(f"- {name}" for name in datasets)] if datasets else []),
         "---",
         "",
         f"# `{record['name']}`",
         "",
-        f"An adapter for `{base['id'] or base['model_class']}`, made with inarch {record['versions']['inarch']}.",
+        f"An adapter for `{known or base['model_class']}`, made with inarch {record['versions']['inarch']}.",
         "",
         f"* configuration: `{config}`",
         f"* base: `{base['model_class']}`, revision `{base['revision'] or 'unknown'}`, in {base['dtype']}",
@@ -39,6 +43,11 @@ def card(record: Mapping[str, Any], config: str, repository: str, datasets: Sequ
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether what a base was loaded from can be the id of a repository, and is no folder here."""
+    return bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def upload(
