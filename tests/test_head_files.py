@@ -180,3 +180,12 @@ def test_a_kind_of_ones_own_trains_and_is_saved(tmp_path):
         for known, kept in ((KINDS, before), (HEADS, modules)):
             known.clear()
             known.update(kept)
+
+
+def test_the_home_of_a_user_is_meant_where_a_head_is_read_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapters = inarch.attach(tiny("bert"))
+    adapters.add_head("mood", "classification[num_labels=3]")
+    adapters.save_head("mood", "~/mood")
+    assert (tmp_path / "mood" / "head.json").is_file()
+    assert adapters.load_head("~/mood", name="again") == "again"

@@ -30,7 +30,7 @@ def write(folder: str | os.PathLike[str], name: str, config: HeadConfig, tensors
 
 def read(folder: str | os.PathLike[str], model: nn.Module) -> tuple[str, HeadConfig, dict[str, Tensor]]:
     """The name, the configuration and the tensors of the head in a folder. Raises `StateError` where there is none."""
-    place = Path(folder)
+    place = Path(folder).expanduser()
     if (place / FILES.record).is_file():
         return _ours(place)
     stored = adapterhub.read_head(place) if (place / HEAD_RECORD).is_file() else None
