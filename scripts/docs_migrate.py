@@ -26,6 +26,10 @@ What differs:
   base model (`AutoAdapterModel`), or beside it.
 * `model.active_adapters = setup` holds from the next forward on. Where a setup copies or cuts the batch (`Parallel`,
   `BatchSplit`, `MultiTask`), use `model.set_active_adapters(setup)`.
+* `output_adapter_gating_scores=True` and `output_adapter_fusion_attentions=True` are refused in a forward: call the
+  model in `with inarch.attach(model).scores() as scores:`, which has both.
+* What several heads return is a mapping with a `loss` and `logits`; go over its `head_outputs` for each head's own.
+* `model.active_adapters` compares and prints as the active setup; its parts are those of `inarch.attach(model).setup`.
 * Folders are written in the format of inarch, `adapter.safetensors` and `inarch.json`, and read in both;
   `inarch convert` writes those of `adapters`.
 * Fusion layers of `Fuse("a", "b")` are named `a+b`, not `a,b`.

@@ -228,6 +228,16 @@ def test_the_page_tells_every_call():
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/docs_migrate.py"
 
 
+@pytest.mark.parametrize("word", ["output_adapter_gating_scores", "output_adapter_fusion_attentions"])
+def test_scores_are_not_asked_for_in_vain(word):
+    model = tiny("bert")
+    adapters.init(model)
+    model.add_adapter("a", config="seq_bn", set_active=True)
+    with pytest.raises(SetupError, match=f"got `{word}=True` for BertModel. Call the model in `with inarch"):
+        model(**BATCH, **{word: True})
+    model(**BATCH, **{word: False})
+
+
 def test_a_setup_holds_for_copies_and_is_used_again():
     model = tiny("bert")
     adapters.init(model)

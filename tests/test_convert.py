@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import inarch
 from inarch.cli import app
 from inarch.convert import is_adapterhub, is_peft
-from inarch.state import is_adapter
+from inarch.state import is_adapter, read_record
 from inarch.testing import tiny, tiny_inputs
 
 FORMATS = {"inarch": is_adapter, "peft": is_peft, "adapterhub": is_adapterhub}
@@ -72,7 +73,8 @@ def test_what_a_format_does_not_have_leaves_nothing_and_takes_nothing_away(store
     adapters.save("before", tmp_path / "there", format=target)
     files = {file: file.read_bytes() for file in (tmp_path / "there").iterdir()}
     for destination in ("new", "there"):
-        result = run("convert", tmp_path / "b", tmp_path / destination, "--to", target, "--model", place / "base")
+        words = ("convert", tmp_path / "b", tmp_path / destination, "--to", target, "--model", place / "base")
+        result = run(*words, "--overwrite")
         assert result.exit_code == 1 and message in " ".join(result.output.split())
     assert {entry.name for entry in tmp_path.iterdir()} == {"b", "there"}  # no draft, either
     assert {file: file.read_bytes() for file in (tmp_path / "there").iterdir()} == files
@@ -82,6 +84,28 @@ def test_a_folder_with_something_else_is_left_alone(stored, tmp_path):
     place, _ = stored
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    result = run("convert", place / "inarch", tmp_path / "mine", "--to", "peft", "--model", place / "base")
+    words = ("convert", place / "inarch", tmp_path / "mine", "--to", "peft", "--model", place / "base")
+    assert "which holds files. Choose another, or pass `--overwrite`" in " ".join(run(*words).output.split())
+    result = run(*words, "--overwrite")
     assert result.exit_code == 1 and "which holds thesis.txt" in " ".join(result.output.split())
     assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_head_of_other_labels_goes_to_adapterhub_and_back(tmp_path):
+    """The model's own head, made for labels that the base by itself does not have."""
+    place, labels = tmp_path / "base", ("left", "right", "neither", "both", "unknown")
+    tiny(NAME).save_pretrained(place)
+    model = type(tiny(NAME)).from_pretrained(
+        place, id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
+        num_labels=5, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    adapters = inarch.attach(model)
+    adapters.add("a", "seq_bn[init_weights=mam_adapter]")
+    adapters.train("a")
+    adapters.save("a", tmp_path / "ours")
+    for source, target, kind in (("ours", "theirs", "adapterhub"), ("theirs", "back", "inarch")):
+        result = run("convert", tmp_path / source, tmp_path / target, "--to", kind, "--model", place)
+        assert result.exit_code == 0 and "Warning" not in result.output, result.output
+    wanted, found = (load_file(tmp_path / folder / "adapter.safetensors") for folder in ("ours", "back"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert read_record(tmp_path / "back")["head"]["labels"] == list(labels)

@@ -178,7 +178,7 @@ def named_base(folder: Path) -> str:
 def head_labels(folder: Path) -> tuple[str, ...]:
     """The labels of the task head in an adapter folder, in their order; none where it holds none, or does not say."""
     if not state.is_adapter(folder):
-        return ()
+        return convert.adapterhub_record.own_head_labels(folder)
     head = state.read_record(folder).get("head") or {}
     is_own = any(not name_at(path) for path in head.get("modules", ()))
     return tuple(map(str, head.get("labels", ()))) if is_own else ()
@@ -353,9 +353,12 @@ def _read_foreign_head(head: convert.StoredHead, model: nn.Module) -> _Head:
     own = {f"{path}.{key}": tensor for path in paths for key, tensor in _tensors_at(model, path).items()}
     unlike = [key for key, tensor in read.tensors.items() if key not in own or own[key].shape != tensor.shape]
     if unlike or len(own) != len(read.tensors):
+        here = type(model).__name__
+        there = head.config.get("model_class")
+        fix = f"the class `{there}`" if there != here else f"`num_labels={head.config.get('num_labels')}`"
         raise StateError(
-            f"A head without a type is one of the model's own; got `{(unlike or [*own])[0]}` for "
-            f"{type(model).__name__}. Load the model with the class `{head.config.get('model_class')}`."
+            f"A head without a type is one of the model's own; got `{(unlike or [*own])[0]}`, which {here} has not, or "
+            f"of another shape. Load the model with {fix}."
         )
     return paths, {}, {f"head.{key}": tensor for key, tensor in read.tensors.items()}
 

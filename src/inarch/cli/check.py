@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..data.examples import Examples
     from ..methods import AdapterConfig
 
-ADAPTER_HELP = (
-    "A configuration: `seq_bn` or another preset, with changes as in `seq_bn[reduction_factor=8]`; or a JSON file; or "
-    "the folder of an adapter of inarch, of the library `adapters` or of PEFT."
+CONFIG_HELP = (
+    "A configuration: `seq_bn` or another preset, with changes as in `seq_bn[reduction_factor=8]`; or a JSON file."
 )
+ADAPTER_HELP = f"{CONFIG_HELP} Or the folder of an adapter of inarch, of the library `adapters` or of PEFT."
 _BATCH = 32
 FAILURE = USAGE
 """The exit code where there is no verdict: a program tells it from a verdict with errors."""

@@ -35,6 +35,7 @@ def convert(
     other_base: Annotated[
         bool, typer.Option("--other-base", help="Take an adapter that was made on a base with other weights.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the destination.")] = False,
 ) -> None:
     """Write an adapter of one library in the format of another, so that it computes the same there."""
     with importing():
@@ -42,6 +43,11 @@ def convert(
         from ..loading import head_labels, named_base, opened
         from .skeleton import with_own_weights
 
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise StateError(
+            f"An adapter is written to a new folder; got `{destination}`, which holds files. Choose another, or pass "
+            "`--overwrite` to replace the adapter there."
+        )
     with opened(source) as folder:
         base = model or named_base(folder)
         if not base:

@@ -12,7 +12,7 @@ from ..core.interrupt import importing
 from ..core.records import EpochRecord, RunRecord, SeedsRecord
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
-from .check import ADAPTER_HELP, say_report
+from .check import CONFIG_HELP, say_report
 from .guard import ERROR
 from .options import configured, in_options, made_from
 from .output import err, fail, note, say, say_json, say_table
@@ -33,7 +33,7 @@ def train(
     model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default=False)] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help=f"{ADAPTER_HELP} [default: {DEFAULT_ADAPTER}]", metavar="CONFIG", show_default=False),
+        typer.Option(help=f"{CONFIG_HELP} [default: {DEFAULT_ADAPTER}]", metavar="CONFIG", show_default=False),
     ] = None,
     name: Annotated[str | None, typer.Option(help=NAME_HELP, show_default=False)] = None,
     head_only: Annotated[bool, typer.Option("--head-only", help="Train the task head alone, for comparison.")] = False,

@@ -87,6 +87,12 @@ class _Door:
         if attached(model) is not self.handle:
             self.close()
             return
+        for word in ("output_adapter_gating_scores", "output_adapter_fusion_attentions"):
+            if kwargs.get(word):
+                raise SetupError(
+                    f"What gates and fusions decide is read beside the forward; got `{word}=True` for "
+                    f"{type(model).__name__}. Call the model in `with inarch.attach(model).scores() as scores:`."
+                )
         before = tuple(model._forward_pre_hooks)
         self.read()
         if tuple(model._forward_pre_hooks) != before:

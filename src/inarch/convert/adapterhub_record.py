@@ -52,6 +52,17 @@ def is_adapterhub(folder: Path) -> bool:
     return not (isinstance(record, dict) and "peft_type" in record)
 
 
+def own_head_labels(folder: Path) -> tuple[str, ...]:
+    """The labels of a model's own head stored beside an adapter, by number; none where it does not say."""
+    try:
+        record = json.loads((folder / HEAD_RECORD).read_text(encoding="utf-8"))
+        numbers = {int(number): str(label) for label, number in record["label2id"].items()}
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return ()
+    is_own = not record.get("config") and sorted(numbers) == list(range(len(numbers)))
+    return tuple(numbers[number] for number in sorted(numbers)) if is_own else ()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of an adapter. Raises `StateError` for a folder of anything else."""
     if not (folder / RECORD).is_file():
