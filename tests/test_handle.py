@@ -220,6 +220,23 @@ def test_overwriting_an_active_adapter_takes_effect(model, inputs):
     assert set(adapters["a"]) == {f"image0.{i}.self_attention.lora.{r}.{m}" for i in (0, 1) for r in "qv" for m in "AB"}
 
 
+@pytest.mark.parametrize(
+    "config", ["lora", "prefix_tuning_flat[prefix_length=2]", "vpt_shallow"]
+)  # the latter are tried
+def test_an_overwritten_adapter_keeps_its_place_among_the_names(model, config, tmp_path):
+    """Adapters of prefixes and prompts are tried in the model before they are stored."""
+    adapters = inarch.attach(model)
+    for name in ("a", "b", "c"):
+        adapters.add(name, config)
+    adapters.save("b", tmp_path / "b")
+    adapters.add("b", config, overwrite=True)
+    adapters.load(tmp_path / "b", name="a", overwrite=True)
+    assert adapters.names == ("a", "b", "c")
+    adapters.remove("a")
+    adapters.add("a", config)
+    assert adapters.names == ("b", "c", "a")
+
+
 def test_a_deep_copy_has_a_handle_and_adapters_of_its_own(model, inputs):
     adapters = inarch.attach(model)
     adapters.add("a", "seq_bn|lora")

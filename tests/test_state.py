@@ -379,8 +379,9 @@ def test_a_damaged_file_gives_one_error_and_leaves_the_model_unchanged(damage, s
         (None, "got no `inarch.json`"),
         ("{", "must be readable JSON"),
         ("[]", "got None"),
-        ('{"format_version": 99}', "reads adapter format 1 to 2; got 99"),
-        ('{"format_version": 1}', "got none for config, sites, base"),
+        ('{"format_version": 99}', "reads adapter format 2; got 99"),
+        ('{"format_version": 1}', "reads adapter format 2; got 1"),
+        ('{"format_version": 2}', "got none for config, sites, base"),
         ("[" * 100_000, "must be readable JSON"),
     ],
 )
@@ -504,10 +505,10 @@ def test_of_a_hub_repository_the_record_is_fetched_first_then_the_weights_of_tha
 def test_weights_of_what_cannot_be_read_are_not_fetched(saved, hub):
     remote, asked = hub
     (remote / state.RECORD).write_text('{"format_version": 99}')
-    with pytest.raises(StateError, match="reads adapter format 1 to 2; got 99"):
+    with pytest.raises(StateError, match="reads adapter format 2; got 99"):
         inarch.attach(fresh()).load("owner/name")
     (remote / state.RECORD).unlink()
-    with pytest.raises(StateError, match="format 1 to 2"):  # from the snapshot that is there
+    with pytest.raises(StateError, match="adapter format 2"):  # from the snapshot that is there
         inarch.attach(fresh()).load("owner/name")
     assert [revision for _, _, revision in asked] == [None, None]
 
@@ -538,18 +539,6 @@ def test_of_a_foreign_repository_the_safe_file_is_preferred(stored, saved, hub):
         inarch.attach(fresh()).load("owner/name")
     wanted = [files for _, files, _ in asked[1:] if "adapter" in files[0]]
     assert wanted == [("adapter.safetensors",), ("pytorch_adapter.bin",)][: 1 if "safe" in stored else 2]
-
-
-def test_files_written_by_format_1_are_still_read():
-    """The fixture was written by the first version; it must load for ever."""
-    from pathlib import Path
-
-    folder = Path(__file__).parent / "fixtures" / "format1"
-    model = tiny("vit")
-    adapters = inarch.attach(model)
-    adapters.load(folder, other_base="allow")
-    adapters.activate("first")
-    assert adapters["first"]["image0.0.mlp.bottleneck.up.bias"].tolist() == pytest.approx([0.5] * 32)
 
 
 def test_a_copied_folder_is_as_good(saved, tmp_path):

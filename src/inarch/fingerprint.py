@@ -94,10 +94,7 @@ def compare_bases(
             "that base" if isinstance(before, str) else "this model",
         )
         return ""
-    if "parts" in before:
-        found = _compare(before, now, touched)
-    else:
-        found = _compare_samples(before, record["base"].get("dtype"), model, sites, touched)
+    found = _compare(before, now, touched)
     if not found:
         return ""
     return f"the weights of an adapter's base and of the model must agree; got others {found} in {sites.model_class}"
@@ -291,35 +288,3 @@ def _words(place: str, before: Summary, now: Summary) -> str:
 
 def _numbers(summary: Summary) -> str:
     return " and ".join(f"{value:.6g}" for value in summary)
-
-
-# Format 1: four values of some projections
-
-_SAMPLED_VALUES = 4
-_SAMPLE_TOLERANCE = _TOLERANCE | {torch.float64: 1e-6, torch.float32: 1e-6}
-
-
-def _compare_samples(before: Mapping[str, Any], dtype: Any, model: nn.Module, sites: Sites, stacks: set[str]) -> str:
-    found = [getattr(torch, str(dtype), None), *(parameter.dtype for parameter in model.parameters())]
-    tolerance = max(_SAMPLE_TOLERANCE.get(part, 1e-6) for part in found)  # type: ignore[arg-type]
-    for key, values in before.items():
-        site = next((site for site in sites if key.startswith(f"{site.key}.") and site.stack in stacks), None)
-        now = _samples(model, site, key.rpartition(".")[2]) if site is not None else None
-        if now is None:
-            continue
-        if any(abs(a - b) > tolerance * max(abs(a), abs(b), 1e-3) for a, b in zip(values, now, strict=True)):
-            return _words(f"`{key}`", values, now)
-    return ""
-
-
-def _samples(model: nn.Module, site: Site, role: str) -> list[float] | None:
-    projection = next(iter(site.projections.get(role, ())), None)
-    weight = _parameter(model, site, projection, "weight") if projection else None
-    if projection is None or not _is_plain(weight, set()) or weight.dim() != 2:  # type: ignore[union-attr]
-        return None
-    assert isinstance(weight, Tensor)
-    weight = whole(weight).T if projection.transposed else whole(weight)
-    if weight.shape != (projection.out_features, projection.in_features):
-        return None
-    places = [(2 * place + 1) * weight.numel() // (2 * _SAMPLED_VALUES) for place in range(_SAMPLED_VALUES)]
-    return [float(weight[place // weight.shape[1], place % weight.shape[1]]) for place in places]

@@ -539,8 +539,9 @@ class Grafted:
         finally:
             disarm(self.model, self._handles)
             store(self.model, self.sites, name, before)
-            del self._configs[name]
-            if config_before is not None:
+            if config_before is None:
+                del self._configs[name]
+            else:
                 self._configs[name] = config_before
             self._heads.active = heads
             self._arm(active)

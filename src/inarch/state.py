@@ -23,7 +23,7 @@ from .tensors import is_sharded, read_tensors, whole
 
 TENSORS, RECORD, SETUP = "adapter.safetensors", "inarch.json", "setup.json"
 FORMAT_VERSION = 2
-"""2: the fingerprint of the base summarises all of it; that of 1 holds some values of some matrices."""
+"""Of the first, which was never released, nothing is read."""
 
 
 Beside = Mapping[str, bytes] | Callable[[Path], object]
@@ -276,9 +276,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"`{RECORD}` must be readable JSON; got `{file}`: {error}. Save the adapter again.") from None
     version = record.get("format_version") if isinstance(record, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise StateError(
-            f"This version reads adapter format 1 to {FORMAT_VERSION}; got {version!r} in `{file}`. Update inarch."
+            f"This version reads adapter format {FORMAT_VERSION}; got {version!r} in `{file}`. "
+            "Read it with the version of inarch that wrote it."
         )
     missing = [key for key in ("config", "sites", "base") if not isinstance(record.get(key), dict)]
     if missing:
