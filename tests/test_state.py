@@ -6,8 +6,8 @@ import os
 import pickle
 import shutil
 import struct
-import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +211,39 @@ def test_a_setup_is_saved_when_all_of_its_adapters_can_be(pair):
     assert (folder / "adapters" / "a" / state.TENSORS).read_bytes() == before
 
 
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4])  # the tensors and the record of each, then the setup
+def test_a_disk_that_fills_up_leaves_the_old_setup_as_it_was(pair, writes, monkeypatch):
+    adapters, folder = pair
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in adapters.names:
+        with torch.no_grad():
+            next(iter(adapters[name].values())).add_(1)
+    done = []
+
+    def filling(write):
+        def wrapped(self, *args, **kwargs):
+            if len(done) == writes:
+                write(self, args[0][:1], **kwargs)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done.append(self)
+            return write(self, *args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for method in ("write_bytes", "write_text"):
+            patch.setattr(Path, method, filling(getattr(Path, method)))
+        with pytest.raises(StateError, match="must be writable; got .*: No space left on device"):
+            adapters.save_setup(folder, inarch.Stack("b", "a"))
+    assert len(done) == writes
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["adapters", "setup.json"]
+    adapters.save_setup(folder, inarch.Stack("b", "a"))
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert {path.name for path in after if after[path] != before[path]} == {"setup.json", state.TENSORS}
+
+
 def test_a_full_disk_leaves_the_old_adapter_and_no_draft(saved, tmp_path, monkeypatch):
     model, folder, _ = saved
     before = (folder / state.TENSORS).read_bytes()
@@ -237,55 +270,12 @@ def test_a_failed_rename_puts_the_old_adapter_back(saved, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(self, target)
 
-    monkeypatch.setattr("inarch.state._exchange", lambda *_: False)
+    monkeypatch.setattr("inarch.core.drafts._exchange", lambda *_: False)
     monkeypatch.setattr("pathlib.Path.rename", fail_second)
     with pytest.raises(StateError, match="Input/output error"):
         inarch.attach(model).save("task", folder)
     assert (folder / state.TENSORS).read_bytes() == before
     assert len(renames) == 3
-
-
-@pytest.mark.parametrize("in_one_step", [True, False])
-def test_a_folder_is_replaced_whole_and_nothing_is_left_over(in_one_step, tmp_path, monkeypatch):
-    if not in_one_step:
-        monkeypatch.setattr("inarch.state._exchange", lambda *_: False)
-    target = tmp_path / "target"
-    for text in ("old", "new"):
-        draft = tmp_path / "draft"
-        draft.mkdir()
-        (draft / text).write_text(text)
-        state.replace_folder(draft, target)
-        assert [file.name for file in target.iterdir()] == [text]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets two folders change places in one step")
-def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path, monkeypatch):
-    target, looks = tmp_path / "target", []
-    for folder in (target, tmp_path / "other"):
-        folder.mkdir()
-    if not state._exchange(target, tmp_path / "other"):
-        pytest.skip("this file system does not let two folders change places")
-
-    def never(*_):
-        raise AssertionError("after a first renaming there is no folder until the second")
-
-    monkeypatch.setattr("pathlib.Path.rename", never)
-    done = threading.Event()
-
-    def look():
-        while not done.is_set():
-            looks.append(target.exists())
-
-    reader = threading.Thread(target=look)
-    reader.start()
-    for number in range(50):
-        draft = tmp_path / f"draft{number}"
-        draft.mkdir()
-        state.replace_folder(draft, target)
-    done.set()
-    reader.join()
-    assert looks and all(looks)
 
 
 class Bomb:

@@ -92,7 +92,8 @@ def in_shards(rank, folder):
         shard(model)
         train(model, half(name, rank))
         adapters.save("a", folder / name)  # every process calls it
-        assert (folder / name / "inarch.json").exists()
+        adapters.save_setup(folder / f"{name}-setup", "a")
+        assert (folder / name / "inarch.json").exists() and (folder / f"{name}-setup/setup.json").exists()
         with torch.no_grad():
             expected = model(**whole(name)).logits
             for parameter in adapters["a"].values():

@@ -5,14 +5,20 @@ Those of the library `adapters` have `adapter_setup.json`, and the adapter folde
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import nn
 
 from . import loading, state
 from .compose import Setup, from_data, names, to_data
 from .convert import adapterhub_record
+from .core.drafts import drafted, replace_folder
 from .core.errors import SetupError, StateError
 from .pretrained import FOLDER
+from .tensors import is_sharded
 
 _FOREIGN = "adapter_setup.json"
 
@@ -20,20 +26,40 @@ _FOREIGN = "adapter_setup.json"
 class Handle(Protocol):
     """What is needed of the handle of a model."""
 
+    model: nn.Module
+
     def save(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
 def save(handle: Handle, folder: str | os.PathLike[str], setup: Setup | None) -> None:
-    """Write a setup with its adapters and fusion layers. Raises `SetupError` for none, and `StateError` for a place
-    where one of them cannot be written, before any is."""
+    """Write a setup with its adapters and fusion layers: all of them beside their places before the first is put there.
+
+    Raises `SetupError` for none, and `StateError` where one of them cannot be written; nothing is changed then.
+    """
     if setup is None:
         raise SetupError("A setup is saved; got none, and none is active. Pass the setup to `save_setup`.")
     place = Path(folder).expanduser()
-    for name in names(setup):
-        state.check_target(place / FOLDER / name)
-    for name in names(setup):
-        handle.save(name, place / FOLDER / name)
-    state.write_setup(place, to_data(setup))
+    targets = {name: state.check_target(place / FOLDER / name) for name in names(setup)}
+
+    def put(drafts: Mapping[str, Path], record: Path) -> None:
+        for name, draft in drafts.items():
+            replace_folder(draft, targets[name])
+        record.replace(place / state.SETUP)
+
+    try:
+        with ExitStack() as open_drafts:
+            # Each beside its own place, which a link may have on another disk.
+            drafts = {name: open_drafts.enter_context(drafted(target)) / name for name, target in targets.items()}
+            record = open_drafts.enter_context(drafted(place / state.SETUP)) / state.SETUP
+            for name, draft in drafts.items():
+                handle.save(name, draft)
+            state.write_setup(record, to_data(setup))
+            state.once(partial(put, drafts, record), spread=any(map(is_sharded, handle.model.parameters())))
+    except OSError as error:
+        raise StateError(
+            f"The folder of a setup must be writable; got `{folder}`: {error.strerror or error}. Free some space or "
+            "choose another folder."
+        ) from None
 
 
 def find(folder: str | os.PathLike[str]) -> tuple[Setup, dict[str, Path]]:

@@ -5,19 +5,17 @@ task head trained with them: positions in the architecture, not names of modules
 library changes nothing. No pickle is ever executed.
 """
 
-import ctypes
 import json
 import os
-import shutil
-import sys
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .core.drafts import drafted, replace_folder, sync
 from .core.errors import StateError
 from .tensors import is_sharded, read_tensors, whole
 
@@ -60,7 +58,7 @@ def write(
     files: Files = Files(),
     *,
     beside: Beside | None = None,
-) -> Path:
+) -> None:
     """Write an adapter folder whole or not at all: a reader sees the old folder or the new one, never a part of one.
 
     Arguments: `files` names its files where it is one of another library; `beside` are more files, by name, or what
@@ -81,9 +79,8 @@ def write(
             "offloaded."
         )
     values = {key: whole(tensor) for key, tensor in tensors.items()}
-    if any(is_sharded(tensor) for tensor in tensors.values()):
-        return _write_once(Path(folder), values, record, files, beside or {})
-    return _write(Path(folder), values, record, files, beside or {})
+    spread = any(is_sharded(tensor) for tensor in tensors.values())
+    once(partial(_write, Path(folder), values, record, files, beside or {}), spread=spread)
 
 
 def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path:
@@ -106,54 +103,53 @@ def check_target(folder: str | os.PathLike[str], files: Files = Files()) -> Path
     return found
 
 
-def _write_once(
-    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None, files: Files, beside: Beside
-) -> Path:
-    """Let the first process write, and all of them know when it has, or why it could not."""
+def once(write: Callable[[], object], *, spread: bool) -> None:
+    """Write; where weights are spread over processes, which all call this, let the first write and all wait for it.
+
+    Raises in every process the `StateError` of the one that writes.
+    """
+    if not spread:
+        write()
+        return
     from torch import distributed
 
     outcome = [""]
     if distributed.get_rank() == 0:
         try:
-            _write(folder, tensors, record, files, beside)
+            write()
         except StateError as error:
             outcome = [str(error)]
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[0]:
         raise StateError(outcome[0])
-    return folder
 
 
 def _write(
     folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None, files: Files, beside: Beside
-) -> Path:
+) -> None:
     from safetensors.torch import save as to_bytes
 
     target = check_target(folder, files)
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
-        draft.mkdir(parents=True)
-        # As bytes, because safetensors' own writer makes a file that only its owner can read.
-        plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-        (draft / files.tensors).write_bytes(to_bytes(plain))
-        version = {"format_version": FORMAT_VERSION} if files == Files() else {}
-        if record is not None:
-            (draft / files.record).write_text(
-                json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        if callable(beside):
-            beside(draft)
-        else:
-            for name, content in beside.items():
-                (draft / name).write_bytes(content)
-        for path in draft.rglob("*"):
-            sync(path)
-        replace_folder(draft, target)
+        with drafted(target) as draft:
+            # As bytes, because safetensors' own writer makes a file that only its owner can read.
+            plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+            (draft / files.tensors).write_bytes(to_bytes(plain))
+            version = {"format_version": FORMAT_VERSION} if files == Files() else {}
+            if record is not None:
+                (draft / files.record).write_text(
+                    json.dumps({**version, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+            if callable(beside):
+                beside(draft)
+            else:
+                for name, content in beside.items():
+                    (draft / name).write_bytes(content)
+            for path in draft.rglob("*"):
+                sync(path)
+            replace_folder(draft, target)
     except OSError as error:
         raise _unwritable(folder, files, error) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
 
 def _unwritable(folder: str | os.PathLike[str], files: Files, error: Exception) -> StateError:
@@ -161,45 +157,6 @@ def _unwritable(folder: str | os.PathLike[str], files: Files, error: Exception) 
         f"The folder of {files.what} must be writable; got `{folder}`: {getattr(error, 'strerror', None) or error}. "
         "Nothing was changed there. Free some space or choose another folder."
     )
-
-
-def replace_folder(draft: Path, target: Path) -> None:
-    """Put the finished folder `draft` in the place of `target` by renaming, and make the renaming durable."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and _exchange(draft, target):
-        old = draft
-    elif target.exists():
-        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-        target.rename(old)
-        try:
-            draft.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-    else:
-        draft.rename(target)
-        old = None
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change places in one step; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
-
-
-_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2(2)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replaceable(target: Path, files: Files) -> bool:
@@ -217,19 +174,10 @@ def _contents(target: Path) -> str:
     return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
-def write_setup(folder: Path, setup: Any) -> None:
-    """Write a setup, as data, into a folder: whole or not at all."""
-    draft = folder / f".{SETUP}.{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"format_version": 1, "setup": setup}, indent=2) + "\n", encoding="utf-8")
-        sync(draft)
-        draft.replace(folder / SETUP)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise StateError(
-            f"The folder of a setup must be writable; got `{folder}`: {error.strerror or error}. Choose another folder."
-        ) from None
+def write_setup(file: Path, setup: Any) -> None:
+    """Write a setup as data, flushed to the disk."""
+    file.write_text(json.dumps({"format_version": 1, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+    sync(file)
 
 
 def read_setup(folder: Path) -> Any:

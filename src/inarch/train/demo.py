@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..check import Report
+from ..core.drafts import drafted, replace_folder
 from ..core.errors import InarchError, StateError
 from ..core.records import REPORT, RunRecord
 from ..data import load_data
 from ..data.examples import ImageData
 from ..data.images import open_image
 from ..handle import check
-from ..state import TENSORS, replace_folder
+from ..state import TENSORS
 from .models import load_model, load_processor
 from .pictures import Curve, Shown, draw_curves, draw_predictions
 from .predict import Prediction, Predictor
@@ -197,31 +197,31 @@ def run_demo(
     audience, target, start = audience or Audience(), Path(output).expanduser(), time.perf_counter()
     _check_replaceable(target)
     images = data or load_data(DATA)
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # a model this small gains little from more, and loses much where they are not free
-        draft.mkdir(parents=True)
-        stage = _Stage(draft, images, recipe, num_seeds, audience, command=command)
-        outcomes = tuple(stage.try_way(way) for way in WAYS)
-        audience.reload()
-        shutil.copytree(draft / SOUND / "seed-0" / ADAPTER, draft / ADAPTER)
-        reload = stage.reload()
-        title = "One small backbone that knows letters, three ways to teach it digits"
-        draw_curves([Curve(o.way.title, o.curves) for o in outcomes], draft / CURVES, title=title)
-        result = DemoResult(
-            folder=target,
-            outcomes=outcomes,
-            reload=reload,
-            adapter_bytes=(draft / ADAPTER / TENSORS).stat().st_size,
-            num_held_out=len(images.validation),
-            seconds=time.perf_counter() - start,
-        )
-        (draft / RESULTS).write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        replace_folder(draft, target)
+        with drafted(target) as draft:
+            stage = _Stage(draft, images, recipe, num_seeds, audience, command=command)
+            outcomes = tuple(stage.try_way(way) for way in WAYS)
+            audience.reload()
+            shutil.copytree(draft / SOUND / "seed-0" / ADAPTER, draft / ADAPTER)
+            reload = stage.reload()
+            title = "One small backbone that knows letters, three ways to teach it digits"
+            draw_curves([Curve(o.way.title, o.curves) for o in outcomes], draft / CURVES, title=title)
+            result = DemoResult(
+                folder=target,
+                outcomes=outcomes,
+                reload=reload,
+                adapter_bytes=(draft / ADAPTER / TENSORS).stat().st_size,
+                num_held_out=len(images.validation),
+                seconds=time.perf_counter() - start,
+            )
+            (draft / RESULTS).write_text(
+                json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
+            replace_folder(draft, target)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(draft, ignore_errors=True)
     return result
 
 

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..core.drafts import replace_folder, sync
 from ..core.errors import StateError
-from ..state import replace_folder, sync
 
 ADAPTERS, TRAINABLE = "adapters", "trainable.safetensors"
 STATE, OPTIMISER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"

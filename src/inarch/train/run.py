@@ -22,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..check import Training
+from ..core.drafts import replace_folder
 from ..core.errors import ConfigError, DataError, SetupError, SiteError, StateError
 from ..core.records import RunRecord, SeedsRecord, SiteRecord, Status
 from ..data import load_data
@@ -30,7 +31,6 @@ from ..handle import Adapters, Unsound, attach
 from ..heads import task_head
 from ..methods import AdapterConfig, ConfigLike, read_config
 from ..sites import probe
-from ..state import replace_folder
 from . import resume as checkpoints
 from .callbacks import Divergence, Patience, Report
 from .folder import RunFolder
