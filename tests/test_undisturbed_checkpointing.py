@@ -109,6 +109,61 @@ def test_reentrant_checkpointing_of_a_model_that_names_no_embeddings_is_refused(
         checkpoint(model, use_reentrant=True)
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["without reentry", "reentrant"])
+def test_layers_do_not_run_again_with_another_setup(reentrant):
+    """The second adapter would get the gradients of the first, or none would."""
+    model, adapters = trainable("vit-classifier")
+    adapters.add("b", CONFIG)
+    adapters.add("c", "seq_bn")
+    inputs = tiny_inputs("vit-classifier")
+    checkpoint(model, use_reentrant=reentrant)
+
+    def loss():
+        return model(**inputs).logits.square().sum()
+
+    first = loss()
+    adapters.activate("b")
+    with pytest.raises(SetupError, match="with the setup of their forward; got `b` after `a` in ViTForImageClassif"):
+        first.backward()
+    both = first = loss()
+    adapters.activate("a")
+    both = both + loss()
+    with pytest.raises(SetupError, match="got `a` after `b`"):
+        both.backward()
+    adapters.activate(inarch.Stack("a", "c"))
+    with adapters.using("a", skip_layers=[1]):
+        first = loss()
+    with pytest.raises(SetupError, match=r"got `Stack\('a', 'c'\)` after `a` without layers 1 in"):
+        first.backward()
+    first = loss()
+    adapters.deactivate()
+    with pytest.raises(SetupError, match="got no setup after"):
+        first.backward()
+
+    adapters.activate("a")
+    first = loss()
+    with adapters.using("b"):
+        loss().backward()
+    model.zero_grad(set_to_none=True)
+    first.backward()  # that of its forward is active again
+    assert all(p.grad is not None for p in adapters["a"].values())
+
+
+def test_a_detached_model_checkpoints_as_it_did():
+    model, adapters = trainable("vit-classifier")
+    checkpoint(model, use_reentrant=False)
+    other = copy.deepcopy(model)
+    adapters.detach()
+    own = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
+    assert any(own) and not any(type(function).__module__.startswith("inarch") for function in own)
+    handle = inarch.attach(other)
+    handle.add("b", "seq_bn")
+    loss = other(**tiny_inputs("vit-classifier")).logits.sum()
+    handle.activate("b")
+    with pytest.raises(SetupError, match="got `b` after `a`"):
+        loss.backward()
+
+
 class Images(Dataset):
     def __len__(self):
         return 8

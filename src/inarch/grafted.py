@@ -204,6 +204,8 @@ class Grafted:
         """Activate a setup, or none, for the length of a `with` block, as `activate` does.
 
         Under checkpointing, layers run again in the backward pass, as they are then: call `backward` in the block.
+        Where transformers does the checkpointing, another setup there is refused by name; torch's own `checkpoint`
+        around layers of yours runs what is active.
         """
         before, skipped, heads = self._setup, self._skipped, self._heads.active
         if setup is None:

@@ -1,22 +1,28 @@
 """Answers what a trainer asks of a model whose base is frozen and whose adapters are trained.
 
 Two questions, and nothing else. Under reentrant checkpointing a layer has gradients only if its input requires one,
-which a frozen embedding never gives: whoever turns checkpointing on gets inputs that do. And a quantised base may be
-trained only with adapters on it: the flag that transformers reads says that there are some.
+which a frozen embedding never gives: whoever turns checkpointing on gets inputs that do, and layers that run again, in
+the backward pass, with the setup of their forward or not at all. And a quantised base may be trained only with adapters
+on it: the flag that transformers reads says that there are some.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .compose import Setup
 from .core.errors import SetupError
 
 _FLAG = "_hf_peft_config_loaded"
 _ENABLE = "activation_checkpointing_enable", "gradient_checkpointing_enable"
 """The method that turns checkpointing on, and its name before transformers renamed it."""
+_FUNCTION = "_gradient_checkpointing_func"
+"""What transformers has a layer call to run under checkpointing; there is no public name for it."""
 
 
 class Handle(Protocol):
@@ -26,6 +32,10 @@ class Handle(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]: ...
+    @property
+    def setup(self) -> Setup | None: ...
+    @property
+    def skipped(self) -> tuple[int, ...]: ...
 
 
 class TrainerDoor:
@@ -40,6 +50,7 @@ class TrainerDoor:
         if self._method is not None:
             if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 self._require_input_gradients()
+                self._keep_setups()
             model.__dict__[self._method] = self.enable_checkpointing
 
     def close(self) -> None:
@@ -49,6 +60,9 @@ class TrainerDoor:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for module, function in self._checkpointed():
+            if isinstance(function, Checkpointing):
+                module.__dict__[_FUNCTION] = function.inner
         self._flag(wanted=False)
 
     def tell_adapters(self) -> None:
@@ -80,7 +94,19 @@ class TrainerDoor:
         with self.as_base():
             result = getattr(type(model), self._method)(model, *args, **kwargs)
         self._require_input_gradients()
+        self._keep_setups()
         return result
+
+    def _keep_setups(self) -> None:
+        for module, function in self._checkpointed():
+            if not isinstance(function, Checkpointing):
+                module.__dict__[_FUNCTION] = Checkpointing(function, self._handle)
+
+    def _checkpointed(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """The modules that run under checkpointing while it is on, and how."""
+        for module in self._handle.model.modules():
+            if callable(function := module.__dict__.get(_FUNCTION)):
+                yield module, function
 
     def _require_input_gradients(self) -> None:
         model: Any = self._handle.model
@@ -101,6 +127,46 @@ class TrainerDoor:
             first.requires_grad_(True)
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpointing:
+    """Stands in the function with which a module runs a layer under checkpointing."""
+
+    inner: Callable[..., Any]
+    handle: Handle
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function gives, of a layer that runs again with the setup that it has now, or not at all."""
+        if torch.compiler.is_compiling():  # a graph is compiled anew for each setup, both passes together
+            return self.inner(layer, *args, **kwargs)
+        return self.inner(_OfSetup(layer, self.handle, self.handle.setup, self.handle.skipped), *args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfSetup:
+    """A layer that runs with one setup alone."""
+
+    layer: Callable[..., Any]
+    handle: Handle
+    setup: Setup | None
+    skipped: tuple[int, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now, skipped = self.handle.setup, self.handle.skipped
+        if (now, skipped) != (self.setup, self.skipped):
+            got, model = f"{_words(now, skipped)} after {_words(self.setup, self.skipped)}", self.handle.model
+            raise SetupError(
+                "Under checkpointing, layers run again in the backward pass, with the setup of their forward; got "
+                f"{got} in {type(model).__name__}. Call `backward` before another setup is active, so inside of a "
+                "`using` block."
+            )
+        return self.layer(*args, **kwargs)
+
+
+def _words(setup: Setup | None, skipped: tuple[int, ...]) -> str:
+    told = "no setup" if setup is None else f"`{setup}`"
+    return f"{told} without layers {', '.join(map(str, skipped))}" if skipped else told
+
+
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     """What the models inside this one name as their input embeddings."""
     found: dict[int, nn.Module] = {}
@@ -118,8 +184,9 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
 def _is_reentrant(model: nn.Module) -> bool:
     """Whether some layer runs under reentrant checkpointing, torch's own default."""
     functions = [
-        module._gradient_checkpointing_func  # noqa: SLF001 - transformers has no public name for it
+        getattr(module, _FUNCTION)
         for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, _FUNCTION)
     ]
+    functions = [function.inner if isinstance(function, Checkpointing) else function for function in functions]
     return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
