@@ -71,7 +71,7 @@ LAYERS: dict[str, set[str]] = {
     "bank": MECHANISM | {"undropped"},
     "frozen": MECHANISM | {"tensors"},
     "programs": MECHANISM | {"frozen", "tensors"},
-    "weight": MECHANISM | {"bank", "frozen"},
+    "weight": MECHANISM | {"bank", "frozen", "tensors"},
     "vectors": MECHANISM | {"bank", "weight"},
     "beside": MECHANISM | {"bank"},
     "inputs": MECHANISM | {"bank", "beside"},

@@ -59,7 +59,7 @@ from .programs import (
 )
 from .sites import Unnested, nesting_encoders
 from .streams import Calls, Generating, StreamSlot, stream_program
-from .tensors import TRAINABLE, execution_device, is_sharded
+from .tensors import TRAINABLE, execution_device, is_sharded, is_skeleton
 from .vectors import Slots, VectorRole
 from .weight import ParameterRole, Shadows, WeightRole, WeightSlot
 
@@ -146,7 +146,6 @@ def like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
 
     A weight that accelerate keeps elsewhere between forwards runs on the device of its hook.
     """
-    is_skeleton = all(parameter.is_meta for parameter in model.parameters())
     for module in (tap_module(model, site, site.output), model.get_submodule(site.layer_path), model):
         for owner in module.modules():
             for parameter in owner.parameters(recurse=False):
@@ -154,12 +153,10 @@ def like(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
                     continue
                 if is_sharded(parameter):
                     raise _misplaced(site, "is spread over processes", "`fully_shard` is called")
-                if not parameter.is_meta or is_skeleton:
-                    return parameter.device, parameter.dtype
-                device = execution_device(owner)
-                if device is None:
+                device = execution_device(owner) if parameter.is_meta else parameter.device
+                if device is None and not is_skeleton(model):
                     raise _misplaced(site, "is on the meta device", "the model is offloaded")
-                return device, parameter.dtype
+                return device or parameter.device, parameter.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
 

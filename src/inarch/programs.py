@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .compose import Cut, Cutter, Fuse, Setup, Take, last, leaves, run, uncut
 from .core.errors import SetupError, SiteError
+from .core.offloaded import with_weights
 from .core.program import Program, Recorder, Register, apply, apply_all
 from .core.site import Site, Sites, Tap
 from .core.wiring import Carry, Circuit, Settled, V, settle
@@ -375,8 +376,18 @@ class _InputStep:
     def __call__(self, name: str, flow: _LinearFlow) -> _LinearFlow:
         value = flow.value
         for module in self.modules.get(name, ()):
-            value = self.recorder.call(module.prepare, value) if module.changes_input else value
+            value = self.recorder.call(_Preparing(module), value) if module.changes_input else value
         return replace(flow, value=value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparing:
+    """What a linear method makes of a projection's input."""
+
+    module: LinearMethod
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return with_weights(self.module, self.module.prepare, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,13 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return next((torch.device(device) for device in found if device is not None), None)
 
 
+def is_skeleton(model: nn.Module) -> bool:
+    """Whether a model has no weights at all: those that accelerate keeps elsewhere are on the meta device too."""
+    return all(parameter.is_meta for parameter in model.parameters()) and not any(
+        execution_device(module) for module in model.modules()
+    )
+
+
 _HEADER_LIMIT = 16 * 2**20
 
 

@@ -9,7 +9,7 @@ from .attach import methods_in
 from .bank import Modules
 from .core.errors import SetupError
 from .methods import AbstractMethod
-from .tensors import is_quantised
+from .tensors import is_quantised, is_skeleton
 
 
 def check_trainable(model: nn.Module, own: Mapping[str, nn.Parameter], head: Mapping[str, nn.Parameter]) -> None:
@@ -22,7 +22,7 @@ def check_trainable(model: nn.Module, own: Mapping[str, nn.Parameter], head: Map
                 "`modules_to_not_convert`), or pass `head=False`."
             )
     for key, parameter in (*own.items(), *head.items()):
-        if parameter.is_meta and not all(other.is_meta for other in model.parameters()):
+        if parameter.is_meta and not is_skeleton(model):
             raise SetupError(
                 f"What is trained stays in memory; got offloaded weights at `{key}` of {type(model).__name__}. Add or "
                 "load adapters after the model is offloaded, and keep the task head in memory, or pass `head=False`."

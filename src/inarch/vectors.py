@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .bank import ProjectionSlot
 from .compose import Setup, run, uncut
+from .core.offloaded import with_weights
 from .core.site import Affine
 from .methods import ParameterMethod
 from .weight import WeightSlot, WeightState
@@ -44,7 +45,7 @@ class VectorRole:
     def _step(self, name: str, state: WeightState) -> WeightState:
         value = state.weight
         for module in self.modules.get(name, ()):
-            value = module.effective(self.leaf, value)
+            value = with_weights(module, module.effective, self.leaf, value)
         return WeightState(value)
 
 

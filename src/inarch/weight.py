@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from .bank import refuse_replica
 from .compose import Cut, Fuse, Setup, run, uncut
 from .core.errors import SiteError
+from .core.offloaded import with_weights
 from .core.site import Projection
 from .frozen import Base
 from .methods import Frozen, LinearMethod
+from .tensors import execution_device, kept_elsewhere
 
 
 class ParameterRole(Protocol):
@@ -69,7 +71,7 @@ class _WeightStep:
     def __call__(self, name: str, state: "WeightState") -> "WeightState":
         weight = state.weight
         for module in self.modules.get(name, ()):
-            weight = module.effective(weight, self.base)
+            weight = with_weights(module, module.effective, weight, self.base)
         return WeightState(weight)
 
 
@@ -105,7 +107,7 @@ class WeightSlot(nn.Module):
         super().__init__()
         self._owner = owner
         self._program = program
-        self._before: list[dict[str, Any]] = []
+        self._before: list[dict[str, tuple[Any, bool]]] = []
         self._running = 0
         self._lock = threading.RLock()
 
@@ -127,7 +129,12 @@ class WeightSlot(nn.Module):
         self._lock.acquire()
         self._running = threading.get_ident()
         # What was there before: the effective parameters of an outer call, where a module calls itself.
-        self._before.append({name: _shadow(module, name, value) for name, value in effective.items()})
+        self._before.append(
+            {
+                name: (_shadow(module, name, value), _registered(module, name).requires_grad)
+                for name, value in effective.items()
+            }
+        )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook, also called after an exception: the module reads its own parameters again."""
@@ -137,15 +144,19 @@ class WeightSlot(nn.Module):
             return
         if not self._before or self._running != threading.get_ident():  # an exception came before `enter`
             return
-        for name, value in self._before.pop().items():
+        for name, (value, is_trained) in self._before.pop().items():
             _shadow(module, name, value)
+            # Accelerate, which takes offloaded ones away, gives the new one the flag of the effective one.
+            _registered(module, name).requires_grad_(is_trained)
         self._lock.release()
 
     def _effective(self, module: nn.Module, name: str) -> Tensor:
-        holder, leaf = _holder(module, name)
-        weight = holder._parameters[leaf]
-        assert weight is not None
-        result: Tensor = weight
+        weight: Tensor = _registered(module, name)
+        if weight.is_meta:  # accelerate brings it in inside the forward, after this
+            holder, leaf = _holder(module, name)
+            kept = kept_elsewhere(holder, leaf)
+            weight = weight if kept is None else kept.to(execution_device(holder))
+        result = weight
         for role in self._program[name]:
             if not torch.compiler.is_compiling():
                 self._check(name, weight, next(iter(role.modules.values()))[0])
@@ -154,6 +165,7 @@ class WeightSlot(nn.Module):
 
     def _check(self, name: str, weight: Tensor, adapter: nn.Module) -> None:
         device = next(adapter.parameters()).device
+        device = execution_device(adapter) or device if device.type == "meta" else device
         if weight.device != device or not weight.is_floating_point():
             raise SiteError(
                 "An adapter of a weight needs that weight in floating point, on its own device; got "
@@ -181,6 +193,13 @@ class Shadows:
 def _holder(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _registered(module: nn.Module, name: str) -> nn.Parameter:
+    holder, leaf = _holder(module, name)
+    found = holder._parameters[leaf]
+    assert found is not None
+    return found
 
 
 def _shadow(module: nn.Module, name: str, value: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..core.config import Config, option
 from ..core.errors import ConfigError, SiteError
+from ..core.offloaded import with_weights
 from ..core.site import Affine, Entry, Kind, Projection, Site, Sites
 from ..core.turned import is_turned
 from ..core.wiring import Carry, Circuit, Summable
@@ -97,7 +98,7 @@ class Sharing(nn.Module):
     def tied(self, name: str, like: Tensor) -> Tensor:
         """What `tie` shares, where `like` is. Raises `SiteError` where it is a trained one that is spread out."""
         first = self.__dict__.get("_first", {}).get(name)
-        found: Tensor = getattr(self if first is None else first, name)
+        found: Tensor = getattr(self, name) if first is None else with_weights(first, getattr, first, name)
         if first is not None and hasattr(found, "full_tensor"):
             raise SiteError(
                 f"Parameters that layers share are whole in each of them; got `{name}` of `{type(self).__name__}`, "

@@ -114,7 +114,9 @@ class Prefix(PrefixMethod):
                 f"layer that keeps it, for `{self._placement.site.key}`. Train `prefix_tuning_flat`, or without "
                 "`fully_shard`."
             )
-        keys, values = self.out(in_dtype(source().to(weight.device), weight.dtype)).split(self._features, -1)
+        made = in_dtype(source(), weight.dtype)
+        made = made if weight.is_meta else made.to(weight.device)  # accelerate moves it where it brings weights in
+        keys, values = self.out(made).split(self._features, -1)
         return keys, values
 
     @torch.no_grad()

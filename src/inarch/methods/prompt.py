@@ -118,7 +118,9 @@ class Prompt(InputMethod):
         count = len(self.vectors)
         ids = (self._ids * (count // len(self._ids) + 1))[:count]
         with torch.no_grad():
-            self.vectors.copy_(words(torch.tensor(ids, device=table.device)))
+            # Accelerate moves tokens to where it brings the table in.
+            device = self.vectors.device if table.is_meta else table.device
+            self.vectors.copy_(words(torch.tensor(ids, device=device)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> (B, P + L, D)."""
