@@ -2,12 +2,16 @@
 
     .venv/bin/python bench/overhead.py [--calls 200]
 
-One thread, `inference_mode`, batch 1; the variants take turns call by call, so a busy machine slows all alike. Prints
-the median of the per-round ratios to the bare model, with quartiles.
+One thread, `inference_mode`, batch 1; the variants take turns call by call, so a busy machine slows all alike, and in a
+new order each round, so none has always the same one before it. The garbage collector passes over what was there before
+the first call, as `timeit` has it do nothing. Prints the median of the per-round ratios to the bare model, with
+quartiles.
 """
 
 import argparse
 import copy
+import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -64,11 +68,15 @@ def adapted(bare: ViTModel, config: str | None) -> ViTModel:
 def measure(runs: dict[str, Callable[[], object]], calls: int) -> dict[str, list[float]]:
     """Seconds of each call of each variant, taken in turns."""
     times: dict[str, list[float]] = {variant: [] for variant in runs}
+    order = list(runs)
+    gc.collect()
+    gc.freeze()
     with torch.inference_mode():
         for number in range(calls + 10):
-            for variant, run in runs.items():
+            random.shuffle(order)
+            for variant in order:
                 start = time.perf_counter()
-                run()
+                runs[variant]()
                 if number >= 10:  # the first calls warm caches
                     times[variant].append(time.perf_counter() - start)
     return times
