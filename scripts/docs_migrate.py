@@ -28,8 +28,13 @@ What differs:
   `BatchSplit`, `MultiTask`), use `model.set_active_adapters(setup)`.
 * `output_adapter_gating_scores=True` and `output_adapter_fusion_attentions=True` are refused in a forward: call the
   model in `with inarch.attach(model).scores() as scores:`, which has both.
-* What several heads return is a mapping with a `loss` and `logits`; go over its `head_outputs` for each head's own.
-* `model.active_adapters` compares and prints as the active setup; its parts are those of `inarch.attach(model).setup`.
+* What several heads return is a sequence of their outputs, as there, and a mapping of `loss` and `logits` alone.
+* `model.active_adapters` reads as the active block, and is None where nothing is active. It can be called, as in
+  transformers, and so is no instance of `Stack`: `model.adapters_config.active_setup` is the setup itself.
+* A list is a `Stack`, and a list in it a `Fuse`, in every call of `inarch.compat`; inarch itself takes names and
+  blocks alone.
+* An error names what is typed in `adapters` (`overwrite_ok=True`), or a call of `inarch.attach(model)` where there is
+  nothing to type.
 * Folders are written in the format of inarch, `adapter.safetensors` and `inarch.json`, and read in both;
   `inarch convert` writes those of `adapters`.
 * Fusion layers of `Fuse("a", "b")` are named `a+b`, not `a,b`.

@@ -54,7 +54,7 @@ TARGETS = {
     "says": {"labels": torch.tensor([[4, 5, 2], [6, 2, -100]])},
     "kind": {"labels": torch.tensor([2, 0])},
 }  # fmt: skip
-"""What the losses are of; 0 is padding in those of `parse`."""
+"""What the losses are of, kept in `targets.safetensors`; 0 is padding in those of `parse`."""
 
 
 def base(name: str) -> Path:
@@ -108,6 +108,8 @@ def main() -> None:
             model.base_model.config.name_or_path = model.config.name_or_path = kind_of_base  # not a place
             model.save_adapter(str(TARGET / name), name, use_safetensors=not kind.endswith("lm"))
     save_file(found, TARGET / "outputs.safetensors")
+    targets = {f"{name}.{key}": value for name, given in TARGETS.items() for key, value in given.items()}
+    save_file(targets, TARGET / "targets.safetensors")
 
 
 if __name__ == "__main__":

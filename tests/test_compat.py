@@ -1,9 +1,12 @@
 """The names of the library `adapters` over inarch, and three of its published usage patterns."""
 
+import ast
 import copy
 import importlib.util
 import pickle
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,12 +15,26 @@ import transformers
 import inarch
 import inarch.compat as adapters
 import inarch.compat.composition as ac
+from inarch.combine import Combination
+from inarch.compat import METHODS, words
 from inarch.core.errors import ConfigError, SetupError
 from inarch.testing import tiny, tiny_inputs
 
 ROOT = Path(__file__).parent.parent
 BATCH = tiny_inputs("bert", batch=8)
 LABELS = torch.arange(8) % 2
+ELSEWHERE = ("cli", "sweep", "report", "compat", "rules", "pretrained.py", "peft_write.py", "data")
+"""Where messages are made that no call through the door meets."""
+
+
+def texts():
+    """Every text of the package but docstrings, and those that are made elsewhere."""
+    for path in (ROOT / "src" / "inarch").rglob("*.py"):
+        if not set(ELSEWHERE) & set(path.parts):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told)
+            yield from (node.value for node in constants if isinstance(node.value, str))
 
 
 def weights(model, name):
@@ -80,7 +97,7 @@ def test_fusion_of_three_tasks(tmp_path):
     for task in tasks:
         fresh.load_adapter(tmp_path / "all" / task)
     fresh.load_adapter_fusion(tmp_path / "fusion", set_active=True)
-    assert fresh.active_adapters == setup and fresh.active_adapters.flatten() == {*tasks, setup.name}
+    assert fresh.active_adapters == setup and fresh.active_adapters.flatten() == set(tasks)
     fresh.active_head = fresh.load_head(tmp_path / "head")
     assert torch.equal(fresh(**BATCH).logits, model(**BATCH).logits)
 
@@ -160,11 +177,83 @@ def test_what_is_assigned_holds_from_the_next_forward():
     model.active_adapters = ac.Parallel("a", "b")
     with pytest.raises(SetupError, match="is activated before the model is called; got Parallel"):
         model(**BATCH)
-    assert len(model(**BATCH).head_outputs) == 2
+    output = model(**BATCH)
+    assert len(output) == 2 and [one.logits.shape for one in output] == [(8, 7, 3)] * 2
+    assert output[1] is output.head_outputs[1] and set(output.keys()) == {"logits"} and "logits" in output
     model.set_active_adapters(None)
-    assert model.active_adapters == None and model.active_head is None  # noqa: E711  it is no None, and equals it
+    assert model.active_adapters is None and model.active_head is None
     assert "logits" not in model(**BATCH)
     assert pickle.loads(pickle.dumps(model)).adapter_summary() == model.adapter_summary()
+
+
+def test_what_is_active_reads_as_its_block():
+    """As a sequence, which is None where nothing is active; and it may be activated again."""
+    model = tiny("bert")
+    adapters.init(model)
+    assert model.active_adapters is None
+    for name in "abc":
+        model.add_adapter(name)
+    model.set_active_adapters("a")
+    before = model.active_adapters
+    assert before == "a" and before == ac.Stack("a") and before != ac.Stack("b") and before != ac.Parallel("a")
+    assert (len(before), before[0], list(before), before.first()) == (1, "a", ["a"], "a") and "b" not in before
+    model.add_adapter_fusion(["b", "c"])
+    model.active_adapters = ["a", ["b", "c"]]
+    model(**BATCH)
+    found = model.active_adapters
+    assert found == ac.Stack("a", ac.Fuse("b", "c")) and found.children == ("a", ac.Fuse("b", "c"))
+    assert list(found[1]) == ["b", "c"] and "b" in found[1] and "b" not in found and len(found[1]) == 2
+    assert (found.first(), found.last(), found.flatten()) == ("a", "c", {"a", "b", "c"})
+    model.active_adapters = before
+    model(**BATCH)
+    assert model.active_adapters == "a"
+    model.set_active_adapters(found)
+    assert inarch.attach(model).setup == found.setup and found.parallel_channels == 1
+    model.set_active_adapters(ac.Parallel("a", ac.Stack("b", "c")))
+    assert model.active_adapters.parallel_channels == 2
+    with pytest.raises(SetupError, match=r"made of adapters by name; got the setup Average\('a', 'b'"):
+        model.average_adapter("d", ac.Average("a", "b", weights=[1, 3]))
+    model.set_active_adapters([])
+    assert model.active_adapters is None
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, _: m.add_adapter("a"), "name, `delete_adapter` the old one, or pass `overwrite_ok=True`"),
+        (lambda m, _: m.add_tagging_head("h"), "`delete_head` the old one, or pass `overwrite_ok=True`"),
+        (lambda m, _: m.add_tagging_head("h.h"), "A head's name is text without `.`"),
+        (lambda m, _: m.add_adapter("h.h"), "An adapter's name is text without `.`"),
+        (lambda m, _: m.set_active_adapters(ac.Fuse("a", "b")), r"`add_adapter_fusion\(Fuse\('a', 'b'"),
+        (lambda m, _: m.average_adapter("c", ["a"], combine_strategy="x"), "`combine_strategy` is .*`lora_delta_w_svd"),
+        (lambda m, _: m.average_adapter("c", ["a"], svd_rank=2), "`svd_rank` cuts off .* `lora_delta_w_svd`"),
+        (lambda m, _: m.add_adapter("c", "seq_bn[original_ln_after=False]"), r"attach\(model\).add\(name, config, un"),
+        (lambda m, path: m.load_adapter(path), "Give the folder of one adapter|as `save_adapter` writes it"),
+        (lambda m, path: m.load_adapter_setup(path), "as `save_adapter_setup` writes it.*; `load_adapter` reads that"),
+        (lambda m, _: m.share_parameters([]), r"`share_parameters\(\[\.\.\.\]\)`"),
+        (lambda m, _: adapters.AdapterTrainer(m), r"Call `model.train_adapter\('a'\)`"),
+    ],
+)  # fmt: skip
+def test_errors_name_what_is_typed_here(call, said, tmp_path):
+    model = tiny("vit")
+    adapters.init(model)
+    for name in "ab":
+        model.add_adapter(name)
+    model.add_image_classification_head("h")
+    with pytest.raises(inarch.InarchError, match=said):
+        call(model, tmp_path)
+
+
+def test_every_call_that_an_error_names_is_told_in_the_words_of_the_door():
+    """Of the messages that a call on a model can meet, none names a method of the handle that is not here by itself."""
+    said = [*texts(), *(f"`{way}`" for way in get_args(Combination))]
+    ours = {name for name in dir(inarch.Adapters) if not name.startswith("_")} - set(METHODS)
+    named = re.compile(rf"`(adapters\.({'|'.join(ours)})|({'|'.join(ours)})\()")
+    assert any(named.search(text) for text in said), "the search finds nothing any more"
+    assert not [text for text in said if named.search(words.told(text))]
+    for word, here in words.WORDS.items():
+        assert any(word in text for text in said), f"no error says {word}"
+        assert words.told(here) == here
 
 
 def test_averages_merging_and_removal():
@@ -259,8 +348,8 @@ def test_a_setup_holds_for_copies_and_is_used_again():
             with adapters.AdapterSetup(None, ignore_empty=True):
                 assert torch.equal(model(**BATCH).last_hidden_state, expected["b"])
             with adapters.AdapterSetup(None):
-                assert model.active_adapters == None  # noqa: E711  it is no None, and equals it
-        assert model.active_adapters == "a" and again.active_adapters == None  # noqa: E711
+                assert model.active_adapters is None
+        assert model.active_adapters == "a" and again.active_adapters is None
     assert torch.equal(model(**BATCH).last_hidden_state, expected["a"])
 
 
@@ -310,7 +399,7 @@ def test_layers_modules_and_rows():
     model.set_active_adapters("a", skip_layers=[0])
     assert model.adapters_config.skip_layers == (0,) and model.adapters_config.active_setup == "a"
     model.delete_adapter("a")
-    assert model.active_adapters == None and not model.has_adapters()  # noqa: E711
+    assert model.active_adapters is None and not model.has_adapters()
 
 
 class Tokens:

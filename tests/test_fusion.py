@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from little_adapters import awake, moved
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -20,18 +21,7 @@ BOTTLENECK = "double_seq_bn[reduction_factor=4,original_ln_before=True,use_gatin
 
 def grafted(name, **configs):
     model = tiny(name).double()
-    adapters = inarch.attach(model)
-    for key, config in configs.items():
-        adapters.add(key, config)
-        shake(adapters, key)
-    return model, adapters
-
-
-def shake(adapters, name, std=0.3):
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return model, moved(model, configs)
 
 
 def inputs_of(name, batch=3):
@@ -100,7 +90,7 @@ def test_a_fusion_is_its_formula(name):
     model, adapters = grafted(name, a="seq_bn", b="seq_bn[reduction_factor=4]")
     block = Fuse("a", "b")
     adapters.add_fusion(block)
-    shake(adapters, "a+b", 0.1)
+    awake(adapters, "a+b")
     adapters.activate(block)
     site = [s for s in adapters.sites if s.kind == "mlp"][-1]
     seen = {}
@@ -161,7 +151,7 @@ def test_rows_of_a_fusion_do_not_touch_each_other_and_blocks_hold_it():
     model, adapters = grafted("bert", a=BOTTLENECK, b=BOTTLENECK, c="lora[init_weights=bert]")
     fuse = Fuse("a", "b")
     adapters.add_fusion(fuse)
-    shake(adapters, "a+b", 0.1)
+    awake(adapters, "a+b")
     with torch.no_grad():
         with adapters.using(Stack("c", fuse)):
             fused = output(model, "bert")
@@ -199,7 +189,7 @@ def test_fusion_layers_alone_are_trained_and_all_of_them_are(name):
     model, adapters = grafted(name, a=BOTTLENECK, b=BOTTLENECK)
     block = Fuse("a", "b")
     adapters.add_fusion(block)
-    shake(adapters, "a+b", 0.1)
+    awake(adapters, "a+b")
     adapters.train(block)
     (output(model, name).square().sum() + adapters.penalty()).backward()
     trained = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
@@ -217,7 +207,7 @@ def test_the_penalty_is_the_distance_of_the_values_from_the_identity():
     adapters.add_fusion(block)
     adapters.train(block)
     assert adapters.penalty().item() == pytest.approx(2 * 0.01 * 32 * 31 * 1e-12)
-    shake(adapters, "a+b")
+    awake(adapters, "a+b")
     distances = [(torch.eye(32) - p).square().sum() for key, p in adapters["a+b"].items() if ".value." in key]
     assert adapters.penalty().item() == pytest.approx(0.01 * sum(distances).item())
     adapters.add_fusion(block, "static_fusion", overwrite=True)
@@ -229,7 +219,7 @@ def test_a_setup_is_saved_and_loaded_whole(tmp_path):
     model, adapters = grafted("bert", a=BOTTLENECK, b=BOTTLENECK)
     block = Fuse("a", "b", name="both")
     adapters.add_fusion(block)
-    shake(adapters, "both", 0.1)
+    awake(adapters, "both")
     adapters.activate(block)
     expected = output(model, "bert")
     adapters.save_setup(tmp_path / "setup")

@@ -257,7 +257,7 @@ def test_ties_and_dare_give_lora_and_scales(combine):
     [
         (
             {"of": ["a", "b"], "combine": "best"},
-            "is one of linear, negate_b, cat, svd, ties, dare; got 'best'",
+            "is one of `linear`, `negate_b`, `cat`, `svd`, `ties`, `dare`; got 'best'",
         ),
         (
             {"of": ["a", "b"], "weights": [1]},

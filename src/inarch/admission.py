@@ -13,11 +13,11 @@ from .methods import AdapterConfig, method_of
 _NAME = re.compile(r"[^./,|\[\]\s\0](?:[^./,|\[\]\n\0]*[^./,|\[\]\s\0])?")
 
 
-def check_name(name: object) -> None:
+def check_name(name: object, kind: str = "An adapter") -> None:
     """Raise `SetupError` for what cannot be a folder, a key or a part of a configuration."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SetupError(
-            "An adapter's name is text without `.`, `/`, `,`, `|`, brackets, line breaks or null bytes; got "
+            f"{kind}'s name is text without `.`, `/`, `,`, `|`, brackets, line breaks or null bytes; got "
             f"{name!r}. Use letters, digits, `-` and `_`."
         )
 

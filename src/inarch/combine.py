@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .attach import build, methods_in, stored, tensors_in
 from .bank import Modules
+from .compose import Block
 from .core.config import Config
 from .core.errors import SetupError, nearest
 from .core.exact import exact_sum
@@ -66,6 +67,11 @@ def recipe(
     seed: int,
 ) -> Recipe:
     """What a user asked for. Raises `SetupError` that says what cannot be meant."""
+    if isinstance(of, Block):
+        raise SetupError(
+            f"An average is one adapter made of adapters by name; got the setup {of}. Give names and weights, or "
+            "activate the setup."
+        )
     if isinstance(of, Mapping):
         if weights is not None:
             raise SetupError("Weights are given once; got a mapping and `weights`. Leave out `weights`.")
@@ -74,7 +80,7 @@ def recipe(
     chosen = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
     if combine not in get_args(Combination):
         raise SetupError(
-            f"`combine` is one of {', '.join(get_args(Combination))}; got {combine!r}. "
+            f"`combine` is one of {', '.join(f'`{way}`' for way in get_args(Combination))}; got {combine!r}. "
             f"{nearest(str(combine), get_args(Combination))}"
         )
     is_finite = all(map(math.isfinite, chosen))

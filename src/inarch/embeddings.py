@@ -227,7 +227,7 @@ class Embeddings:
             path = next((path for path, module in self.model.named_modules() if module is found), "the output layer")
             logger.warning(
                 "`%s` of %s, which is not tied to the token embeddings, goes on to score the base's tokens, not those "
-                "of `%s`. Train a head for them (`add_head`), or use the hidden states.",
+                "of `%s`. Train a head for them, or use the hidden states.",
                 path,
                 type(self.model).__name__,
                 name,

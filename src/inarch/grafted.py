@@ -354,7 +354,7 @@ class Grafted:
         """
         with LOCK:
             self._require_attached()
-            check_name(name)
+            check_name(name, "A head")
             self._check_new_head(name, overwrite=overwrite)
             self._put_head(name, self._heads.build(read_head(head, **settings)))
             self._heads.active = (name,)
@@ -382,7 +382,7 @@ class Grafted:
         with LOCK:
             self._require_attached()
             asked = recipe(of, weights, "linear", normalize_weights=normalize_weights, rank=None, density=None, seed=0)
-            check_name(name)
+            check_name(name, "A head")
             self._check_new_head(name, overwrite=overwrite)
             self._put_head(name, self._heads.averaged(asked.names, asked.weights))
 
@@ -428,7 +428,7 @@ class Grafted:
         """The name and the module of the head in a folder. Raises for what does not fit; nothing is changed."""
         found, config, tensors = head_files.read(folder, self.model)
         chosen = name or found
-        check_name(chosen)
+        check_name(chosen, "A head")
         self._check_new_head(chosen, overwrite=overwrite)
         built = self._heads.build(config)
         wanted = built.state_dict(keep_vars=True)
@@ -596,7 +596,9 @@ class Grafted:
         """Put what is ready into the model, and the values of its task head into the model's."""
         name, found = ready.name, ready.found
         if not ready.sound:
-            logger.warning("The adapter `%s` does not keep the pre-trained function; see `check()`.", name)
+            logger.warning(
+                "The adapter `%s` does not keep the pre-trained function; see `inarch.attach(model).check()`.", name
+            )
         self._store(name, found.config, ready.modules, sound=ready.sound)
         self._heads.keep([name], found.head)
         for key, tensor in ready.values.items():

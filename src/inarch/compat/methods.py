@@ -3,49 +3,22 @@
 The first line of each docstring is that call; `docs/migrate.md` is made of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compose import Fuse, Setup, Stack
-from ..compose import names as names_in
+from ..compose import Fuse, Stack
 from ..handle import Adapters
 from ..methods import ConfigLike
+from .active import setup_in
 from .composition import as_fuse, as_setup
 from .configuration import DEFAULT_ADAPTER_CONFIG, DEFAULT_ADAPTERFUSION_CONFIG, FUSIONS, as_config
 from .file_methods import FileMethods
 from .head_methods import HeadMethods
 from .own import OF_TRANSFORMERS, own_method
 from .refused import refuse
-
-
-class Active:
-    """What `model.active_adapters` is: prints and compares as the setup, and may be called, as in transformers."""
-
-    def __init__(self, setup: Setup | None, call: Callable[..., Any]) -> None:
-        self.setup = setup
-        self._call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return self.setup == (other.setup if isinstance(other, Active) else other)
-
-    def __hash__(self) -> int:
-        return hash(self.setup)
-
-    def flatten(self) -> set[str]:
-        """The names in the setup."""
-        return set() if self.setup is None else set(names_in(self.setup))
-
-    def __bool__(self) -> bool:
-        return self.setup is not None
-
-    def __repr__(self) -> str:
-        return repr(self.setup)
 
 
 class ModelMethods(HeadMethods, FileMethods):
@@ -91,10 +64,11 @@ class ModelMethods(HeadMethods, FileMethods):
 
     def set_active_adapters(self, adapter_setup: Any, skip_layers: Sequence[int] | None = None) -> None:
         """`adapters.activate(setup, skip_layers=...)`, or `adapters.deactivate()` for none"""
-        if adapter_setup is None:
+        setup = as_setup(adapter_setup)
+        if setup is None:
             self._handle.deactivate()
         else:
-            self._handle.activate(as_setup(adapter_setup), skip_layers=skip_layers or ())
+            self._handle.activate(setup, skip_layers=skip_layers or ())
 
     def freeze_model(self, freeze: bool = True) -> None:
         """`parameter.requires_grad_(False)`, which `adapters.train` does by itself"""
@@ -166,7 +140,8 @@ class ModelMethods(HeadMethods, FileMethods):
 
     def train_adapter_fusion(self, adapter_setup: Any, unfreeze_adapters: bool = False) -> None:
         """`adapters.train(Fuse("a", "b"))`, with `fused=True` to train its adapters along"""
-        setup = adapter_setup if isinstance(adapter_setup, Stack) else as_fuse(adapter_setup)
+        given = setup_in(adapter_setup)
+        setup = given if isinstance(given, Stack) else as_fuse(given)
         self._handle.train(setup, fused=unfreeze_adapters)
 
     def get_fusion_regularization_loss(self) -> Tensor:
@@ -258,7 +233,7 @@ class ModelMethods(HeadMethods, FileMethods):
 
 def _listed(names: Any) -> list[str]:
     """Names as they may be written there: one, some, or a block."""
-    return [names] if isinstance(names, str) else list(getattr(names, "children", names))
+    return [names] if isinstance(names, str) else list(names)
 
 
 METHODS = {

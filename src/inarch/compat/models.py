@@ -13,9 +13,11 @@ from ..core.errors import SetupError
 from ..handle import Adapters, attach, attached
 from ..methods import AdapterConfig
 from . import refused
+from .active import Active
 from .composition import as_setup
-from .methods import METHODS, Active, ModelMethods
+from .methods import METHODS, ModelMethods
 from .refused import not_here
+from .words import own_words
 
 _DOORS: "weakref.WeakSet[_Door]" = weakref.WeakSet()
 _ATTRIBUTE = "adapters_config"
@@ -54,6 +56,7 @@ class _Door:
         self.methods = ModelMethods(handle)
         self.hook: Any = None
         self._head = handle.active_head
+        self._active: Active | None = None
         _DOORS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,7 +68,10 @@ class _Door:
         """Put what is active where it is read."""
         model, handle = self.handle.model, self.handle
         self._head = handle.active_head
-        model.__dict__["active_adapters"] = Active(handle.setup, _OwnActive(model))
+        # Nothing is None there; where transformers has adapters of its own, what may be called stays.
+        idle = handle.setup is None and not getattr(model, "_hf_peft_config_loaded", False)
+        self._active = None if idle else Active(handle.setup, _OwnActive(model))
+        model.__dict__["active_adapters"] = self._active
         model.__dict__["active_head"] = self._head
         model.__dict__["has_parallel_adapters"] = any(isinstance(block, Parallel) for block in walk(handle.setup or ""))
         model.__dict__["model_name"] = getattr(getattr(model, "config", None), "name_or_path", None)
@@ -76,7 +82,7 @@ class _Door:
     def read(self) -> None:
         """Activate what was assigned."""
         setup, head = (self.handle.model.__dict__.get(name) for name in ("active_adapters", "active_head"))
-        if not isinstance(setup, Active):
+        if setup is not self._active:
             self.methods.set_active_adapters(setup)
         if head != self._head:
             self.handle.active_head = head
@@ -94,7 +100,8 @@ class _Door:
                     f"{type(model).__name__}. Call the model in `with inarch.attach(model).scores() as scores:`."
                 )
         before = tuple(model._forward_pre_hooks)
-        self.read()
+        with own_words():
+            self.read()
         if tuple(model._forward_pre_hooks) != before:
             raise SetupError(
                 "A setup that prepares the inputs of a model is activated before the model is called; got "
@@ -129,11 +136,12 @@ class _Bound:
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.door.read()
-        try:
-            return getattr(self.door.methods, self._name)(*args, **kwargs)
-        finally:
-            self.door.show()
+        with own_words():
+            self.door.read()
+            try:
+                return getattr(self.door.methods, self._name)(*args, **kwargs)
+            finally:
+                self.door.show()
 
 
 class _Refused:
@@ -214,7 +222,7 @@ class AdapterSetup:
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with own_words(), ExitStack() as stack:
             for door in () if self._is_idle else self._doors():
                 door.read()
                 stack.callback(door.show)  # when all is as it was

@@ -10,12 +10,7 @@ from ..train.trainer import AdapterTrainer as OurTrainer
 from .composition import AdapterCompositionBlock as AdapterCompositionBlock
 from .composition import Fuse as Fuse
 from .refused import NAMES, not_here
-
-
-def _taken(options: dict[str, Any], tokenizer: Any, adapter_names: Any) -> dict[str, Any]:
-    if adapter_names is not None:
-        raise not_here(f"the argument `adapter_names={adapter_names!r}`", "What is trained is saved; leave it out.")
-    return options if tokenizer is None else {**options, "processing_class": tokenizer}
+from .words import own_words
 
 
 class AdapterTrainer(OurTrainer):
@@ -30,22 +25,20 @@ class AdapterTrainer(OurTrainer):
         adapter_names: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, args, *positional, **_taken(options, tokenizer, adapter_names))
+        if adapter_names is not None:
+            raise not_here(f"the argument `adapter_names={adapter_names!r}`", "What is trained is saved; leave it out.")
+        given = {} if tokenizer is None else {"processing_class": tokenizer}
+        with own_words():
+            super().__init__(model, args, *positional, **options, **given)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """What is refused before the first step names what is typed here."""
+        with own_words():
+            return super().train(*args, **options)
 
 
-class Seq2SeqAdapterTrainer(OurSeq2SeqTrainer):
+class Seq2SeqAdapterTrainer(AdapterTrainer, OurSeq2SeqTrainer):
     """`inarch.train.seq2seq.Seq2SeqAdapterTrainer`"""
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
-        *positional: Any,
-        tokenizer: Any = None,
-        adapter_names: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, args, *positional, **_taken(options, tokenizer, adapter_names))
 
 
 def __getattr__(name: str) -> Any:

@@ -103,7 +103,7 @@ class Batch:
     def _not_seen(self, rule: str, key: str) -> SetupError:
         return SetupError(
             f"{rule}; got a call of a part of {type(self._model).__name__} at `{key}`. Call the model itself, or "
-            "prepare the inputs and call the part under `adapters.prepared(...)`."
+            "prepare the inputs and call the part under `inarch.attach(model).prepared(...)`."
         )
 
     def _seen(self) -> Seen | None:
@@ -156,7 +156,7 @@ class Batch:
         if self._copies > 1 and earlier:
             raise SetupError(
                 f"A `Parallel` copies what a model is called with; got `{earlier[0]}`, of an earlier call. Call the "
-                "model under `adapters.prepared(...)`, with inputs that hold a copy for each child."
+                "model under `inarch.attach(model).prepared(...)`, with inputs that hold a copy for each child."
             )
         args, kwargs, self._now[thread] = self._prepare(module, args, kwargs)
         self._remember(self._now[thread])
@@ -219,7 +219,8 @@ class Batch:
         if self._dim:
             raise SetupError(
                 f"A `Parallel` copies inputs along their first dimension; got {type(model).__name__}, which has "
-                "samples in the second. Prepare the inputs, and call the model under `adapters.prepared(...)`."
+                "samples in the second. Prepare the inputs, and call the model under "
+                "`inarch.attach(model).prepared(...)`."
             )
         if kwargs.get("return_loss"):
             raise SetupError(
@@ -335,7 +336,7 @@ class _Copier:
             raise SetupError(
                 "A `Parallel` copies what belongs to samples; got a square of shape "
                 f"{tuple(value.shape)} for {f'`{name}`' if name else 'an argument'}, which may be a mask of tokens. "
-                "Prepare the inputs, and call the model under `adapters.prepared(...)`."
+                "Prepare the inputs, and call the model under `inarch.attach(model).prepared(...)`."
             )
         return value.repeat(self.copies, *([1] * (value.dim() - 1))) if is_batch else value
 

@@ -12,10 +12,10 @@ MultiTask    each on the rows of its task
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, Union, overload
 
 from ..core.errors import SetupError, nearest
 from ..core.exact import exact, exact_sum
@@ -24,8 +24,8 @@ Setup = Union[str, "Block"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class Block:
-    """A composition of adapters. `children` are adapter names and blocks."""
+class Block(Sequence[Any]):
+    """A composition of adapters: the sequence of its `children`, which are adapter names and blocks."""
 
     children: tuple[Setup, ...]
     allowed: ClassVar[tuple[str, ...]] = ()
@@ -38,6 +38,16 @@ class Block:
         inner = [repr(child) if isinstance(child, str) else str(child) for child in self.children]
         inner += [f"{key}={value!r}" for key, value in self.settings().items()]
         return f"{type(self).__name__}({', '.join(inner)})"
+
+    @overload
+    def __getitem__(self, key: int) -> Setup: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Setup, ...]: ...
+    def __getitem__(self, key: int | slice) -> Setup | tuple[Setup, ...]:
+        return self.children[key]
+
+    def __len__(self) -> int:
+        return len(self.children)
 
     def settings(self) -> dict[str, Any]:
         """What the block has besides children, as JSON data."""

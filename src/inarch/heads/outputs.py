@@ -1,10 +1,12 @@
 """What a model with active heads returns: an output class of transformers where there is one, and these two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..core.errors import SetupError
 
 CARRIED = (
     "past_key_values",
@@ -30,7 +32,7 @@ class HeadOutput(dict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name not in self and name not in FIELDS:
-            raise AttributeError(f"An output of heads has {', '.join(self)}; got `{name}`.")
+            raise AttributeError(f"An output of heads has {', '.join(self.keys())}; got `{name}`.")
         return self.get(name)
 
     def __getitem__(self, key: Any) -> Any:
@@ -42,20 +44,35 @@ class HeadOutput(dict[str, Any]):
 
 
 class MultiHeadOutput(HeadOutput):
-    """What several heads returned, each on its rows of the batch; a number gives the output of that head.
+    """What several heads returned, each on its rows of the batch: a sequence of their outputs, and values by name.
 
     `loss` is the sum of the heads' losses; `logits` are joined in the order of the rows where all heads give as many
     scores, and a tuple otherwise.
     """
 
-    head_outputs: tuple[Any, ...]
-
-    def __init__(self, values: Mapping[str, Any] | Any = (), /, *, head_outputs: tuple[Any, ...] = ()) -> None:
+    def __init__(self, values: Mapping[str, Any] | Any = (), /, *, head_outputs: Sequence[Any] | None = None) -> None:
         super().__init__(values)
-        object.__setattr__(self, "head_outputs", tuple(head_outputs))
+        self._of_heads = head_outputs
+
+    @property
+    def head_outputs(self) -> Sequence[Any]:
+        """What each head returned."""
+        if self._of_heads is None:  # accelerate makes a new one of the values, where it changes their precision
+            raise SetupError(
+                "What each head returned is with the output of the model itself; got a copy of its "
+                f"{', '.join(self.keys())}. Read these, or call the model without the wrapper that copies, as that of "
+                "mixed precision does."
+            )
+        return self._of_heads
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.head_outputs[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.head_outputs)
+
+    def __len__(self) -> int:
+        return len(self.head_outputs)
 
 
 def joined(outputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | tuple[Tensor, ...]:

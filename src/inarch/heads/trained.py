@@ -212,7 +212,8 @@ class TrainedHeads:
             # A model of transformers without a task in its name has no head; of any other model nothing is known.
             if not found and ("Classification" in type(self._model).__name__ or not hasattr(self._model, "base_model")):
                 logger.warning(
-                    "No task head is known in %s, so none is trained; name its modules: `train(..., head=[...])`.",
+                    "No task head is known in %s, so none is trained; name its modules: "
+                    "`inarch.attach(model).train(..., head=[...])`.",
                     type(self._model).__name__,
                 )
             return found
