@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import inarch
-from inarch import ConfigError, SetupError, SiteError, Stack
+from inarch import ConfigError, SetupError, SiteError, Stack, StateError
 from inarch.methods.bottleneck import Bottleneck
 from inarch.testing import PlainTransformer, tiny, tiny_inputs
 
@@ -337,6 +337,32 @@ def test_the_save_pretrained_of_a_part_writes_its_base_and_says_what_stays(tmp_p
         assert all(torch.equal(value, base[key]) for key, value in loaded.state_dict().items())
     adapters.detach()
     assert "save_pretrained" not in vars(outer.vit)
+
+
+def test_a_model_around_an_attached_one_keeps_the_adapters_in_its_own_state(model, inputs, tmp_path):
+    """It is not inarch's to divide; what it writes loads, and has all that an attached part has."""
+    adapters = inarch.attach(model.vit)
+    adapters.add("a", "seq_bn")
+    adapters.activate("a")
+    awake(adapters, "a")
+    found, own = model.state_dict(), model.vit.state_dict()
+    assert {key for key in found if key.startswith("vit.")} == {f"vit.{key}" for key in own}
+    ours = {f"vit.{key}" for key in own if "inarch" in key}
+    assert len(ours) == len(adapters["a"])
+
+    model.save_pretrained(tmp_path / "model")
+    again, told = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert set(told["unexpected_keys"]) == ours and not told["missing_keys"]
+    with torch.no_grad():
+        with adapters.using(None):
+            torch.testing.assert_close(again.eval()(**inputs).logits, model(**inputs).logits)
+        handle = inarch.attach(again.vit)
+        handle.add("a", "seq_bn")
+        handle.activate("a")
+        with pytest.raises(StateError, match=r"holds them all; got none for .* first `vit\..*inarch"):
+            again.load_state_dict({key: value for key, value in found.items() if key not in ours}, strict=False)
+        again.load_state_dict(found)
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_the_save_pretrained_of_a_model_with_adapters_loads_as_the_base(model, inputs, tmp_path):

@@ -52,6 +52,10 @@ def attach(
 ) -> "Adapters":
     """Find the residual sites of a model and make it ready for adapters. The model computes what it did.
 
+    Attach the model that you save: the `state_dict` of a larger one around it has the adapters, so its `save_pretrained`
+    writes them among its own tensors, and `from_pretrained` tells of them as unexpected.
+
+
     Arguments: `model` is any PyTorch Transformer; `layout` gives its sites instead of finding them, as data or as a
     JSON file (see `Sites.to_dict`); `example_inputs`, what the model is called with, is needed where none can be made
     up.
