@@ -126,6 +126,7 @@ def _record(adapter: Adapter, model: nn.Module, sites: Sites, heads: Sequence[st
             "revision": getattr(config, "_commit_hash", None),
             "model_type": sites.model_type,
             "model_class": sites.model_class,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "fingerprint": fingerprint(model, sites, heads),
         },
         "sites": describe_sites(sites),
