@@ -1,37 +1,29 @@
 """What a model has of adapters, and which of them run: the part of a handle that knows hooks and slots."""
 
 import logging
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import head_files, state
 from .admission import check_composition, check_name, check_present, check_setup, check_streams
 from .attach import Removable, arm, disarm, graft, store, stored, tensors_in, ungraft
 from .bank import Modules
 from .check import Report, impossible, report
-from .combine import recipe
 from .compose import Batch, Block, Setup, Watched, names
 from .core.errors import ConfigError, SetupError, SiteError
 from .core.site import Sites
 from .embeddings import Embeddings
-from .heads import HeadConfig, TrainedHeads, decodes, path_of, read_head
-from .heads.layers import Head
-from .loading import Found, built
+from .heads import TrainedHeads, decodes
 from .merge import Merged
 from .methods import AdapterConfig, ConfigLike, InputMethod, PrefixMethod, check_layers, method_of, read_config
 from .plan import Plan, plan
 from .scores import Scores, watched
 from .sites import Inputs
 from .summary import rows, summary
-from .tensors import copy_into
 from .trainable import penalty
 from .trainer_door import TrainerDoor
 from .trial import check_runs, is_skeleton
@@ -311,207 +303,6 @@ class Grafted:
         finally:
             self._arm(setup)
 
-    # Flexible heads
-
-    @property
-    def flexible_heads(self) -> dict[str, HeadConfig]:
-        """The heads that `add_head` added, by name."""
-        return {name: self._heads.config(name) for name in self._heads.flexible()}
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of what the active flexible heads learn from, as the model takes it."""
-        return self._heads.targets()
-
-    @property
-    def active_head(self) -> str | tuple[str, ...] | None:
-        """The flexible head that the model runs, or several; None where it gives what its class gives.
-
-        Activating a setup activates the heads of its adapters. Where the setup cuts the batch (`Parallel`,
-        `BatchSplit`, `MultiTask`), each of several heads gets the rows of its adapter; otherwise all get all rows.
-        """
-        active = self._heads.active
-        return active[0] if len(active) == 1 else active or None
-
-    @active_head.setter
-    def active_head(self, names: str | Sequence[str] | None) -> None:
-        with LOCK:
-            self._require_attached()
-            self._heads.active = (names,) if isinstance(names, str) else tuple(names or ())
-
-    def add_head(
-        self, name: str, head: str | Mapping[str, Any] | HeadConfig, *, overwrite: bool = False, **settings: Any
-    ) -> None:
-        """Give the model a flexible head, and make it the active one. It belongs to the adapter it is trained with.
-
-        The model then takes the head's targets (`labels`, or `start_positions` and `end_positions`, ...) and returns
-        its loss and scores. The head of an adapter of the same name becomes active with it.
-
-        Arguments: `head` is a kind, such as `classification` (see `inarch.heads.KINDS`), with its settings:
-        `add_head("sst", "classification", num_labels=3)`.
-
-        Raises `SetupError` for a bad or taken name, and `ConfigError` for a head that cannot be.
-        """
-        with LOCK:
-            self._require_attached()
-            check_name(name, "A head")
-            self._check_new_head(name, overwrite=overwrite)
-            self._put_head(name, self._heads.build(read_head(head, **settings)))
-            self._heads.active = (name,)
-
-    def remove_head(self, name: str) -> None:
-        """Take a flexible head from the model. Raises `SetupError` for one that it does not have."""
-        with LOCK:
-            self._require_attached()
-            with self._rearmed():
-                self._heads.drop(name)
-
-    def average_heads(
-        self,
-        name: str,
-        of: Sequence[str] | Mapping[str, float],
-        weights: Sequence[float] | None = None,
-        *,
-        normalize_weights: bool = True,
-        overwrite: bool = False,
-    ) -> None:
-        """Add a flexible head that is the weighted average of others, which are built alike. It is not active.
-
-        Arguments: those of `average`. Raises `SetupError` for heads that there are not, or that differ.
-        """
-        with LOCK:
-            self._require_attached()
-            asked = recipe(of, weights, "linear", normalize_weights=normalize_weights, rank=None, density=None, seed=0)
-            check_name(name, "A head")
-            self._check_new_head(name, overwrite=overwrite)
-            self._put_head(name, self._heads.averaged(asked.names, asked.weights))
-
-    @property
-    def lone_heads(self) -> tuple[str, ...]:
-        """The flexible heads that belong to no adapter, which `save` therefore writes with none."""
-        return self._heads.lone(self.names)
-
-    def name_labels(self, head: str, labels: Sequence[str]) -> None:
-        """Name the labels of a flexible head, in their order. Raises `ConfigError` for another number of them."""
-        with LOCK:
-            self._require_attached()
-            self._heads.rename_labels(head, labels)
-
-    def heads_of(self, setup: Setup, *, stay: bool = True) -> tuple[str, ...]:
-        """The flexible heads that become active with a setup: those of the adapters that have the last word in it.
-
-        Where these have none, the active heads stay so and are named; `stay=False` names none then.
-        """
-        self._check_setup(setup)
-        return self._heads.of_setup(setup, stay=stay)
-
-    def save_head(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Write a flexible head alone. (`save` writes that of an adapter with it.) Raises `StateError` as `save`."""
-        self._require_attached()
-        config = self._heads.config(name)
-        start = f"head.{path_of(name)}."
-        tensors = {key.removeprefix(start): tensor for key, tensor in self._heads.tensors([path_of(name)]).items()}
-        head_files.write(folder, name, config, tensors)
-
-    def load_head(self, folder: str | os.PathLike[str], *, name: str | None = None, overwrite: bool = False) -> str:
-        """Read a flexible head that `save_head` wrote, here or in the library `adapters`. It is not active.
-
-        Arguments: `name` replaces the stored name. Returns the head's name. Raises `StateError` for what does not fit.
-        """
-        with LOCK:
-            self._require_attached()
-            chosen, built = self._ready_head(folder, name, overwrite=overwrite)
-            self._put_head(chosen, built)
-            return chosen
-
-    def _ready_head(self, folder: str | os.PathLike[str], name: str | None, *, overwrite: bool) -> tuple[str, Head]:
-        """The name and the module of the head in a folder. Raises for what does not fit; nothing is changed."""
-        found, config, tensors = head_files.read(folder, self.model)
-        chosen = name or found
-        check_name(chosen, "A head")
-        self._check_new_head(chosen, overwrite=overwrite)
-        built = self._heads.build(config)
-        wanted = built.state_dict(keep_vars=True)
-        state.check_tensors(tensors, wanted, str(folder))
-        for key, tensor in wanted.items():
-            copy_into(tensor, tensors[key])
-        return chosen, built.requires_grad_(requires_grad=False)
-
-    def _put_head(self, name: str, built: Head) -> None:
-        with self._rearmed():  # what stands in `generate` and sees output embeddings has to see these
-            self._heads.put(name, built)
-
-    def _check_new_head(self, name: str, *, overwrite: bool) -> None:
-        if name in self._heads.flexible() and not overwrite:
-            raise SetupError(
-                f"The heads of a model have different names; got `{name}` again. Choose another name, `remove_head` "
-                "the old one, or pass `overwrite=True`."
-            )
-
-    # Token embeddings
-
-    @property
-    def embeddings(self) -> tuple[str, ...]:
-        """The names of the token embeddings that the model has; `default` is the base's own table."""
-        return self._embeddings.names
-
-    @property
-    def active_embeddings(self) -> str:
-        """The token embeddings that run."""
-        return self._embeddings.active
-
-    def embedding(self, name: str) -> nn.Module:
-        """The module that has a table (V, D) as its `weight`. Raises `SetupError` for an unknown name."""
-        return self._embeddings.module(name)
-
-    def add_embeddings(
-        self, name: str, tokenizer: Any, *, reference: str | None = None, reference_tokenizer: Any = None
-    ) -> None:
-        """Give the model token embeddings for another tokenizer, and activate them. The base keeps its own.
-
-        An output layer that is not tied to them goes on to score the base's tokens, which is warned of.
-
-        Arguments: rows of tokens that `tokenizer` and `reference_tokenizer` both know are those of the table
-        `reference`, such as `default`; all others are drawn anew.
-
-        Raises `SetupError` for a name that is taken, or a model that has no table of tokens.
-        """
-        with LOCK:
-            self._require_attached()
-            self._embeddings.add(name, tokenizer, reference, reference_tokenizer)
-            self._embeddings.start(name)
-
-    def activate_embeddings(self, name: str) -> None:
-        """Run token embeddings from now on; `default` for the base's own. Raises `SetupError` for an unknown name."""
-        with LOCK:
-            self._require_attached()
-            self._embeddings.activate(name)
-
-    def remove_embeddings(self, name: str) -> None:
-        """Forget token embeddings; where they are active, the base's own are then. Raises `SetupError` as above."""
-        with LOCK:
-            self._require_attached()
-            self._embeddings.remove(name)
-
-    def save_embeddings(self, name: str, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
-        """Write token embeddings, and a tokenizer beside them, into a folder, whole or not at all.
-
-        Raises `StateError` if the folder holds something else or cannot be written.
-        """
-        self._require_attached()
-        self._embeddings.save(name, Path(folder).expanduser(), tokenizer)
-
-    def load_embeddings(self, folder: str | os.PathLike[str], *, name: str) -> Any:
-        """Read and activate what `save_embeddings` wrote, here or in the library `adapters`.
-
-        Returns the tokenizer that was saved along, or None. Raises `StateError` for what does not fit.
-        """
-        with LOCK:
-            self._require_attached()
-            tokenizer = self._embeddings.load(name, Path(folder).expanduser())
-            self._embeddings.start(name)
-            return tokenizer
-
     # What comes in
 
     def _judge(self, name: str, config: AdapterConfig) -> Report:
@@ -578,37 +369,6 @@ class Grafted:
         if not sound:
             self._unsound.add(name)
 
-    def _ready(self, found: Found, name: str, *, overwrite: bool) -> "_Ready":
-        """What was found in a folder, as modules for this model. Raises for what does not fit; nothing is changed."""
-        self._check_new(name, overwrite)
-        fresh = {head: self._heads.build(config) for head, config in found.flexible.items()}
-        given = {head: name if head == found.name else head for head in fresh}
-        for head in given.values():
-            self._check_new_head(head, overwrite=overwrite)
-        wanted = {**self._heads.tensors(found.head), **self._heads.tensors_of(fresh)}
-        sound = self._judge(name, found.config).sound
-        modules = built(found, self.model, self.sites, wanted)
-        self._try(name, found.config, modules)
-        heads = {given[head]: module for head, module in fresh.items()}
-        return _Ready(name=name, found=found, sound=sound, modules=modules, heads=heads, values=wanted)
-
-    def _take(self, ready: "_Ready") -> None:
-        """Put what is ready into the model, and the values of its task head into the model's."""
-        name, found = ready.name, ready.found
-        if not ready.sound:
-            logger.warning(
-                "The adapter `%s` does not keep the pre-trained function; see `inarch.attach(model).check()`.", name
-            )
-        self._store(name, found.config, ready.modules, sound=ready.sound)
-        self._heads.keep([name], found.head)
-        for key, tensor in ready.values.items():
-            copy_into(tensor, found.tensors[key])
-        if ready.heads:
-            with self._rearmed():
-                for own, module in ready.heads.items():
-                    self._heads.put(own, module.requires_grad_(requires_grad=False))
-        self._heads.assign(name, (*found.head, *map(path_of, ready.heads)))
-
     # Checks
 
     def _require(self, name: str) -> None:
@@ -638,26 +398,20 @@ class Grafted:
                 f"A merged adapter stays as it is; got `{name}`, which is in the weights. Call `unmerge()` first."
             )
 
+    def _refuse_merged(self, what: str) -> None:
+        """Raise `SetupError` while an adapter is in the weights."""
+        if self._merged.names:
+            raise SetupError(
+                f"{what}; got `{self._merged.names[0]}` in the weights of {type(self.model).__name__}. "
+                "Call `unmerge()` first."
+            )
+
     def _check_setup(self, setup: Setup) -> None:
         self._require_attached()
         if isinstance(setup, str | Block):
             for name in names(setup):
                 self._check_unmerged(name)
         check_setup(setup, self.sites, self._configs, self._unsound)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Ready:
-    """An adapter from a folder, made for a model and not yet in it."""
-
-    name: str
-    found: Found
-    sound: bool
-    modules: dict[str, Modules]
-    heads: dict[str, Head]
-    """Flexible heads that come with it, by the name that they will have."""
-    values: dict[str, Tensor]
-    """The tensors of its heads, by their key among those that were found."""
 
 
 def _is_causal(model: nn.Module, sites: Sites) -> bool:

@@ -6,9 +6,7 @@ own, found by `inarch.attach(copy)`. Forward passes may run in several threads a
 runs a forward of the same model.
 """
 
-import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import loading, pretrained, publish, saving, setups, state
-from .admission import check_setup, check_word, refusal
+from . import loading, pretrained, state
+from .admission import check_word, refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
 from .check import Data, Report, Stored, Training, examine, impossible, model_facts, report
@@ -26,23 +24,19 @@ from .combine import Combination, average, combined_config, recipe
 from .compose import Fuse, Setup, fusions, last, leaves, names
 from .core.errors import ConfigError, SetupError, SiteError, StateError
 from .core.site import Sites
-from .grafted import ATTRIBUTE, LOCK, Grafted
+from .filed import Filed
+from .grafted import ATTRIBUTE, LOCK
 from .heads import task_head
-from .loading import OtherBase
 from .merge import check_mergeable, merge
 from .methods import AdapterConfig, ConfigLike, fused_places, method_of, placements, read_config, read_settings
 from .methods.prefix import Prefix, PrefixConfig
 from .plan import check_setup as check_blocks
 from .plan import plan
-from .saving import FORMATS as FORMATS
-from .saving import Format
 from .sharing import share, unshare
 from .sites import Inputs, given_inputs, probe, synthesise
 from .tensors import copy_into
 from .trainable import check_trainable
 from .witness import verify_attached
-
-logger = logging.getLogger(__name__)
 
 Unsound = Literal["refuse", "allow"]
 
@@ -52,9 +46,8 @@ def attach(
 ) -> "Adapters":
     """Find the residual sites of a model and make it ready for adapters. The model computes what it did.
 
-    Attach the model that you save: the `state_dict` of a larger one around it has the adapters, so its `save_pretrained`
-    writes them among its own tensors, and `from_pretrained` tells of them as unexpected.
-
+    Attach the model that you save: a larger one around it has the adapters in its `state_dict`, so `save_pretrained` of
+    that one writes them among its own tensors, and `from_pretrained` tells of them as unexpected.
 
     Arguments: `model` is any PyTorch Transformer; `layout` gives its sites instead of finding them, as data or as a
     JSON file (see `Sites.to_dict`); `example_inputs`, what the model is called with, is needed where none can be made
@@ -158,7 +151,7 @@ def check(
             handle.detach()
 
 
-class Adapters(Grafted):
+class Adapters(Filed):
     """The adapters of one model. Made by `inarch.attach`."""
 
     def __init__(self, model: nn.Module, sites: Sites, shapes: Inputs | None = None) -> None:
@@ -454,14 +447,6 @@ class Adapters(Grafted):
             self._merged.restore(self.model)
             self._merged.names.clear()
 
-    def _refuse_merged(self, what: str) -> None:
-        """Raise `SetupError` while an adapter is in the weights."""
-        if self._merged.names:
-            raise SetupError(
-                f"{what}; got `{self._merged.names[0]}` in the weights of {type(self.model).__name__}. "
-                "Call `unmerge()` first."
-            )
-
     def detach(self, *, keep_merged: bool = False) -> nn.Module:
         """Remove everything inarch added and return the model; a trained task head keeps its weights.
 
@@ -524,150 +509,6 @@ class Adapters(Grafted):
                 parameter.requires_grad_(True)
             if embeddings:
                 self._embeddings.weight(self._embeddings.active).requires_grad_(True)
-
-    # Saving and loading
-
-    def save(
-        self,
-        name: str,
-        folder: str | os.PathLike[str],
-        *,
-        processor: Any = None,
-        head: bool = True,
-        format: Format = "inarch",  # noqa: A002  the word that users look for
-    ) -> None:
-        """Write one adapter, with the task head trained with it, as an adapter folder.
-
-        An adapter that is in the folder already is replaced, in one step where the system can: there is always a whole
-        one. A folder with anything else in it is left alone.
-
-        Where processes hold parts of the weights (`fully_shard`), every process calls this, and the first one writes.
-
-        Arguments: `processor` is the image processor whose settings are kept beside it (anything with a `to_dict`);
-        `format` is that of another library: `peft` writes LoRA so that PEFT computes the same, `adapterhub` a
-        bottleneck or LoRA for the library `adapters`, to be read with `use_safetensors=True`.
-
-        Raises `StateError` if the folder holds something else or cannot be written, or for what the other library does
-        not have.
-        """
-        self._require(name)
-        self._refuse_merged("An adapter is saved beside the base it was trained on")
-        adapter = saving.Adapter(
-            name=name,
-            config=self._configs[name],
-            tensors=self.tensors(name),
-            head=self._heads[name] if head else (),
-            head_tensors=self._heads.of(name) if head else {},
-            flexible=self._heads.configs(name) if head else {},
-        )
-        saving.write(folder, adapter, self.model, self.sites, self.heads, processor=processor, format_=format)
-
-    def load(
-        self,
-        source: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        overwrite: bool = False,
-        head: bool = True,
-        other_base: OtherBase = "refuse",
-        revision: str | None = None,
-    ) -> str:
-        """Read an adapter folder, or a Hub repository with one, into the model. It is not active and not trainable.
-
-        A zip or tar archive of a folder is read too, here or at an address (`https://...`).
-        Folders of the library `adapters` are read too, and those of PEFT, where whole modules that were trained are the
-        task head. A flexible head that lies beside the adapter is added, and becomes active with it.
-
-        Arguments: `name` replaces the stored name; `head=False` leaves the model's task head alone;
-        `other_base="allow"` takes an adapter made on a base with other weights; `revision` is the branch, tag or commit
-        of a repository.
-
-        Returns the adapter's name. Raises `StateError` for anything that does not fit; the model is then unchanged.
-        """
-        self._require_attached()
-        self._refuse_merged("An adapter is loaded into the base it was trained on")
-        check_word("other_base", other_base, get_args(OtherBase))
-        if name is not None:
-            self._check_new(name, overwrite)
-        # Outside the lock, because a download may take minutes.
-        with loading.opened(source, revision) as folder:
-            found = loading.find(folder, self.model, self.sites, heads=self.heads, head=head, other_base=other_base)
-        with LOCK:
-            ready = self._ready(found, name or found.name, overwrite=overwrite)
-            self._take(ready)
-            return ready.name
-
-    def push(
-        self,
-        name: str,
-        repository: str,
-        *,
-        head: bool = True,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-        description: str | None = None,
-        datasets: Sequence[str] = (),
-        pull_request: bool = False,
-    ) -> str:
-        """Save an adapter into a repository of the Hub, `owner/name`, which is made if need be, with a model card.
-
-        Arguments: `message` and `description` are those of the commit; `datasets` are named on the card, by their ids
-        on the Hub; `pull_request=True` proposes the commit instead of making it.
-
-        Returns the commit, which `load(repository, revision=...)` takes. Raises `StateError` where it cannot be
-        written.
-        """
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "adapter"
-            self.save(name, folder, head=head)
-            text = publish.card(state.read_record(folder), str(self._configs[name]), repository, datasets)
-            (folder / "README.md").write_text(text, encoding="utf-8")
-            told = message or f"Add the adapter {name}"
-            return publish.upload(
-                folder,
-                repository,
-                message=told,
-                description=description,
-                private=private,
-                token=token,
-                revision=revision,
-                pull_request=pull_request,
-            )
-
-    def save_setup(self, folder: str | os.PathLike[str], setup: Setup | None = None) -> None:
-        """Write the active setup, or another one, with all its adapters and fusion layers, into a folder.
-
-        It holds `setup.json` and, below `adapters/`, what `save` writes for each of them.
-        """
-        chosen = self._setup if setup is None else setup
-        if chosen is not None:
-            self._check_setup(chosen)
-        setups.save(self, folder, chosen)
-
-    def load_setup(self, folder: str | os.PathLike[str], *, overwrite: bool = False, head: bool = True) -> Setup:
-        """Read what `save_setup` wrote: its adapters, and the setup, which is returned and not activated.
-
-        Raises `StateError` for a folder that cannot be read, or an adapter in it that is missing, damaged or of another
-        base; the model is then unchanged.
-        """
-        with LOCK:
-            setup, folders = setups.find(folder)
-            heads = setups.lone_heads(folder, folders) if head else {}
-            lone = [self._ready_head(place, name, overwrite=overwrite) for name, place in heads.items()]
-            ready = []
-            for name, place in folders.items():
-                found = loading.find(place, self.model, self.sites, heads=self.heads, head=head, other_base="refuse")
-                ready.append(self._ready(found, name, overwrite=overwrite))
-            configs = self._configs | {one.name: one.found.config for one in ready}
-            unsound = self._unsound - {one.name for one in ready} | {one.name for one in ready if not one.sound}
-            check_setup(setup, self.sites, configs, unsound)
-            for one in ready:
-                self._take(one)
-            for name, built in lone:
-                self._put_head(name, built)
-        return setup
 
 
 def attached(model: nn.Module) -> "Adapters | None":
