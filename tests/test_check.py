@@ -349,6 +349,8 @@ def test_numbers_that_can_mean_nothing_are_found_and_refused(setting, fixes):
     found = [one for one in report.findings if one.code == "out-of-range"]
     assert [dict(fix.changes) for one in found for fix in one.fixes] == fixes
     assert report.has_errors and not report.sound
+    assert "there can be no such adapter" in str(report) and "preserved" not in str(report)
+    assert all(f"{one}" in report.subject for entry in fixes for one in entry)
     with pytest.raises(inarch.ConfigError, match=r"must be (less than|more than|at least) \d; got"):
         inarch.attach(model).add("a", setting)
 

@@ -132,6 +132,23 @@ def test_what_a_folder_names_and_has_nothing_of_is_a_finding(tmp_path):
     assert "matched-nothing" not in codes(inarch.check(tiny("bert-classifier"), PEFT / "bert_biases", measure=False))
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "value"), [({"lora_dropout": 1.0}, "dropout", 1.0), ({"lora_alpha": 0}, "alpha", 0.0)]
+)
+def test_numbers_of_a_peft_folder_that_leave_nothing_of_it_are_findings(tmp_path, setting, name, value):
+    folder = tmp_path / "a"
+    shutil.copytree(PEFT / "bert_biases", folder)
+    record = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(record | setting))
+    model = tiny("bert-classifier")
+    report = inarch.check(model, folder, measure=False)
+    found = finding(report, "out-of-range")
+    assert f"`LoRAConfig.{name}` must be" in found.message and f"got {value}" in found.message
+    assert report.has_errors and not report.sound and f"{name}={value}" in report.subject
+    with pytest.raises(inarch.StateError, match=rf"must be valid here too; got .*`LoRAConfig\.{name}` must be"):
+        inarch.attach(model).load(folder)
+
+
 def test_dead_tensors_of_a_folder_are_found(tmp_path):
     """A and B of an update both zero: no gradient can ever reach them."""
     folder = saved(tmp_path / "a", "lora")

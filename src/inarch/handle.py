@@ -224,7 +224,10 @@ class Adapters(Filed):
                 raise StateError(f"{words}, at `{folder}`. Check it on the base that it was trained on.") from None
             for key, tensor in self.tensors(name).items():
                 copy_into(tensor, found.tensors[key])
-            return examine(self, name, self._configs, inputs, on_trial=True, training=training, data=data, stored=known)
+            return examine(
+                self, name, self._configs, inputs,
+                on_trial=True, training=training, data=data, stored=known, out_of_range=found.out_of_range,
+            )  # fmt: skip
 
     @contextmanager
     def _on_trial(self, config: AdapterConfig) -> Iterator[str]:

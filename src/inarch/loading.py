@@ -24,14 +24,14 @@ from .core.records import RECORD as RUN
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import HeadConfig, id2label, name_at, path_of, read_foreign, read_head
-from .methods import AdapterConfig, placements, preset_names, read_config, renumber
+from .methods import AdapterConfig, OutOfRange, placements, preset_names, read_config, renumber
 from .tensors import copy_into
 
 logger = logging.getLogger(__name__)
 
 OtherBase = Literal["refuse", "allow"]
 Stance = Literal["refuse", "allow", "tell"]
-"""What to do about another base: `tell` says it in `Found.difference` alone."""
+"""What to do about another base: `tell` says it in `Found.difference` alone, and numbers out of range likewise."""
 ADAPTER_FOLDER = "adapter"
 """Where a run folder has its adapter."""
 _NO_NAME = re.compile(r"[./,|\[\]\s\0]+")
@@ -55,6 +55,8 @@ class Found:
     """The base it names, where it keeps nothing by which to know it."""
     idle: tuple[str, ...] = ()
     """What it says was chosen, and holds nothing of."""
+    out_of_range: tuple[OutOfRange, ...] = ()
+    """Numbers with which no adapter can be; `config` has others in their place."""
 
 
 # Where it is
@@ -256,6 +258,7 @@ def find(
             difference=peft.difference,
             base=peft.base,
             idle=peft.idle,
+            out_of_range=peft.out_of_range,
         )
     raise _unknown(folder)
 

@@ -21,6 +21,7 @@ from .report import PROJECTION_HEADERS as PROJECTION_HEADERS
 from .report import SITE_HEADERS as SITE_HEADERS
 from .report import Report as Report
 from .report import evidence_lines as evidence_lines
+from .report import headline as headline
 from .report import impossible as impossible
 from .report import memory_lines as memory_lines
 from .report import projection_rows as projection_rows

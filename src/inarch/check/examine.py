@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..compose import Setup, cuts_rows, names
 from ..core.site import Sites
 from ..heads import HeadConfig, id2label, path_of, task_head
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, OutOfRange
 from ..sites import Inputs, Known, RunsKnown
 from .facts import Data, Memory, ModelFacts, Stored, Training
 from .measure import measure, memory
@@ -48,11 +48,13 @@ def examine(
     training: Training | None = None,
     data: Data | None = None,
     stored: Stored | None = None,
+    out_of_range: tuple[OutOfRange, ...] = (),
 ) -> Report:
     """The report on a setup of a grafted model, with the evidence of one batch where inputs are given.
 
     **Arguments**: `on_trial` says that the adapters are there for this examination alone, so that what is frozen says
-    nothing about the training to come; `stored` is what is known of the folder that they came from.
+    nothing about the training to come; `stored` is what is known of the folder that they came from, `out_of_range` what
+    its settings cannot be: nothing is measured then, since the adapter has others.
     """
     model: nn.Module = subject.model
     several = len(dict.fromkeys(names(setup))) > 1
@@ -66,7 +68,7 @@ def examine(
     head = own or [p for path in paths for p in model.get_submodule(path).parameters()]
     evidence, held = None, None
     # Of a setup that cuts the batch, outputs and memory are those of each case, and of its share.
-    if inputs is not None and not cuts_rows(setup):
+    if inputs is not None and not cuts_rows(setup) and not out_of_range:
         with subject.trying(setup, inputs):
             run = run_of(model, inputs)
             if not _has_no_memory(model):
@@ -91,6 +93,7 @@ def examine(
         evidence=evidence,
         memory=held,
         stored=stored,
+        out_of_range=out_of_range,
     )
 
 

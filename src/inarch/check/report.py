@@ -9,7 +9,7 @@ from ..compose import Setup, cases, names
 from ..core.errors import ConfigError
 from ..core.site import Site, Sites
 from ..core.table import render
-from ..methods import AdapterConfig, OutOfRange
+from ..methods import AdapterConfig, OutOfRange, as_asked
 from ..plan import Plan, check_setup, plan, sublayer_sites
 from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Stored, Training, place
 from .findings import LEVELS, Finding, find
@@ -50,13 +50,19 @@ class Report:
 
     def __str__(self) -> str:
         rows = site_rows(self)
-        head = f"{self.subject} on {self.model_class}: {self.num_parameters:,} parameters"
+        head = headline(self)
         if not rows and self.possible:
             head += ", no sum of the model is changed"
         tables = ((SITE_HEADERS, rows), (PROJECTION_HEADERS, projection_rows(self)))
         body = [render(headers, found) for headers, found in tables if found]
         lines = [*evidence_lines(self.evidence), *memory_lines(self.memory)]
         return "\n".join((head, *body, *lines, *map(str, self.findings)))
+
+
+def headline(report: Report) -> str:
+    """What was judged, on what."""
+    size = f"{report.num_parameters:,} parameters" if report.possible else "there can be no such adapter"
+    return f"{report.subject} on {report.model_class}: {size}"
 
 
 SITE_HEADERS = ("sites", "norm", "pre-trained", "with the adapter", "verdict")
@@ -167,9 +173,11 @@ def report(
     errors = {finding.code for finding in first if finding.level == "error"}
     findings = [_checked(facts, finding, errors) for finding in first]
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
+    if out_of_range:  # what was judged in its place is not what was asked for
+        subject = as_asked(next(iter(chosen.values())), out_of_range)
+        return Report(subject, sites.model_class, (), ordered, Plan((), {}), possible=False)
     subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
-    possible = not out_of_range
-    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory, possible)
+    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
 
 
 def impossible(sites: Sites, config: AdapterConfig, out_of_range: tuple[OutOfRange, ...] = ()) -> Report | None:
@@ -195,7 +203,7 @@ def impossible(sites: Sites, config: AdapterConfig, out_of_range: tuple[OutOfRan
     )
     nowhere = [_checked(facts, finding, {finding.code}) for finding in reach.no_such_place.find(facts)]
     findings = (*settings.out_of_range.find(facts), *nowhere)
-    return Report(str(config), sites.model_class, (), findings, facts.plan, possible=False)
+    return Report(as_asked(config, out_of_range), sites.model_class, (), findings, facts.plan, possible=False)
 
 
 def _groups(sites: Sites, setup: Setup, chosen: Mapping[str, AdapterConfig], planned: Plan) -> tuple[SiteReport, ...]:

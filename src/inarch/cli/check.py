@@ -242,12 +242,13 @@ def say_report(report: "Report") -> None:
         PROJECTION_HEADERS,
         SITE_HEADERS,
         evidence_lines,
+        headline,
         memory_lines,
         projection_rows,
         site_rows,
     )
 
-    say(f"{report.subject} on {report.model_class}: {report.num_parameters:,} parameters", style="bold")
+    say(headline(report), style="bold")
     styles = ["" if group.proof.sound else "red" for group in report.sites]
     if rows := site_rows(report):
         say_table(SITE_HEADERS, rows, styles=styles)

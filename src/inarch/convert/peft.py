@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..core.site import Sites
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, OutOfRange
 from .peft_family import check_family
 from .peft_head import Head, head_tensors, take_heads
 from .peft_ia3 import read_ia3
@@ -54,6 +54,8 @@ class Converted:
     """How the base differs from the model, where that is told."""
     idle: tuple[str, ...]
     """Entries of `target_modules` and `modules_to_save` that the folder has no tensors of."""
+    out_of_range: tuple[OutOfRange, ...]
+    """Numbers of the folder with which no adapter can be here, where that is told."""
 
 
 def read(
@@ -70,7 +72,7 @@ def read(
     Arguments: `own_heads` are the modules of the model's task head; `head=False` leaves out whole modules that were
     trained; `other_base="allow"` takes an adapter made for a
     model of another class, where the modules still correspond, and `tell` does so without a word but in
-    `Converted.difference`.
+    `Converted.difference`, and takes numbers out of range too, for `Converted.out_of_range`.
 
     Raises `StateError` for anything missing, damaged, made for another model, or that cannot be computed exactly.
     """
@@ -108,6 +110,7 @@ def read(
         base=str(record.get("base_model_name_or_path") or ""),
         difference=check_family(source, adapted),
         idle=_idle(record, adapted, heads),
+        out_of_range=tuple(source.out_of_range),
     )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..core.config import Config
-from ..core.errors import ConfigError, StateError
+from ..core.errors import ConfigError, StateError, join_problems
 from ..core.site import Sites
-from ..methods import Placement, layer_number
+from ..methods import Placement, layer_number, read_settings
 from .peft_record import RECORD
 from .peft_source import Source
 
@@ -26,14 +26,22 @@ def wishes(places: Sequence[Placement]) -> dict[str, Any]:
     return {"selfattn_lora": bool(attention), "attn_matrices": attention or ["q", "v"], **flags}
 
 
-def made(source: Source, kind: type[Config], **values: Any) -> Config:
-    """A configuration with these values. Raises `StateError` where they are not valid."""
+def made(source: Source, method: str, **values: Any) -> Config:
+    """The configuration of a method with these values. Raises `StateError` where they are not valid.
+
+    Where the folder is judged and not loaded, numbers out of range are told in `source.out_of_range`.
+    """
     try:
-        return kind.from_dict(values)
+        config, wrong = read_settings({"methods": [{"method": method, **values}]})
+        if not wrong or source.other_base == "tell":
+            source.out_of_range.extend(wrong)
+            return config.parts[0]
+        problem = join_problems([one.problem for one in wrong])
     except ConfigError as error:
-        raise StateError(
-            f"The configuration of an adapter must be valid here too; got `{source.folder / RECORD}`: {error}"
-        ) from None
+        problem = str(error)
+    raise StateError(
+        f"The configuration of an adapter must be valid here too; got `{source.folder / RECORD}`: {problem}"
+    )
 
 
 def patterns_of(values: Iterable[tuple[str, Any]], default: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..bank import module_key
 from ..core.config import Config
 from ..core.errors import StateError
-from ..methods.ia3 import IA3, IA3Config
+from ..methods.ia3 import IA3
 from .peft_config import ATTENTION_ROLES, left_out, made
 from .peft_source import Source, check_rest, plain, rows_of
 
@@ -54,7 +54,7 @@ def read_ia3(source: Source, stored: dict[str, Tensor]) -> tuple[Config, dict[st
         )
     config = made(
         source,
-        IA3Config,
+        IA3.name,
         selfattn_lora=bool(attention),
         attn_matrices=attention or ["k", "v"],
         intermediate_lora="up" in at_input or "down" in inside,

@@ -78,7 +78,7 @@ def read_lora(
         tensors |= {f"{key}.A": update.a, f"{key}.B": update.b}
         values.append((update.placement, update.a.shape[1], alpha_of(source, update.parameter)))
     dropout = float(record.get("lora_dropout") or 0.0)
-    config = _lora_config(source, method.config_class, values, with_bias=with_bias, dropout=dropout)
+    config = _lora_config(source, method.name, values, with_bias=with_bias, dropout=dropout)
     return config, tensors, [*maps, *(update.parameter for update in experts)]
 
 
@@ -189,7 +189,7 @@ def _biases(source: Source, stored: dict[str, Tensor], adapted: set[str]) -> dic
 
 def _lora_config(
     source: Source,
-    kind: type[Config],
+    method: str,
     values: Sequence[tuple[Placement, int, float]],
     *,
     with_bias: bool,
@@ -200,7 +200,7 @@ def _lora_config(
     alpha = Counter(value for _, _, value in values).most_common(1)[0][0]
     return made(
         source,
-        kind,
+        method,
         **wishes([place for place, _, _ in values]),
         r=r,
         alpha=alpha,

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateError
-from ..methods import Placement
+from ..methods import OutOfRange, Placement
 from .peft_names import Names
 
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.(?P<leaf>weight|bias)")
@@ -26,6 +26,8 @@ class Source:
     model: nn.Module
     names: Names
     other_base: str
+    out_of_range: list[OutOfRange] = field(default_factory=list)
+    """Numbers of the folder with which no adapter can be here, where that is told and not refused."""
 
     def find(self, paths: Iterable[str]) -> dict[str, list[Placement]]:
         """The projections of every module path. Raises `StateError` that lists those that mean none here."""

@@ -10,7 +10,7 @@ from ..core.config import Config
 from ..core.errors import StateError
 from ..core.site import Projection
 from ..methods import Placement, placements
-from ..methods.vera import VeRA, VeRAConfig
+from ..methods.vera import VeRA
 from .peft_config import left_out, made, wishes
 from .peft_source import Source, check_rest, plain
 
@@ -47,7 +47,7 @@ def read_vera(source: Source, stored: dict[str, Tensor]) -> tuple[Config, dict[s
     present = [meant[0] for meant in places.values()]
     config = made(
         source,
-        VeRAConfig,
+        VeRA.name,
         **wishes(present),
         r=len(matrices["A"]),
         dropout=float(source.record.get("vera_dropout") or 0.0),

@@ -19,6 +19,7 @@ from .ports_stream import Tokens as Tokens
 from .registry import AdapterConfig as AdapterConfig
 from .registry import ConfigLike as ConfigLike
 from .registry import OutOfRange as OutOfRange
+from .registry import as_asked as as_asked
 from .registry import method_of as method_of
 from .registry import methods as methods
 from .registry import placements as placements

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..core import grammar
@@ -57,9 +58,9 @@ class AdapterConfig:
         return "|".join(_part_text(part) for part in self.parts)
 
 
-def _part_text(part: Config) -> str:
-    """The preset that needs the fewest changes, with those changes."""
-    values = part.to_dict()
+def _part_text(part: Config, other: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """The preset that needs the fewest changes, with those changes. `other` has values to write in place of its own."""
+    values = part.to_dict() | dict(other)
     choices = []
     for name, preset in method_of(part).presets.items():
         defaults = preset.to_dict()
@@ -164,9 +165,18 @@ class OutOfRange:
 
     method: str
     field: str
+    value: int | float
     instead: Any
     problem: str
     """What `read_config` says of it."""
+
+
+def as_asked(config: AdapterConfig, wrong: Sequence[OutOfRange]) -> str:
+    """A configuration of `read_settings` as text, with the numbers that were asked for."""
+    asked: dict[str, dict[str, Any]] = {}
+    for one in wrong:
+        asked.setdefault(one.method, {})[one.field] = one.value
+    return "|".join(_part_text(part, asked.get(method_of(part).name, {})) for part in config.parts)
 
 
 def read_settings(config: ConfigLike) -> tuple[AdapterConfig, tuple[OutOfRange, ...]]:
@@ -186,7 +196,7 @@ def read_settings(config: ConfigLike) -> tuple[AdapterConfig, tuple[OutOfRange, 
                 given = item.values if isinstance(item, grammar.Phrase) else item
                 numbers = {key: value for key, value in given.items() if type(value) in (int, float)}
                 wrong = [
-                    OutOfRange(method_of(part).name, field, thaw(getattr(part, field)), problems[0])
+                    OutOfRange(method_of(part).name, field, value, thaw(getattr(part, field)), problems[0])
                     for part in _from_item(_without(item, numbers))
                     for field, value in numbers.items()
                     if hasattr(part, field) and (problems := field_problems(type(part), field, value))
