@@ -133,6 +133,7 @@ def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(monke
         ["predict", "adapter", "image.png", "--threshold", "2"],
         ["predict", "adapter", "image.png", "--json", "--csv"],
         ["eval", "adapter"],
+        ["eval", "adapter", "--data", "digits", "--picture", "confusion.jpg"],
         ["demo", "--output"],
         ["report"],
     ],
@@ -153,6 +154,7 @@ def bad_inputs(place):
     (place / "list.json").write_text("[]")
     (place / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     (place / "empty").mkdir(exist_ok=True)
+    (place / "empty.png").mkdir(exist_ok=True)
     (place / "broken").mkdir(exist_ok=True)
     (place / "broken" / "inarch.json").write_text("{}")
     (place / "model").mkdir(exist_ok=True)
@@ -164,10 +166,10 @@ def bad_inputs(place):
             Image.new("RGB", (8, 8)).save(place / "other" / label / f"{number}.png")
     return [
         (["probe", "vitt"], "Did you mean `vit`"),
-        (["probe", "./nowhere"], "got nothing at `./nowhere`"),
+        (["probe", "./nowhere"], "got `./nowhere`: no such folder is here. Give the folder"),
         (["probe", place / "empty"], "config.json"),
         (["probe", place / "model"], "nonsense"),
-        (["probe", image], "a file"),
+        (["probe", image], f"got `{image}`: a file. Give the folder"),
         (["probe", "owner/none"], "owner/none"),
         (["probe", ""], "A model is"),
         (["probe", "vit\0"], "A model is"),
@@ -207,7 +209,7 @@ def bad_inputs(place):
         (["eval", adapter, "--data", place / "data", "--validation", "3"], "validation"),
         (["eval", adapter, "--data", place / "empty"], "name their labels in a CSV with `--labels`"),
         (["eval", adapter, "--data", place / "data", "--labels", "none.csv"], "`--labels` must be `auto`"),
-        (["eval", adapter, "--data", place / "data", "--picture", place / "empty"], "Is a directory"),
+        (["eval", adapter, "--data", place / "data", "--picture", place / "empty.png"], "Is a directory"),
         (["eval", "./nowhere", "--data", place / "data"], "nowhere"),
         (["demo", "--output", place / "data"], "holds `cat`"),
         (["demo", "--output", image], "a file"),
@@ -469,6 +471,25 @@ def test_predictions_before_an_error_are_whole_json(place, tmp_path):
     result = run("predict", place / "run", *images, bad, "--json", "--batch-size", "2")
     assert result.exit_code == 1
     assert len(json.loads(result.stdout)) == 2
+
+
+def test_an_error_before_the_first_prediction_prints_no_table(place, tmp_path):
+    (tmp_path / "bad.png").write_text("none")
+    result = run("predict", place / "run", tmp_path / "bad.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_an_adapter_of_another_library_is_converted_before_it_predicts(place, tmp_path):
+    """It has the processing of its base then, and the labels of its head: what was said first is what is said."""
+    away, back = tmp_path / "away", tmp_path / "back"
+    base = ("--model", place / "base")
+    assert run("convert", place / "run", away, "--to", "adapterhub", *base).exit_code == 0
+    told = run("eval", away, "--data", place / "data").stderr
+    assert f"Convert it first: `inarch convert {away} FOLDER --to inarch`" in told
+    assert run("convert", away, back, "--to", "inarch", *base).exit_code == 0
+    data = ("--data", place / "data", "--all", "--json")
+    found = [json.loads(run("eval", adapter, *data, *base).stdout) for adapter in (place / "run", back)]
+    assert found[0]["confusion"] == found[1]["confusion"]
 
 
 def test_eval_as_a_table_and_as_json(place):

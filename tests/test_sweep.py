@@ -535,9 +535,10 @@ def test_a_study_without_an_end_is_an_error(sweep):
 @pytest.mark.parametrize(
     ("flags", "changes", "expected"),
     [
-        ((), {}, (2, "A study needs `--vary`")),
-        (("--vary", "r=1"), {"model": None}, (2, "A study needs `--model`")),
+        ((), {}, (2, "got no `--vary`. Give a field and its values")),
+        (("--vary", "r=1"), {"model": None}, (2, "got no `--model`. Give `demo`")),
         (("--vary", "rank=1"), {}, (1, "got `rank` with `seq_bn[reduction_factor=4]`")),
+        (("--vary", "batch_sze=1"), {}, (1, "Did you mean `batch_size`?")),
         (("--vary", "scaling=1", "--vary", "scaling=2"), {}, (1, "A field is varied once; got `scaling` twice")),
         (("--vary", "scaling=1", "--sampler", "tpe"), {}, (1, "`--trials` is how many configurations")),
         (("--vary", "scaling=1"), {"validation": 0}, (1, "Give a `--validation` above 0")),

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from inarch.cli import main
-from inarch.core.records import read_record
+from inarch.core.records import nothing_to_resume, read_record
 from inarch.train.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -325,8 +325,8 @@ def test_folders_that_are_no_data_are_explained(train, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
-        ((), {"model": None}, "A new run needs `--model`"),
-        ((), {"data": None}, "A new run needs `--data`"),
+        ((), {"model": None}, "got no `--model`. Give `demo`, a folder"),
+        ((), {"data": None}, "got no `--data`. Give `digits`, a folder"),
         ((), {"epochs": "many"}, "Invalid value for '--epochs'"),
         (("--no-such-option",), {}, "No such option: --no-such-option"),
     ],
@@ -352,7 +352,13 @@ def test_a_folder_with_a_run_is_not_touched_unasked(train, tmp_path):
 
 
 def test_resuming_where_there_is_nothing_is_explained(train, tmp_path):
-    assert "To resume there must be a run" in refused(train("--resume", model=None, data=None), tmp_path)
+    told = refused(train("--resume", model=None, data=None), tmp_path)
+    assert "To resume there must be a run; got nothing at" in told and "or begin one: `inarch train`" in told
+    (tmp_path / "study.json").write_text("{}")
+    assert "got a study at" in nothing_to_resume(tmp_path, "run.json")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/run.json").write_text("{}")
+    assert "Did you mean `" in nothing_to_resume(tmp_path / "frst", "run.json")
 
 
 def test_resuming_with_other_options_is_explained(train):

@@ -19,8 +19,10 @@ from . import archives, convert, state
 from .attach import build, tensors_in
 from .bank import Modules
 from .core.config import Config
-from .core.errors import ConfigError, StateError, nearest_place
+from .core.errors import ConfigError, StateError
+from .core.places import absent, is_path, nearest_place
 from .core.records import RECORD as RUN
+from .core.records import STUDY, read_study
 from .core.site import Sites
 from .fingerprint import compare_bases
 from .heads import HeadConfig, id2label, name_at, path_of, read_foreign, read_head
@@ -78,7 +80,7 @@ def opened(source: str | os.PathLike[str], revision: str | None = None) -> Itera
 
 def _packed(place: Path, source: str) -> Path:
     """The one adapter folder of an archive: all of it, or a folder in it."""
-    inside = [folder for folder in (place, *sorted(place.rglob("*"))) if folder.is_dir() and _is_adapter(folder)]
+    inside = [folder for folder in (place, *sorted(place.rglob("*"))) if folder.is_dir() and is_adapter(folder)]
     if len(inside) != 1:
         got = ", ".join(f"`{folder.relative_to(place)}`" for folder in inside[:6]) or "none"
         raise StateError(
@@ -88,9 +90,14 @@ def _packed(place: Path, source: str) -> Path:
     return inside[0]
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     """Whether a folder is that of an adapter, in any format."""
     return state.is_adapter(folder) or convert.is_adapterhub(folder) or convert.is_peft(folder)
+
+
+def _has_adapter(place: Path) -> bool:
+    """Whether a place may have been meant for that of an adapter."""
+    return is_adapter(place) or is_adapter(place / ADAPTER_FOLDER) or archives.is_packed(place)
 
 
 def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -104,10 +111,11 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     text = os.fspath(source)
     if text and path.is_dir():
         return _of_run(path)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if path.exists() or text.count("/") != 1 or is_path(text):
+        got = f"the file `{text}`" if path.is_file() else f"`{text}`, where nothing is"
         raise StateError(
-            f"An adapter is a folder, an archive or a Hub repository `owner/name`; got `{text}`, which is neither. "
-            f"{nearest_place(text) or 'Give the folder that `save` wrote.'}"
+            f"An adapter is a folder, an archive or a Hub repository `owner/name`; got {got}. "
+            f"{nearest_place(text, fits=_has_adapter) or 'Give the folder that `save` wrote.'}"
         )
     folder = _fetch(text, [state.RECORD, *convert.RECORDS], revision)
     if state.is_adapter(folder):
@@ -124,14 +132,14 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 def _of_run(folder: Path) -> Path:
     """The adapter folder in that of a run; any other folder as it is."""
-    if _is_adapter(folder):
+    if is_adapter(folder):
         return folder
     if state.is_adapter(folder / ADAPTER_FOLDER):
         return folder / ADAPTER_FOLDER
     place = f"{ADAPTER_FOLDER}/{state.RECORD}"
     inside = sorted(record.parent for record in (*folder.glob(f"*/{place}"), *folder.glob(f"*/*/{place}")))
     if inside:
-        advice = f"Choose one of the {len(inside)} in it, such as `{inside[0]}`."
+        advice = f"Choose one of the {len(inside)} in it, such as `{_best(folder) or inside[0]}`."
     elif (folder / "model" / "config.json").is_file():
         advice = f"A whole model was trained; load it from `{folder / 'model'}` with transformers."
     elif (folder / RUN).is_file():
@@ -144,6 +152,13 @@ def _of_run(folder: Path) -> Path:
     )
 
 
+def _best(folder: Path) -> Path | None:
+    """The adapter of the best trial of a study, where it is there."""
+    study = read_study(folder) if (folder / STUDY).is_file() else None
+    runs = [] if study is None or study.best is None else study.trials[study.best].runs
+    return next((place for run in runs if state.is_adapter(place := folder / run / ADAPTER_FOLDER)), None)
+
+
 def _fetch(repository: str, files: list[str], revision: str | None = None) -> Path:
     """The snapshot of a repository, with those of the files that it has."""
     from huggingface_hub import snapshot_download
@@ -151,11 +166,10 @@ def _fetch(repository: str, files: list[str], revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(repository, allow_patterns=files, revision=revision))
     except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries: all mean that it cannot be had
-        reason = (str(error).splitlines() or [""])[0]
+        hint = nearest_place(repository, fits=_has_adapter) or "Check the name and the connection."
         raise StateError(
-            "An adapter is a folder, or a Hub repository that can be reached or is cached; got "
-            f"`{repository}`, which is no folder here: {type(error).__name__}: {reason}. "
-            f"{nearest_place(repository) or 'Check the name and the connection.'}"
+            "An adapter is a folder, an archive or a Hub repository `owner/name`; got "
+            f"`{repository}`: {absent(error)}. {hint}"
         ) from None
 
 

@@ -2,11 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import StateError
+from ..core.errors import ConfigError, StateError
 from ..core.interrupt import importing
 from .output import say
 from .probe import MODEL_HELP
@@ -55,7 +55,21 @@ def convert(
                 f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
                 "`--model`."
             )
-        adapters = attach(with_own_weights(base, head_labels(folder) if head else ()))
+        network = with_own_weights(base, head_labels(folder) if head else ())
+        adapters = attach(network)
         name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
-    adapters.save(name, destination, head=head, format=to.value)
+    processor = _processor(network, base) if to is Target.inarch else None
+    adapters.save(name, destination, head=head, format=to.value, processor=processor)
     say(f"{name} for {adapters.sites.model_class}, in the format {to.value}, is in {destination}", style="bold")
+
+
+def _processor(network: Any, base: str) -> Any:
+    """The image processor of a base that takes images, so that the adapter predicts them; None where it has none."""
+    from ..train.models import load_processor
+
+    if getattr(network, "main_input_name", "") != "pixel_values":
+        return None
+    try:
+        return load_processor(base)
+    except ConfigError:
+        return None

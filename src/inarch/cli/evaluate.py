@@ -7,6 +7,7 @@ import typer
 
 from ..core.interrupt import importing
 from ..train.recipe import DataConfig
+from .guard import Misused, lacking
 from .options import configured, made_from
 from .output import note, progress, say, say_json, say_table
 from .predict import ADAPTER_HELP, BASE_HELP, DEVICE_HELP
@@ -40,7 +41,9 @@ def evaluate(
     The same `--data`, `--validation` and `--split-seed` as in training hold out the same images.
     """
     if "data" not in data:
-        raise typer.BadParameter("An evaluation needs labelled images.", param_hint="--data")
+        raise lacking("An evaluation needs labelled images", "--data")
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise Misused(f"A picture is written as PNG; got `{picture}` for `--picture`. Let its name end in `.png`.")
     with importing():
         from ..data import load_data
         from ..train.evaluate import evaluate as evaluate_on

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,6 +131,26 @@ def leave(code: object) -> None:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
+NEEDED = {
+    "--model": "Give `demo`, a folder, or the Hub id of a model for images.",
+    "--data": "Give `digits`, a folder of images by class, a CSV of labels, a CIFAR archive, or the id of a data set.",
+    "--vary": "Give a field and its values, as in `--vary reduction_factor=4,16,64`, or `--study norm-flags`.",
+}
+"""What to give for an option that a command cannot do without."""
+
+
+class Misused(typer.BadParameter):
+    """A command asked for in a way that means nothing: told with the usage, in our words alone."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+def lacking(what: str, option: str) -> Misused:
+    """What is said of a command that was not given an option of `NEEDED`."""
+    return Misused(f"{what}; got no `{option}`. {NEEDED[option]}")
+
+
 def _stop(code: int, message: str) -> NoReturn:
     fail(message)
     raise typer.Exit(code) from None
@@ -151,9 +172,10 @@ def describe(error: Exception) -> str:
 
 def in_options(message: str) -> str:
     """A message of the library in the words of the command line: `--skip-bad` for `skip_bad`."""
+    told, *names = re.split(r"(?= (?:Known|Did you mean):? `)", message, maxsplit=1)  # which name what was written
     for words, option in _OPTIONS.items():
-        message = message.replace(words, option) if option in _own else message
-    return message
+        told = told.replace(words, option) if option in _own else told
+    return "".join((told, *names))
 
 
 def _describe_system(error: OSError) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 import typer
 
 from ..core.interrupt import importing
+from .guard import Misused
 from .output import note, out, progress
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def predict(
     predicted.
     """
     if json + jsonl + csv > 1:
-        raise typer.BadParameter("Results have one form; got several of `--json`, `--jsonl` and `--csv`. Choose one.")
+        raise Misused("Results have one form; got several of `--json`, `--jsonl` and `--csv`. Choose one.")
     from ..data.images import find_images
 
     found = find_images(images, skip_bad=skip_bad)
@@ -164,12 +165,11 @@ class _Lines:
         widest = len(", ".join(labels)) if has_several else max(map(len, labels))
         self.label_width = min(max(widest, len("labels")), MAX_WIDTH)
         self.is_terminal = file is sys.stdout and out().is_terminal
-        head = (
+        self.head = (
             self._line("image", "labels", "", "likeliest")
             if has_several
             else self._line("image", "label", "sure", "then")
         )
-        out().print(head, style="bold") if self.is_terminal else file.write(f"{head}\n")
 
     def _line(self, image: str, label: str, sure: str, then: str) -> str:
         share = "" if self.has_several else f"  {sure:>7}"
@@ -181,6 +181,9 @@ class _Lines:
             line = self._line(prediction.image, top[0][0], _percent(top[0][1]), _listed(top[1:]))
         else:
             line = self._line(prediction.image, ", ".join(prediction.chosen) or "-", "", _listed(top))
+        if self.head:  # not before there is something to stand below it
+            out().print(self.head, style="bold") if self.is_terminal else self.file.write(f"{self.head}\n")
+            self.head = ""
         self.file.write(f"{line}\n")
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SiteError, nearest_place
+from ..core.errors import SiteError
+from ..core.places import absent, first_line, is_path, no_model
 from .output import watch
 
 AUTO_CLASSES = (
@@ -37,7 +38,7 @@ def skeleton(model: str, labels: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:  # a model's own code may raise anything
         raise SiteError(
-            f"A model must be buildable from its configuration; got `{_reason(error)}` for `{model}`. "
+            f"A model must be buildable from its configuration; got `{first_line(error)}` for `{model}`. "
             "Build it in Python and pass it to `inarch.probe`."
         ) from error
 
@@ -61,8 +62,9 @@ def with_own_weights(model: str, labels: Sequence[str] = ()) -> Any:
         with quiet():  # a head for other labels is made anew
             loaded = _model_class(config).from_pretrained(place, config=config, ignore_mismatched_sizes=bool(labels))
     except Exception as error:  # the Hub's client and the readers of weights raise errors of many kinds
+        fault = first_line(error) if Path(place).exists() else absent(error)
         raise SiteError(
-            f"A model to measure must have weights; got `{_reason(error)}` for `{model}`. Leave `--measure` out to "
+            f"A model to measure must have weights; got `{fault}` for `{model}`. Leave `--measure` out to "
             "judge its architecture alone."
         ) from error
     if model == DEMO:
@@ -91,11 +93,8 @@ def read_model_config(model: str) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(model).expanduser()
-    if model.startswith((".", "/", "~")) and not path.is_dir():
-        raise SiteError(
-            f"A model's folder must be there; got {'a file' if path.exists() else 'nothing'} at `{model}`. "
-            f"{nearest_place(model) or 'Give the folder that `save_pretrained` wrote.'}"
-        )
+    if is_path(model) and not path.is_dir():
+        raise SiteError(no_model(model, types=CONFIG_MAPPING))
     if model not in CONFIG_MAPPING and model != DEMO and not path.exists():
         watch(f"Looking for `{model}` in the local cache and on the Hub")
     try:
@@ -104,10 +103,7 @@ def read_model_config(model: str) -> Any:
         place = DEMO_BACKBONE if model == DEMO else path if path.exists() else model
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # the Hub's client raises errors of several libraries
-        raise SiteError(
-            f"A model is `{DEMO}`, a folder with a `config.json`, a model type such as `vit`, or a Hub id; "
-            f"got `{model}`: {_reason(error)}. {_hint(model, CONFIG_MAPPING)}"
-        ) from error
+        raise SiteError(no_model(model, error, types=CONFIG_MAPPING)) from error
 
 
 def _model_class(config: Any) -> Any:
@@ -125,14 +121,3 @@ def _model_class(config: Any) -> Any:
         f"A model type must have a model of its own; got `{config.model_type}`, a part of others. "
         "Name the model that it is a part of."
     )
-
-
-def _hint(model: str, known: Any) -> str:
-    if Path(model).expanduser().is_dir():
-        return "Give the folder that `save_pretrained` wrote."
-    hint = "" if Path(model).exists() else nearest_place(model, () if "/" in model else [DEMO, *known])
-    return hint or "Check the name and the connection."
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -11,10 +11,10 @@ import typer
 
 from ..core.errors import ConfigError, InarchError, StateError
 from ..core.interrupt import importing
-from ..core.records import STUDY, StudyRecord, TrialRecord, read_study
+from ..core.records import STUDY, StudyRecord, TrialRecord, nothing_to_resume, read_study
 from ..sweep.study import StudyConfig, read_study_file
 from ..train.recipe import DataConfig, Recipe
-from .guard import ERROR
+from .guard import ERROR, lacking
 from .options import configured, in_options, made_from
 from .output import err, note, say, say_json, say_table
 
@@ -77,7 +77,7 @@ def sweep(
         chosen = model or request.get("model")
         missing = [flag for flag, value in (("--model", chosen), ("--data", data.get("data"))) if not value]
         if missing or not asked["vary"]:
-            raise typer.BadParameter(f"A study needs `{(missing or ['--vary'])[0]}`.")
+            raise lacking("A study has a model, data, and what it varies", (missing or ["--vary"])[0])
         options = {
             "study": made_from(StudyConfig, asked),
             "recipe": made_from(Recipe, {**SPARING, **request.get("recipe", {}), **recipe_options}),
@@ -111,10 +111,7 @@ def _masked(url: str) -> str:
 
 def _remembered(output: Path) -> dict[str, Any]:
     if not (output / STUDY).is_file():
-        raise StateError(
-            f"To resume there must be a study; got `{output}`, which holds none. Leave out `--resume`, or name the "
-            "folder of the study."
-        )
+        raise StateError(nothing_to_resume(output, STUDY))
     return dict(read_study(output).job)
 
 

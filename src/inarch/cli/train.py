@@ -13,7 +13,7 @@ from ..core.records import EpochRecord, RunRecord, SeedsRecord
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
 from .check import CONFIG_HELP, say_report
-from .guard import ERROR
+from .guard import ERROR, lacking
 from .options import configured, in_options, made_from
 from .output import err, fail, note, say, say_json, say_table
 
@@ -77,7 +77,7 @@ def train(
             flag for key, place, flag in (("model", request, "--model"), ("data", data, "--data")) if key not in place
         ]
         if missing:
-            raise typer.BadParameter(f"A new run needs `{missing[0]}`.")
+            raise lacking("A new run has a model and data", missing[0])
         request["data"] = made_from(DataConfig, data)
         request["recipe"] = made_from(Recipe, {**request["recipe"], **recipe_options})
         record = _run(request, output, resume=resume, overwrite=overwrite, is_quiet=quiet or json)

@@ -12,7 +12,6 @@ Every message has the form `{rule that was broken}; got {value} at {place}. {wha
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 
 
 class InarchError(Exception):
@@ -46,28 +45,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean `{close[0]}`?"
     return f"Known: {', '.join(f'`{name}`' for name in names)}." if names else "None is known."
-
-
-def nearest_place(text: str, names: Iterable[str] = ()) -> str:
-    """A hint for what was meant by the path of nothing: a known name or what lies here, closest to it; else empty."""
-    close = difflib.get_close_matches(text[:100], sorted(names), n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean `{close[0]}`?"
-    missing = Path(text).expanduser()
-    rest: list[str] = []
-    try:
-        while not missing.parent.is_dir() and missing != missing.parent:
-            rest.insert(0, missing.name)
-            missing = missing.parent
-        entries = sorted(entry.name for entry in missing.parent.iterdir())
-    except (OSError, ValueError):  # not to be read, or no path at all
-        return ""
-    close = difflib.get_close_matches(missing.name[:100], entries, n=1, cutoff=0.6)
-    if not close:
-        return ""
-    found = missing.parent / close[0]
-    whole = found.joinpath(*rest)
-    return f"Did you mean `{whole if whole.exists() else found}`?"
 
 
 def join_problems(problems: list[str]) -> str:

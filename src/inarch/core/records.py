@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from .errors import StateError
+from .places import nearest_place
 
 RECORD = "run.json"
 STUDY = "study.json"
@@ -392,6 +393,20 @@ class StudyRecord:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `study.json` into a folder. Raises `StateError` if that fails; the old file is then still there."""
         return _write(Path(folder) / STUDY, self.to_dict())
+
+
+def nothing_to_resume(folder: Path, record: str) -> str:
+    """What is said of a folder to go on in that has no `record`: `RECORD` of a run, or `STUDY`."""
+    commands = {RECORD: ("run", "train"), STUDY: ("study", "sweep")}
+    what, command = commands.pop(record)
+    ((other_record, (other, other_command)),) = commands.items()
+    if (folder / other_record).is_file():
+        got, advice = f"a {other}", f"Go on with it by `inarch {other_command} --output {folder} --resume`."
+    else:
+        got = "none" if folder.is_dir() else "nothing"
+        hint = nearest_place(str(folder), fits=lambda place: (place / record).is_file())
+        advice = hint or f"Name the folder of a {what}, or begin one: `inarch {command}` with `--model` and `--data`."
+    return f"To resume there must be a {what}; got {got} at `{folder}`. {advice}"
 
 
 def read_study(place: str | os.PathLike[str]) -> StudyRecord:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, nearest, nearest_place
+from ..core.errors import DataError, nearest
+from ..core.places import absent, first_line, nearest_place
 from .examples import Examples, ImageData, Target, divide, quoted
 from .extras import extra
 from .folders import TRAIN_NAMES, VALIDATION_NAMES, announce_test, bad_images
@@ -74,7 +75,7 @@ def load_saved(folder: Path, choice: Choice, *, validation: float | None, seed: 
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001  whatever a damaged folder makes of the library
-        fault = _first_line(error)
+        fault = first_line(error)
     else:
         return _loaded(data, folder.resolve().name, choice, validation=validation, seed=seed, skip_bad=skip_bad)
     raise DataError(f"A saved data set must be whole; got `{fault}` at `{folder}`. Save it again with `save_to_disk`.")
@@ -88,17 +89,13 @@ def load_hub(source: str, choice: Choice, *, validation: float | None, seed: int
     try:
         data = datasets.load_dataset(match["id"], name=match["config"])
     except Exception as error:  # noqa: BLE001  offline, unknown, gated, without a configuration: the library says which
-        fault = _first_line(error)
+        fault = absent(error)
     else:
         return _loaded(data, source, choice, validation=validation, seed=seed, skip_bad=skip_bad)
     raise DataError(
-        f"A data set must be a file or folder that is there, or one of the Hub that can be reached; got `{fault}` for "
-        f"`{source}`. {nearest_place(source, ['digits']) or ADVICE}"
+        f"A data set is a file or folder that is there, or one of the Hub; got `{source}`: {fault}. "
+        f"{nearest_place(source, ['digits']) or ADVICE}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _loaded(data: Any, name: str, choice: Choice, *, validation: float | None, seed: int, skip_bad: bool) -> ImageData:

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..core.errors import DataError, join_problems, nearest, nearest_place
+from ..core.errors import DataError, join_problems, nearest
+from ..core.places import nearest_place
 from .cifar import is_cifar_folder, load_cifar
 from .examples import Examples, ImageData, divide, hold_out, seeded, shuffled
 from .extras import extra
@@ -111,7 +112,7 @@ def _kind(source: str, path: Path) -> Kind:
     if not path.exists() and HUB_ID.fullmatch(source):
         return "hub"
     found = "another sort of file" if path.exists() else "nothing"
-    hint = ("" if path.exists() else nearest_place(source, ["digits"])) or "Correct the path"
+    hint = nearest_place(source, ["digits"]) or "Correct the path"
     raise DataError(
         f"A data source must be one of the forms below; got {found} at `{source}`. {hint} or give\n"
         + "\n".join(f"  - {form}" for form in SOURCES)

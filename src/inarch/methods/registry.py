@@ -18,6 +18,7 @@ from typing import Any
 from ..core import grammar
 from ..core.config import Config, field_problems, shown, thaw
 from ..core.errors import ConfigError, join_problems, nearest
+from ..core.places import nearest_place
 from ..core.site import Sites
 from .method import AbstractMethod, LinearMethod, Placement
 from .unions import JOINING, OLDER_NAMES, UNIONS, spread
@@ -229,6 +230,11 @@ def _items(config: Any) -> list[grammar.Phrase] | list[Mapping[str, Any]]:
             "Write for example `seq_bn[reduction_factor=8]`."
         )
     if config.endswith(".json"):
+        if not Path(config).exists():
+            raise ConfigError(
+                f"A configuration file must be there; got nothing at `{config}`. "
+                f"{nearest_place(config) or 'Give a preset such as `seq_bn`, or the path of such a file.'}"
+            )
         try:
             data = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..core.config import Config, config_class, option, shown
 from ..core.errors import ConfigError, nearest
+from ..core.places import nearest_place
 from ..core.records import STUDY
 
 STUDIES = Path(__file__).parent / "studies"
@@ -71,6 +72,11 @@ def read_study_file(name: str | os.PathLike[str]) -> dict[str, Any]:
         path = STUDIES / f"{name}.json"
     if path.is_dir():
         path = path / STUDY
+    if path.suffix == ".json" and not path.exists():
+        raise ConfigError(
+            f"A study file must be there; got nothing at `{path}`. "
+            f"{nearest_place(str(path)) or 'Give its path, or the name of a ready study.'}"
+        )
     if not path.is_file():
         raise ConfigError(
             f"A study is the name of a ready one or a JSON file; got `{name}`. {nearest(str(name), ready_studies())}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import StateError
-from ..core.records import RECORD, RunRecord, SeedsRecord, read_record
+from ..core.records import RECORD, RunRecord, SeedsRecord, nothing_to_resume, read_record
 
 _OWN = re.compile(
     r"run\.json|report\.html|adapter|model|checkpoints|logs|seed-\d+|\.(run\.json|report\.html|adapter|model)\..+"
@@ -102,10 +102,7 @@ class RunFolder:
     def resumable(self) -> RunRecord | SeedsRecord:
         """The record of the run in this folder. Raises `StateError` if there is none."""
         if not (self.path / RECORD).is_file():
-            raise StateError(
-                f"To resume there must be a run; got `{self.path}`, which holds none. Leave out `--resume`, or name "
-                "the folder of the run."
-            )
+            raise StateError(nothing_to_resume(self.path, RECORD))
         return read_record(self.path)
 
     def _unchanged(self, job: Mapping[str, Any]) -> RunRecord | SeedsRecord:

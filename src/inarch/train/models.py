@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 # Not from `transformers`: early versions of it hide the class where torchvision is missing, though PIL is enough.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..core.errors import ConfigError, nearest_place
+from ..core.errors import ConfigError
+from ..core.places import first_line, is_path, no_model
 from ..data.examples import Task
 from ..heads import task_head
 from .quiet import quiet
@@ -62,7 +63,7 @@ def load_model(
                 trust_remote_code=False,
             )
         except Exception as error:  # noqa: BLE001  the Hub's client and the readers of weights raise errors of many kinds
-            raise ConfigError(_unknown(name, error)) from None
+            raise ConfigError(no_model(name, error)) from None
     _check_weights(name, model, info["missing_keys"])
     model.config._name_or_path = _lasting(name)  # noqa: SLF001  where transformers keeps a model's name
     return model  # type: ignore[no-any-return]
@@ -77,7 +78,7 @@ def load_processor(name: str, *, revision: str | None = None) -> Any:
                 locate_model(name), revision=revision, trust_remote_code=False
             )
         except Exception as error:  # noqa: BLE001  as above
-            reason = _reason(error)
+            reason = first_line(error)
             if isinstance(error, ImportError):
                 advice = "Install the package, or a later version of transformers, which goes without"
     raise ConfigError(
@@ -88,6 +89,8 @@ def load_processor(name: str, *, revision: str | None = None) -> Any:
 
 def _config(name: str, revision: str | None) -> Any:
     path = Path(locate_model(name))
+    if is_path(name) and not path.is_dir():
+        raise ConfigError(no_model(name))
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(
             f"The folder of a model has a `config.json`; got `{name}`, which has none. Give the folder that "
@@ -99,19 +102,7 @@ def _config(name: str, revision: str | None) -> Any:
                 str(path) if path.exists() else name, revision=revision, trust_remote_code=False
             )
         except Exception as error:  # noqa: BLE001  as above
-            raise ConfigError(_unknown(name, error)) from None
-
-
-def _unknown(name: str, error: Exception) -> str:
-    return (
-        f"A model is `{DEMO}`, a folder with a `config.json`, or the id of a model on the Hub that can be reached or "
-        f"is in the local cache; got `{name}`: {_reason(error)}. "
-        f"{nearest_place(name, [DEMO]) or 'Check the name and the connection.'}"
-    )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ConfigError(no_model(name, error)) from None
 
 
 def _check_weights(name: str, model: nn.Module, missing: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from ..data.images import ImageSource, Sources, source_name
 from ..data.preprocessing import Preprocessing
 from ..data.transforms import batches
 from ..handle import attach
-from ..loading import locate
+from ..loading import is_adapter, locate
 from .models import load_model
 
 
@@ -149,6 +149,11 @@ def find_adapter(source: str | os.PathLike[str]) -> Path:
     folder = locate(source)
     if state.is_adapter(folder) or not Path(source).expanduser().is_dir():
         return folder
+    if is_adapter(folder):
+        raise StateError(
+            f"An adapter for prediction is in inarch's own format; got that of another library in `{folder}`. Convert "
+            f"it first: `inarch convert {folder} FOLDER --to inarch`."
+        )
     raise StateError(
         f"An adapter for prediction is a folder with `{state.RECORD}`, or a run with one; got `{folder}`, which has "
         "none. Give the folder that `save` or `inarch train` wrote."
