@@ -504,3 +504,37 @@ def test_a_number_that_a_forward_makes_a_tensor_of_is_known_without_weights():
 
     sites = inarch.probe(Merging(Seasonal), example_inputs=torch.randn(2, 9, 16))
     assert (len(sites), sites.source) == (6, "meta")
+
+
+class Remembering(nn.Module):
+    """An attention beside a convolution of its values, as Fun-ASR's."""
+
+    def __init__(self, narrow, width):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(narrow, width) for _ in range(3))
+        self.o, self.conv = nn.Linear(width, width), nn.Conv1d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.softmax(q @ k.mT, -1) @ v) + self.conv(v.mT).mT
+
+
+class Widening(nn.Module):
+    """A layer with a skip over its attention where the width stays."""
+
+    def __init__(self, narrow, width=16):
+        super().__init__()
+        self.attn, self.mlp, self.keeps = Remembering(narrow, width), mlp(width), narrow == width
+
+    def forward(self, x):
+        x = x + self.attn(x) if self.keeps else self.attn(x)
+        return x + self.mlp(x)
+
+
+def test_an_attention_beside_a_convolution_of_its_values_is_one_branch():
+    """Where a layer changes the width, nothing is added to the stream, so the sum of the two is none of its sites."""
+    model = Layers(lambda: Widening(16))
+    model.layers.insert(0, Widening(8))
+    sites = inarch.probe(model, example_inputs=torch.randn(2, 9, 8))
+    assert [site.role for site in sites] == ["mlp", *["self_attention", "mlp"] * 3]
+    assert sites.refused == ("`layers.0` (Widening): an attention whose result is not added to the stream it looks at",)

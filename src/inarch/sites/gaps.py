@@ -48,9 +48,11 @@ def _disagreements(graph: Graph, sites: list[Site]) -> Iterator[str]:
         roles[site.stack, site.layer].append(site.role)
         where[site.stack, site.layer] = site
     builds = {site.layer_path: _build(graph.model.get_submodule(site.layer_path)) for site in where.values()}
-    siblings: dict[tuple[str, str, Tree], list[tuple[str, int]]] = defaultdict(list)
+    keeping = {call.path for call in graph.calls if call.path in builds and _keeps_shape(graph, call)}
+    siblings: dict[tuple[str, str, Tree, bool], list[tuple[str, int]]] = defaultdict(list)
     for key, site in where.items():
-        siblings[site.stack, site.layer_class, builds[site.layer_path]].append(key)
+        build = (builds[site.layer_path], site.layer_path in keeping)
+        siblings[site.stack, site.layer_class, *build].append(key)
     for members in siblings.values():
         usual, _ = Counter(tuple(roles[key]) for key in members).most_common(1)[0]
         for key in members:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from .graph import Graph
 from .layers import Layer
 from .residual import SUM, Branch
-from .roles import is_attention
+from .roles import find_attentions, is_attention
 from .stream import continues, starts
 
 
@@ -53,4 +53,7 @@ def _over(graph: Graph, total: int, skip: int, term: int) -> Branch | None:
     if stream is None or stream == skip:
         return None
     interior = graph.ancestors(term, after=stream)
-    return Branch(total, skip, stream, term, frozenset(graph.descendants(stream, within=interior)), frozenset(interior))
+    path = graph.descendants(stream, within=interior)
+    branch = Branch(total, skip, stream, term, frozenset(path), frozenset(interior))
+    # With queries from elsewhere, skip and term are two ways on from an attention's values: a part of it.
+    return branch if any(attention.q in path for attention in find_attentions(graph, branch)) else None
