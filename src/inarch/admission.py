@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from .attach import check_stream
-from .check import Report, report
+from .check import Report, outline, report
 from .compose import Block, Setup, fusions, leaves, names
 from .core.errors import SetupError, nearest
 from .core.site import Sites
@@ -66,10 +66,10 @@ def check_composition(
     setup: Setup, sites: Sites, configs: Mapping[str, AdapterConfig], unsound: Collection[str]
 ) -> None:
     """Raise for a setup that does not keep the pre-trained function although each of its adapters does."""
-    verdict = report(sites, setup, configs)
+    verdict = outline(sites, setup, configs)
     check_streams(verdict)
     if not verdict.sound and not set(unsound) & set(names(setup)):
-        raise SetupError(refusal(verdict))
+        raise SetupError(refusal(report(sites, setup, configs)))
 
 
 def check_streams(verdict: Report) -> None:

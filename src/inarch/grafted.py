@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .admission import check_composition, check_name, check_present, check_setup, check_streams
 from .attach import Removable, arm, disarm, graft, store, stored, tensors_in, ungraft
 from .bank import Modules
-from .check import Report, impossible, report
+from .check import Report, impossible, outline
 from .compose import Batch, Block, Setup, Watched, names
 from .core.errors import ConfigError, SetupError, SiteError
 from .core.site import Sites
@@ -306,8 +306,11 @@ class Grafted:
     # What comes in
 
     def _judge(self, name: str, config: AdapterConfig) -> Report:
-        """The report on a new adapter. Raises for what could not run, alone or in the active setup it takes part in."""
-        verdict = report(self.sites, name, {name: config})
+        """The plan and the proofs of a new adapter.
+
+        Raises for what could not run, alone or in the active setup it takes part in.
+        """
+        verdict = outline(self.sites, name, {name: config})
         check_streams(verdict)
         if isinstance(self._setup, Block) and name in names(self._setup) and verdict.sound:
             check_composition(self._setup, self.sites, self._configs | {name: config}, self._unsound - {name})

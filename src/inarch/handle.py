@@ -263,7 +263,7 @@ class Adapters(Filed):
             parsed = read_config(config)
             verdict = self._judge(name, parsed)
             if not verdict.sound and unsound != "allow":
-                raise ConfigError(refusal(verdict))
+                raise ConfigError(refusal(report(self.sites, name, {name: parsed})))
             built = build(self.model, self.sites, parsed)
             self._try(name, parsed, built)
             self._store(name, parsed, built, sound=verdict.sound)

@@ -24,6 +24,7 @@ from .report import evidence_lines as evidence_lines
 from .report import headline as headline
 from .report import impossible as impossible
 from .report import memory_lines as memory_lines
+from .report import outline as outline
 from .report import projection_rows as projection_rows
 from .report import report as report
 from .report import site_rows as site_rows

@@ -134,6 +134,19 @@ def _size(number: int) -> str:
     return f"{number / 2**20:,.1f} MiB"
 
 
+def outline(sites: Sites, setup: Setup, configs: Mapping[str, AdapterConfig]) -> Report:
+    """The plan of a setup, and its proof at every site of a model: a report to which no rule was applied yet.
+
+    Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
+    cannot run.
+    """
+    chosen = {name: configs[name] for name in names(setup)}
+    planned = plan(sites, chosen)
+    check_setup(setup, planned.modules)
+    subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
+    return Report(subject, sites.model_class, _groups(sites, setup, chosen, planned), (), planned)
+
+
 def report(
     sites: Sites,
     setup: Setup,
@@ -149,18 +162,15 @@ def report(
 ) -> Report:
     """Prove a setup of adapters at every site of a model, and apply every rule to what is known.
 
-    Raises `ConfigError` if a configuration asks for what the model does not have, `SetupError` for a composition that
-    cannot run.
+    Raises as `outline` does.
     """
-    chosen = {name: configs[name] for name in names(setup)}
-    planned = plan(sites, chosen)
-    check_setup(setup, planned.modules)
+    known = outline(sites, setup, configs)
     facts = Facts(
         sites=sites,
         setup=setup,
-        configs=chosen,
-        plan=planned,
-        groups=_groups(sites, setup, chosen, planned),
+        configs={name: configs[name] for name in names(setup)},
+        plan=known.plan,
+        groups=known.sites,
         model=model,
         training=training,
         data=data,
@@ -174,10 +184,9 @@ def report(
     findings = [_checked(facts, finding, errors) for finding in first]
     ordered = tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
     if out_of_range:  # what was judged in its place is not what was asked for
-        subject = as_asked(next(iter(chosen.values())), out_of_range)
+        subject = as_asked(next(iter(facts.configs.values())), out_of_range)
         return Report(subject, sites.model_class, (), ordered, Plan((), {}), possible=False)
-    subject = str(chosen[setup]) if isinstance(setup, str) else str(setup)
-    return Report(subject, sites.model_class, facts.groups, ordered, planned, evidence, memory)
+    return replace(known, findings=ordered, evidence=evidence, memory=memory)
 
 
 def impossible(sites: Sites, config: AdapterConfig, out_of_range: tuple[OutOfRange, ...] = ()) -> Report | None:
