@@ -7,6 +7,7 @@ The second command loads what was written into that library, and prints how far 
 that it computed with the adapter it had saved. It ends with 1 where that is more than 1e-5.
 """
 
+import json
 import logging
 import sys
 import warnings
@@ -36,13 +37,20 @@ def write(target: Path) -> None:
             except inarch.StateError as error:
                 print(f"{case.relative_to(FIXTURES)}: {error}")
     for record in sorted((FIXTURES / HEADS).glob("*/head_config.json")):
-        model = AutoModel.from_pretrained(FIXTURES / "adapterhub" / "bert" / "base").eval()
+        model = AutoModel.from_pretrained(_base_of_head(record.parent)).eval()
         adapters = inarch.attach(model)
         try:
             name = adapters.load(record.parent)
             adapters.save(name, target / HEADS / name, format="adapterhub")
         except inarch.StateError as error:
             print(f"{record.parent.relative_to(FIXTURES)}: {error}")
+
+
+def _base_of_head(folder: Path) -> Path:
+    """The base that a head of the fixtures, or one that was made of it, is for."""
+    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["model_type"]
+    shared = FIXTURES / "adapterhub" / kind / "base"
+    return shared if shared.is_dir() else FIXTURES / HEADS / "bases" / kind
 
 
 def judge(target: Path) -> None:
@@ -74,13 +82,17 @@ def _judge_heads(target: Path) -> float:
 
     expected, worst = load_file(FIXTURES / HEADS / "outputs.safetensors"), 0.0
     ids = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 2, 0, 0]])
+    texts = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    images = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    more = {"parse": {"word_starts": torch.tensor([[1, 3, 4, 0, 0], [1, 2, 0, 0, 0]])}}
+    more["says"] = {"decoder_input_ids": torch.tensor([[2, 4, 5], [2, 6, 2]])}
     for record in sorted((target / HEADS).glob("*/head_config.json")):
         name = record.parent.name
-        model = adapters.AutoAdapterModel.from_pretrained(FIXTURES / "adapterhub" / "bert" / "base")
+        base = _base_of_head(record.parent)
+        model = adapters.AutoAdapterModel.from_pretrained(base)
         model.load_adapter(str(record.parent), use_safetensors=True, set_active=True)
-        more = {"word_starts": torch.tensor([[1, 3, 4, 0, 0], [1, 2, 0, 0, 0]])} if name == "parse" else {}
         with torch.no_grad():
-            found = model.eval()(ids, attention_mask=(ids != 0).long(), **more)
+            found = model.eval()(**(images if model.config.model_type == "vit" else texts), **more.get(name, {}))
         wanted = {key.partition(".")[2]: value for key, value in expected.items() if key.startswith(f"{name}.")}
         differences = [(found[key] - value).abs() for key, value in wanted.items() if key in found]
         difference = max(float(values[values.isfinite()].max()) for values in differences)

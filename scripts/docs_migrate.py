@@ -8,6 +8,7 @@ from inarch.compat.configuration import FIXED, PRESETS, RENAMED, UNIONS, Adapter
 from inarch.compat.models import AdapterSetup, AutoAdapterModel, init, load_model
 from inarch.compat.trainer import AdapterTrainer, Seq2SeqAdapterTrainer
 from inarch.compat.training import setup_adapter_training
+from inarch.convert.peft_record import OTHER_FIELDS, OTHER_METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrate.md"
 HEAD = """# From the library `adapters`
@@ -48,6 +49,16 @@ What differs:
   not frozen.
 * In data for dependency parsing negative numbers are padding, whatever the `pad_token_id` is.
 """
+
+PEFT = """## Folders of PEFT
+
+`load`, `check` and `convert` read them too, also those made under older module names of transformers: LoRA (with
+patterns of ranks and scales, rsLoRA, biases, starts such as PiSSA and OLoRA, and experts by `target_parameters`), DoRA,
+VeRA, (IA)³, trained norms, prefixes and prompts; modules that were trained whole (`modules_to_save`) are the head. LoRA
+and DoRA are written, by `inarch convert --to peft`. `scripts/peft_table.py` compares what PEFT computes with what is
+computed here.
+
+Refused by name: {}; any other `peft_type`; and any setting that this version does not know."""
 
 
 def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -97,7 +108,8 @@ def page() -> str:
         "Fields that have one value or another name:\n",
         table(("`adapters`", "inarch"), fields) + "\n",
         "## What is refused\n",
-        table(("`adapters`", "instead"), refusals),
+        table(("`adapters`", "instead"), refusals) + "\n",
+        PEFT.format(", ".join([*OTHER_METHODS.values(), *OTHER_FIELDS.values()])),
     ]
     return "\n".join(parts) + "\n"
 

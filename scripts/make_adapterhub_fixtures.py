@@ -35,6 +35,7 @@ from adapters import (
     ConfigUnion,
     DiReftConfig,
     DoRAConfig,
+    DvoRAConfig,
     IA3Config,
     LoRAConfig,
     LoReftConfig,
@@ -143,6 +144,7 @@ SHARED = {
     "vera": VeraConfig(r=2, alpha=5),
     "compacter": COMPACTER,
     "compacter_shared": CompacterConfig(phm_dim=2, reduction_factor=4, shared_W_phm=True, factorized_phm_rule=True),
+    "dvora": DvoRAConfig(r=2, alpha=5),
 }
 """Those with parameters that all modules share, which the library saves of a model that is part of another alone."""
 PREFIX = PrefixTuningConfig(prefix_length=3, bottleneck_size=4)
@@ -158,12 +160,12 @@ CASES = {
     "bart": {"cross": CROSS, "ia3": IA3Config(), "prefix": PREFIX, "prefix_gate": GATED},
     "beit": {"double": DOUBLE, "other_sum": OTHER_SUM},
     "bert_decoder": {"double": DOUBLE},
-    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config(), "prefix": PREFIX, **PADDED},
+    "deberta": {"double": DOUBLE, "lora": LORA, "ia3": IA3Config(), "prefix": PREFIX, **PADDED, "dora": DORA},
     "gemma2": {"double": DOUBLE, "parallel": PARALLEL, "before": BEFORE, "lora": LORA},
     "gpt2": {"lora": LORA, "ia3": IA3Config()},
     "gptj": {"before": BEFORE, "no_sum": NO_SUM, "parallel": PARALLEL, "prefix_flat": FLAT},
     "llama": {"lora": LORA, "ia3": IA3Config(), "prefix_lora": ConfigUnion(PREFIX, LORA)},
-    "modernbert": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
+    "modernbert": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA, "dora": DORA},
     "mt5": {"lora": LORA, "ia3": IA3Config(), "dora": DORA, "compacter": COMPACTER},
     "phi": {"double": DOUBLE, "before": BEFORE, "output": OUTPUT, "lora": LORA},
     "qwen3": {"before": BEFORE, "other_sum": OTHER_SUM, "parallel": PARALLEL, "lora": LORA, "dora": DORA},

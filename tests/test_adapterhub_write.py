@@ -108,6 +108,18 @@ def test_a_head_is_written_beside_its_adapter_and_read_again(name, tmp_path):
     assert tuple(old.flexible_heads) == (name,)
 
 
+@pytest.mark.parametrize("name", ["says", "kind", "pictures", "objects"])
+def test_a_head_is_written_with_the_settings_that_the_library_gives_it(name, tmp_path):
+    """It cannot make one with others: `Seq2SeqLMHead` takes no `embedding_size`."""
+    origin = FIXTURES / "adapterhub_heads" / name
+    record = json.loads((origin / "head_config.json").read_text())
+    shared = FIXTURES / "adapterhub" / record["model_type"] / "base"
+    base = shared if shared.is_dir() else origin.parent / "bases" / record["model_type"]
+    adapters = inarch.attach(AutoModel.from_pretrained(base))
+    adapters.save(adapters.load(origin), tmp_path / "a", format="adapterhub")
+    assert json.loads((tmp_path / "a" / "head_config.json").read_text())["config"].keys() == record["config"].keys()
+
+
 def test_a_models_own_head_is_written_and_read_again(tmp_path):
     model = tiny("bert-classifier")
     adapters = inarch.attach(model)

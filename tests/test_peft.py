@@ -17,6 +17,7 @@ from transformers import AutoModel, ViTForImageClassification
 import inarch
 from inarch.convert import is_peft
 from inarch.convert.peft_names import Names
+from inarch.convert.peft_record import OTHER_FIELDS, OTHER_METHODS
 from inarch.testing import tiny, tiny_inputs
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
@@ -200,7 +201,8 @@ def test_a_projection_outside_of_the_layers_is_taken_whole(tmp_path, caplog):
     [
         ({"peft_type": "LN_TUNING"}, "Trained norms are read at those of .*, one copy for each; got none at"),
         ({"peft_type": "PREFIX_TUNING"}, r"one table `prompt_embeddings` .*; got a table of shape \(\), `"),
-        ({"peft_type": "P_TUNING"}, "got P-tuning at"),
+        *(({"peft_type": kind}, f"got {name} at") for kind, name in OTHER_METHODS.items()),
+        *(({field: True}, f"got {name} at") for field, name in OTHER_FIELDS.items()),
         ({"peft_type": "SHADOW"}, "got the method `SHADOW` at"),
         ({"peft_type": "VERA"}, "with its random matrices and two vectors .*got a folder without"),
         (

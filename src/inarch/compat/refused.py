@@ -52,7 +52,7 @@ NAMES: dict[str, str] = {
     "Activation_Function_Class": "Use `inarch.methods.activation(name)`.",
     "ComposableAdapterLayerBase": _METHOD,
     "DependencyParsingOutput": "Outputs are `inarch.heads.HeadOutput`.",
-    "DvoRAConfig": "Use `DoRAConfig` or `VeraConfig`; that library trains dense matrices for VeRA's vectors.",
+    "DvoRAConfig": "Use `DoRAConfig` or `VeraConfig`; folders of it are read, as the DoRA that they are.",
     "EmbeddingAdaptersMixin": _CLASSES,
     "ForwardContext": _INSIDE,
     "InvertibleAdaptersMixin": _CLASSES,

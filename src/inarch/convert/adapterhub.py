@@ -97,7 +97,7 @@ def read(
     settings = updated(record, stored)
     shared = take_shared(stored, name)
     vera_as_lora(stored, shared, name, folder)
-    drop_idle_weights(stored, name)
+    drop_idle_weights(stored, name, stacks)
     config = translate(settings, stacks, folder / RECORD, later=version_of(record) > LATEST)
     config, streams = take_streams(stored, name, stacks, config, folder)
     common = shared_tensors(config, sites, shared, folder)

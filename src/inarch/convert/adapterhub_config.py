@@ -78,9 +78,22 @@ def _parts(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
         return [prompt_part(row, stacks)]
     if row.get("architecture") != "lora":
         return [_bottleneck(row, stacks), *invertible_part(row)]
+    if row.get("use_dora"):
+        return _of_dora(row, stacks)
     if row.get("composition_mode") != "scale":
-        return [_linear(row, stacks, DoRAConfig() if row.get("use_dora") else LoRAConfig())]
+        return [_linear(row, stacks, LoRAConfig())]
     return [_linear(row, stacks, IA3Config(after_activation=False))]
+
+
+def _of_dora(row: Mapping[str, Any], stacks: Stacks) -> list[Config]:
+    """DoRA; and LoRA where a projection is fused, whose magnitude the reference leaves out of its forward."""
+    if not row.get("selfattn_lora", True) or not stacks.are_fused():
+        return [_linear(row, stacks, DoRAConfig())]
+    rest = {field: row.get(field) for field in _FIELD_OF_ROLE.values()}
+    found: list[Config] = [_linear({**row, **dict.fromkeys(rest, False)}, stacks, LoRAConfig())]
+    if any(rest.values()):
+        found.append(_linear({**row, "selfattn_lora": False}, stacks, DoRAConfig()))
+    return found
 
 
 def _bottleneck(row: Mapping[str, Any], stacks: Stacks) -> BottleneckConfig:
@@ -125,7 +138,7 @@ def _linear(row: Mapping[str, Any], stacks: Stacks, default: LowRankConfig | IA3
             values |= {"r": count * values.get("r", default.r), "alpha": count * values.get("alpha", default.alpha)}
         values["attn_matrices"] = ["q", "k", "v"]
     values |= {field: role in roles for role, field in _FIELD_OF_ROLE.items()}
-    if "up" in roles and stacks.gates_are_fused() and isinstance(default, LoRAConfig):
+    if "up" in roles and stacks.gates_are_fused() and isinstance(default, LoRAConfig | DoRAConfig):
         values["gate_lora"] = True
     values["leave_out"] = _layers(row, stacks)
     return default.replace(**values)
@@ -194,18 +207,22 @@ def _lora_reasons(row: Mapping[str, Any], stacks: Stacks) -> list[tuple[str, Any
     mode = row.get("composition_mode", "add")
     if mode not in ("add", "scale"):
         reasons.append(("composition_mode", mode, "another composition"))
-    alpha, fused = row.get("alpha", 1), any(len(place.roles) > 1 for place in stacks.linears())
-    if mode == "scale" and fused and alpha != 1 and not row.get("use_gating"):
+    alpha = row.get("alpha", 1)
+    if mode == "scale" and stacks.are_fused() and alpha != 1 and not row.get("use_gating"):
         reasons.append(("alpha", alpha, "(IA)³ that scales all of a fused projection"))
     if row.get("use_gating") and row.get("selfattn_lora", True) and stacks.thirds_are_interleaved():
         reasons.append(("use_gating", True, "a gate for each third of a projection in which heads are interleaved"))
     if mode == "scale" and row.get("intermediate_lora", True) and stacks.gates_are_fused():
         reasons.append(("intermediate_lora", True, "(IA)³ on a projection that is fused with a gate"))
-    plain = not row.get("use_dora") and row.get("vera_d") is None and row.get("architecture") == "lora"
-    if not plain and row.get("selfattn_lora", True) and fused:
-        reasons.append(("selfattn_lora", True, "DoRA, VeRA or MTL-LoRA on a fused projection"))
+    plain = row.get("vera_d") is None and row.get("architecture") == "lora"
+    if row.get("selfattn_lora", True) and stacks.are_fused():
+        asked = row.get("attn_matrices", ("q", "v"))
+        if not plain:
+            reasons.append(("selfattn_lora", True, "VeRA or MTL-LoRA on a fused projection"))
+        elif row.get("use_dora") and not {"q", "k", "v"} <= set(asked):  # which that library cannot make
+            reasons.append(("attn_matrices", list(asked), "DoRA on a part of a fused projection"))
     if not plain and row.get("intermediate_lora") and stacks.gates_are_fused():
-        reasons.append(("intermediate_lora", True, "DoRA, VeRA or MTL-LoRA on a projection that is fused with a gate"))
+        reasons.append(("intermediate_lora", True, "VeRA or MTL-LoRA on a projection that is fused with a gate"))
     if row.get("use_gating") and (row.get("use_dora") or row.get("architecture") == "mtl_lora"):
         reasons.append(("use_gating", True, "a gate of DoRA or MTL-LoRA"))
     if row.get("task_specific_matrix_type") == "linear":  # with which that library makes no adapter

@@ -4,6 +4,7 @@
     DoRA     m / ||W + B A|| · (W x + b + s B A x): its norm lacks s = alpha / r, and it scales the bias. With the W and
              b of the base, the magnitude m' = f ||W + s B A|| and a learned bias c = (f - 1) b, f = m / ||W + B A||,
              make ours the same function
+             of a fused q k v the library leaves the magnitude out of its forward, so it is LoRA there
     MTL      the weight of a single B, which means nothing, is left out
     PHM      a rule, and second factors, of one parameter for the whole model; ours belong to a stack
 
@@ -25,6 +26,7 @@ from ..core.site import Sites
 from ..methods import AdapterConfig, Placement, placements
 from ..methods.bottleneck import Bottleneck, BottleneckConfig
 from ..methods.dora import DoRA, DoRAConfig
+from .adapterhub_sites import Stacks
 
 _RULES = {"phm_rule": "rule", "phm_rule_left": "rule_left", "phm_rule_right": "rule_right"}
 _FACTORS = {"": "W", "_left": "W_left", "_right": "W_right"}
@@ -54,10 +56,12 @@ def vera_as_lora(stored: dict[str, Tensor], shared: dict[str, Tensor], name: str
     del shared["lora_A"], shared["lora_B"]
 
 
-def drop_idle_weights(stored: dict[str, Tensor], name: str) -> None:
-    """Leave out the weights of MTL-LoRA that choose between one matrix."""
-    for key in [key for key, tensor in stored.items() if key.endswith(f".loras.{name}.weights") and len(tensor) == 1]:
-        del stored[key]
+def drop_idle_weights(stored: dict[str, Tensor], name: str, stacks: Stacks) -> None:
+    """Leave out the weights of MTL-LoRA that choose between one matrix, and the magnitudes of fused projections."""
+    fused = tuple(f"{path}.loras.{name}.m.weight" for path in stacks.fused_paths())
+    for key, tensor in list(stored.items()):
+        if key.endswith(fused) or (key.endswith(f".loras.{name}.weights") and len(tensor) == 1):
+            del stored[key]
 
 
 def shared_tensors(config: AdapterConfig, sites: Sites, shared: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -60,6 +60,14 @@ class Stacks:
             for site in stack.sites
         )
 
+    def fused_paths(self) -> list[str]:
+        """The projections that are queries, keys and values at once, by their paths in a layer."""
+        return [path for stack in self.stacks for path, place in stack.tower.linears.items() if len(place.roles) > 1]
+
+    def are_fused(self) -> bool:
+        """Whether queries, keys and values are one projection."""
+        return any(len(place.roles) > 1 for place in self.linears())
+
     def gates_are_fused(self) -> bool:
         """Whether the up-projection of an MLP is one with its gate."""
         return any(fused_with_gate(site) for stack in self.stacks for site in stack.sites)

@@ -44,6 +44,9 @@ _PHM_LEAVES = {
     "phm_rule_right": "rule_right",
 }
 
+_FIELDS = {"up": "intermediate_lora", "down": "output_lora"}
+"""The fields of ours that ask for a role, other than those of attentions."""
+
 _METHODS: dict[type[Config], type[LinearMethod]] = {
     LoRAConfig: LoRA,
     DoRAConfig: DoRA,
@@ -118,7 +121,11 @@ def _pieces(module: _Module, tensor: Tensor, source: Source) -> dict[str, Tensor
     for part in source.config.parts:
         if isinstance(part, BottleneckConfig) and not module.place.roles:
             return _of_bottleneck(module, tensor, part, source.folder)
-        if type(part) in _METHODS and module.place.roles:
+        if (
+            type(part) in _METHODS
+            and module.place.roles
+            and getattr(part, _FIELDS.get(module.place.roles[0], "selfattn_lora"))
+        ):
             return _of_linear(module, tensor, part, source.asked)
     return {}
 
@@ -169,6 +176,6 @@ def _of_fused_mlp(site: Site, tensor: Tensor, head: str) -> dict[str, Tensor]:
     pieces = {}
     for role in ("up", "gate"):
         rows = site.projections[role][0].rows or ()
-        found = torch.cat([tensor[start:stop] for start, stop in rows]) if head == "lora_B" else tensor
+        found = torch.cat([tensor[start:stop] for start, stop in rows]) if head in ("lora_B", "m") else tensor
         pieces[role] = found
     return pieces

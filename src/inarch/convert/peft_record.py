@@ -17,7 +17,7 @@ RECORD, SAFE, TORCH = "adapter_config.json", "adapter_model.safetensors", "adapt
 WEIGHTS = {RECORD: (SAFE, TORCH)}
 """The files beside the record: of the pair one is there; the first is preferred."""
 
-_OTHER_METHODS = {
+OTHER_METHODS = {
     "ADALORA": "AdaLoRA",
     "LOHA": "LoHa",
     "LOKR": "LoKr",
@@ -25,7 +25,7 @@ _OTHER_METHODS = {
 }
 """What else `peft_type` may say, by its usual name."""
 
-_OTHER_FIELDS = {
+OTHER_FIELDS = {
     "use_qalora": "QA-LoRA",
     "layer_replication": "LoRA on layers that it repeats",
     "trainable_token_indices": "trained rows of the embeddings",
@@ -57,7 +57,7 @@ _KNOWN_FIELDS = {
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "enable_lora"),
     "target_parameters",
-    *_OTHER_FIELDS,
+    *OTHER_FIELDS,
 }
 
 
@@ -74,7 +74,7 @@ def check_method(record: Mapping[str, Any], folder: Path) -> None:
     """Raise `StateError` for a method, or a setting of one, that is not read."""
     method = record.get("peft_type")
     if method not in ("LORA", "VERA", "IA3", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING"):
-        name = _OTHER_METHODS.get(str(method), f"the method `{method}`")
+        name = OTHER_METHODS.get(str(method), f"the method `{method}`")
         raise StateError(
             "This version reads LoRA, DoRA, VeRA, (IA)³, trained norms, prefixes and prompts of PEFT; got "
             f"{name} at `{folder}`. "
@@ -82,7 +82,7 @@ def check_method(record: Mapping[str, Any], folder: Path) -> None:
         )
     if method in ("PROMPT_TUNING", "PREFIX_TUNING"):
         return
-    other = next((name for key, name in _OTHER_FIELDS.items() if record.get(key)), None)
+    other = next((name for key, name in OTHER_FIELDS.items() if record.get(key)), None)
     unknown = [key for key, value in record.items() if key not in _KNOWN_FIELDS and value]
     if other is None and unknown:
         other = f"the setting `{unknown[0]}`, which it does not know,"

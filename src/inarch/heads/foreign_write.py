@@ -31,7 +31,9 @@ def write_foreign(
         if last is None:
             raise _refusal(name, "one without a table of embeddings")
         tensors = {**tensors, "embeddings": last.detach()}
-        settings |= {"vocab_size": len(last), "embedding_size": last.shape[1]}
+        settings |= {"vocab_size": len(last)}
+        if config.kind != "seq2seq_lm":  # which takes no other width there than the model's
+            settings |= {"embedding_size": last.shape[1]}
     written = {}
     for key, tensor in tensors.items():
         if key not in places:
