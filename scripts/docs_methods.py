@@ -126,6 +126,7 @@ def agreements() -> dict[str, list[str]]:
     table = (DOCS / "agreement.md").read_text(encoding="utf-8").split("```")[1]
     named = {name: name for name in (*methods(), *UNIONS)}
     named |= {preset: method_of(config).name for preset, config in presets().items()}
+    named["dvora"] = "dora"  # as which that library's union of it and VeRA is read
     found: dict[str, list[str]] = {}
     for line in table.splitlines():
         case, *cells = line.split() or [""]

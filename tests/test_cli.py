@@ -387,7 +387,18 @@ def test_check_accepts_what_is_sound():
     assert result.exit_code == 0
     assert "y = x + h + A(x + h)" in result.stdout
     assert "preserved" in result.stdout
-    assert "Sound: " in result.stdout
+    assert "Sound: with a zero adapter branch the model computes what it was" in result.stdout
+
+
+def test_check_says_of_prefixes_what_they_are():
+    """No sum is changed and there is no branch to be zero, which the verdict says; the places are in a table."""
+    result = run("check", "vit", "--adapter", "prefix_tuning[prefix_length=5]")
+    assert result.exit_code == 0
+    assert "prefix of image0 self_attention" in result.stdout and "[P_V; V], 5 learned" in result.stdout
+    assert "`prefix` changes no sum and has no branch that could be zero: it starts as another" in result.stdout
+    assert "with a zero adapter branch" not in result.stdout
+    both = run("check", "vit", "--adapter", "prefix_tuning|seq_bn").stdout
+    assert "Sound: with a zero adapter branch" in both and "`prefix` changes no sum" in both
 
 
 def test_check_rejects_what_is_unsound():

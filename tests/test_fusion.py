@@ -295,6 +295,10 @@ def test_a_fusion_is_proved():
         (lambda a: a.add_fusion(Fuse("a", "d")), r"combine bottlenecks; got dynamic_fusion for `d` \(lora\)"),
         (lambda a: a.add_fusion(Fuse("d", "a")), r"combines what bottlenecks add to a sum; got `lora` of `d`"),
         (lambda a: a.add_fusion(Fuse("a", "x")), "must be added before it is used; got `x`"),
+        (
+            lambda a: a.add("f", "seq_bn|dynamic_fusion"),
+            r"for the adapters that they combine; got `seq_bn\|dynamic_fusion` by itself.*`add_fusion\(Fuse\('a'",
+        ),
         (lambda a: a.add_fusion(Fuse("a", "b"), "lora"), "have a configuration such as `dynamic_fusion`"),
         (
             lambda a: (a.add_fusion(Fuse("a", "b")), a.activate("a+b")),

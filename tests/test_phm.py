@@ -85,8 +85,11 @@ def test_compacters_start_as_their_fields_say():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("phm_dim=3", "divides the width of the site and of the bottleneck; got 3 for 32 and 1 at `image0.0.self_att"),
-        ("reduction_factor=16", "got 4 for 32 and 2 at"),
+        (
+            "phm_dim=3",
+            "divides the width .* and of the bottleneck; got 3 for 32 and 1 .*Choose a `phm_dim` that divides 32",
+        ),
+        ("reduction_factor=16", "got 4 for 32 and 2 at.*Set `reduction_factor=8`, or choose another `phm_dim`"),
         ("init_weights=houlsby", "initial weights of their own.*got `init_weights='houlsby'` with `phm_layer=True`"),
     ],
 )

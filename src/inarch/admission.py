@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from .attach import check_stream
 from .check import Report, outline, report
 from .compose import Block, Setup, fusions, leaves, names
+from .core.config import Config
 from .core.errors import SetupError, nearest
 from .core.site import Sites
 from .methods import AdapterConfig, method_of
@@ -36,6 +37,15 @@ def check_word(argument: str, value: object, known: Collection[str]) -> None:
         )
 
 
+def check_no_fusion(config: AdapterConfig) -> None:
+    """Raise `SetupError` for fusion layers, which act on the outputs of adapters that nobody named."""
+    if any(_is_fusion(part) for part in config.parts):
+        raise SetupError(
+            f"Fusion layers are made for the adapters that they combine; got `{config}` by itself. Add these, and call "
+            "`add_fusion(Fuse('a', 'b'), ...)`."
+        )
+
+
 def check_setup(setup: object, sites: Sites, configs: Mapping[str, AdapterConfig], unsound: Collection[str]) -> None:
     """Raise `SetupError` for what is no setup of these adapters, or one that cannot run or is not to be trusted.
 
@@ -54,7 +64,7 @@ def check_setup(setup: object, sites: Sites, configs: Mapping[str, AdapterConfig
     for name in names(setup):
         check_present(name, configs)
     for name in leaves(setup):
-        if any(method_of(part).name == "fusion" for part in configs[name].parts):
+        if any(map(_is_fusion, configs[name].parts)):
             raise SetupError(
                 f"Fusion layers act where a `Fuse` combines adapters; got `{name}` by itself in {setup!s}. "
                 f"Activate `Fuse(..., name={name!r})`."
@@ -87,3 +97,7 @@ def refusal(verdict: Report) -> str:
         f"An adapter must keep the pre-trained function when its branch is zero; got {verdict.subject} for "
         f'{verdict.model_class}.\n{details}\n  For research, pass `unsound="allow"` to `add`.'
     )
+
+
+def _is_fusion(part: Config) -> bool:
+    return method_of(part).name == "fusion"

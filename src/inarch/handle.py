@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import loading, pretrained, state
-from .admission import check_word, refusal
+from .admission import check_no_fusion, check_word, refusal
 from .attach import build, discard, stored, ungraft
 from .bank import SiteSlot
 from .check import Data, Report, Stored, Training, examine, impossible, model_facts, report
@@ -254,19 +254,24 @@ class Adapters(Filed):
         Arguments: `config` is anything `read_config` reads; `unsound="allow"` accepts a configuration that
         provably does not keep the pre-trained function.
 
-        Raises `SetupError` for a bad or taken name, `ConfigError` for a configuration that is wrong, matches
-        nothing, or is unsound; nothing is added then.
+        Raises `SetupError` for a bad or taken name or fusion layers, `ConfigError` for a configuration that is wrong,
+        matches nothing, or is unsound; nothing is added then.
         """
         with LOCK:
             self._check_new(name, overwrite)
             check_word("unsound", unsound, get_args(Unsound))
             parsed = read_config(config)
-            verdict = self._judge(name, parsed)
-            if not verdict.sound and unsound != "allow":
-                raise ConfigError(refusal(report(self.sites, name, {name: parsed})))
-            built = build(self.model, self.sites, parsed)
-            self._try(name, parsed, built)
-            self._store(name, parsed, built, sound=verdict.sound)
+            check_no_fusion(parsed)
+            self._make(name, parsed, unsound)
+
+    def _make(self, name: str, parsed: AdapterConfig, unsound: Unsound) -> None:
+        """Build what `add` and `add_fusion` have checked the name of."""
+        verdict = self._judge(name, parsed)
+        if not verdict.sound and unsound != "allow":
+            raise ConfigError(refusal(report(self.sites, name, {name: parsed})))
+        built = build(self.model, self.sites, parsed)
+        self._try(name, parsed, built)
+        self._store(name, parsed, built, sound=verdict.sound)
 
     def add_fusion(self, block: Fuse, config: ConfigLike = "dynamic_fusion", *, overwrite: bool = False) -> str:
         """Give a `Fuse` its fusion layers, at the sites of its adapters. Returns their name, `block.name`.
@@ -289,7 +294,8 @@ class Adapters(Filed):
             whole = AdapterConfig((parts[0].replace(**fused_places(reached, self.sites)),))
             planned = plan(self.sites, {**{name: self._configs[name] for name in leaves(block)}, block.name: whole})
             check_blocks(block, planned.modules)
-            self.add(block.name, whole, overwrite=overwrite)
+            self._check_new(block.name, overwrite)
+            self._make(block.name, whole, "refuse")
             return block.name
 
     def remove(self, name: str) -> None:

@@ -28,3 +28,4 @@ from .report import outline as outline
 from .report import projection_rows as projection_rows
 from .report import report as report
 from .report import site_rows as site_rows
+from .report import soundness as soundness

@@ -9,7 +9,7 @@ from ..compose import Setup, cases, names
 from ..core.errors import ConfigError
 from ..core.site import Site, Sites
 from ..core.table import render
-from ..methods import AdapterConfig, OutOfRange, as_asked
+from ..methods import AdapterConfig, OutOfRange, as_asked, method_of
 from ..plan import Plan, check_setup, plan, sublayer_sites
 from .facts import Data, Evidence, Facts, Memory, ModelFacts, SiteReport, Stored, Training, place
 from .findings import LEVELS, Finding, find
@@ -82,15 +82,16 @@ def site_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
+_NO_BRANCH = ("prefix", "input")
 PROJECTION_HEADERS = ("places", "with the adapter")
 
 
 def projection_rows(report: Report) -> list[tuple[str, ...]]:
-    """A row for the projections of equal sites that get the same formula."""
+    """A row for the places of equal sites, sums apart, that get the same formula."""
     layers: dict[tuple[str, str, str, str, str], list[Site]] = defaultdict(list)
     for module in report.plan.modules:
         found = module.placement
-        if found.port in ("linear", "weight", "parameter", "stream"):
+        if found.port in ("linear", "weight", "parameter", "stream", "prefix", "input"):
             layers[
                 module.adapter, found.site.stack, found.site.role, module.formula(), found.role or found.port
             ].append(found.site)
@@ -101,6 +102,18 @@ def projection_rows(report: Report) -> list[tuple[str, ...]]:
         roles[key].append(role)
         sites[key] = reached
     return [(f"{', '.join(played)} of {place(tuple(sites[key]))}", key[0]) for key, played in roles.items()]
+
+
+def soundness(report: Report) -> str:
+    """What is so of a sound setup, in words: prefixes, prompts and invertible maps are no branch that could be zero."""
+    apart = {module.method: module.config for module in report.plan.modules if module.placement.port in _NO_BRANCH}
+    said = []
+    if any(module.placement.port not in _NO_BRANCH for module in report.plan.modules):
+        said.append("with a zero adapter branch the model computes what it was pre-trained to compute")
+    for name, config in apart.items():
+        start = "the base" if method_of(config).starts_at_base(config) else "another function than the base"
+        said.append(f"`{name}` changes no sum and has no branch that could be zero: it starts as {start}")
+    return f"Sound: {'; '.join(said)}."
 
 
 def evidence_lines(evidence: Evidence | None) -> list[str]:

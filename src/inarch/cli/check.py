@@ -246,6 +246,7 @@ def say_report(report: "Report") -> None:
         memory_lines,
         projection_rows,
         site_rows,
+        soundness,
     )
 
     say(headline(report), style="bold")
@@ -259,4 +260,4 @@ def say_report(report: "Report") -> None:
     for finding in report.findings:
         say(str(finding), style=_STYLES[finding.level])
     if report.sound:
-        say("Sound: with a zero adapter branch the model computes what it was pre-trained to compute.", style="green")
+        say(soundness(report), style="green")

@@ -124,6 +124,12 @@ class BottleneckConfig(Config):
             )
         return found
 
+    def phm_hint(self, width: int) -> str:
+        """What to set so that `phm_dim` divides the width of a site and of its bottleneck."""
+        if width % self.phm_dim:
+            return f"Choose a `phm_dim` that divides {width}."
+        return f"Set `reduction_factor={width // self.phm_dim}`, or choose another `phm_dim`."
+
     def bottleneck_width(self, width: int, layer: int) -> int:
         """R for a site of D `width` in the layer of that number. Raises `ConfigError` where a mapping has no entry."""
         factor = self.reduction_factor
@@ -190,8 +196,7 @@ class Bottleneck(SublayerMethod):
             if config.phm_layer and (site.width % config.phm_dim or bottleneck % config.phm_dim):
                 raise ConfigError(
                     "`BottleneckConfig.phm_dim` divides the width of the site and of the bottleneck; got "
-                    f"{config.phm_dim} for {site.width} and {bottleneck} at `{site.key}`. Choose another `phm_dim` or "
-                    "`reduction_factor`."
+                    f"{config.phm_dim} for {site.width} and {bottleneck} at `{site.key}`. {config.phm_hint(site.width)}"
                 )
         return found
 

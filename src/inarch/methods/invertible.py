@@ -49,6 +49,10 @@ class Invertible(InputMethod):
     is_invertible = True
 
     @classmethod
+    def formula(cls, config: InvertibleConfig, placement: Placement) -> str:  # noqa: ARG003  one place for all
+        return "F(x), and F⁻¹ before the output embeddings"
+
+    @classmethod
     def placements(cls, config: InvertibleConfig, sites: Sites) -> list[Placement]:  # noqa: ARG003  one place for all
         site, entry = text_entry(cls.name, sites)
         return [Placement(site=site, port="input", entry=entry)]

@@ -58,6 +58,11 @@ class Prefix(PrefixMethod):
     }
 
     @classmethod
+    def formula(cls, config: PrefixConfig, placement: Placement) -> str:  # noqa: ARG003  the same for all
+        gate = "g " if config.use_gating else ""
+        return f"softmax(q [{gate}P_K; K]ᵀ / √d) [{gate}P_V; V], {config.prefix_length} learned"
+
+    @classmethod
     def placements(cls, config: PrefixConfig, sites: Sites) -> list[Placement]:
         check_layers("leave_out", config.leave_out, sites)
         check_roles("leave_out_roles", config.leave_out_roles, sites)

@@ -67,6 +67,10 @@ class Prompt(InputMethod):
     presets: ClassVar[dict[str, Config]] = {"prompt_tuning": PromptConfig()}
 
     @classmethod
+    def formula(cls, config: PromptConfig, placement: Placement) -> str:  # noqa: ARG003  one place for all
+        return f"[P; x], {config.prompt_length} learned tokens"
+
+    @classmethod
     def placements(cls, config: PromptConfig, sites: Sites) -> list[Placement]:
         site, entry = text_entry(cls.name, sites)
         point = cls.point(config, entry)

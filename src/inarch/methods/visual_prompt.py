@@ -59,6 +59,10 @@ class VisualPrompt(InputMethod):
     }
 
     @classmethod
+    def formula(cls, config: VisualPromptConfig, placement: Placement) -> str:  # noqa: ARG003  the same for all
+        return f"[P; x], {config.prompt_length} learned tokens{' of each layer' if config.deep else ''}"
+
+    @classmethod
     def placements(cls, config: VisualPromptConfig, sites: Sites) -> list[Placement]:
         check_layers("leave_out", config.leave_out, sites)
         firsts = _layers(sites)
