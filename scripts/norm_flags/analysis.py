@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from .record import Record
-from .trials import HALVES, SEEDS, Judgement, Outcome, Trial
+from .trials import FIFTHS, SEEDS, Fold, Judgement, Outcome, Trial
 
 LOST_POINTS, SOUND_POINTS = 15.0, 3.0
 
@@ -17,13 +17,13 @@ LOST_POINTS, SOUND_POINTS = 15.0, 3.0
 class Study:
     """The eight combinations on one backbone. Accuracies and differences of them are in points, hundredths.
 
-    `halves` are those held out, one after the other, where one combination of each formula was trained; or None for 400
+    `folds` are those held out, one after the other, where one combination of each formula was trained; or None for 400
     examples, where all eight were.
     """
 
     backbone: str
     record: Record
-    halves: tuple[int | None, ...] = HALVES
+    folds: tuple[Fold | None, ...] = FIFTHS
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -32,8 +32,8 @@ class Study:
         return tuple(s for s in SEEDS if all(t in self.record.outcomes for a in adapters for t in self._trials(a, s)))
 
     def _trials(self, adapter: str | None, seed: int) -> list[Trial]:
-        trained = adapter if None in self.halves else self.trained_as(adapter)
-        return [Trial(backbone=self.backbone, adapter=trained, seed=seed, half=half) for half in self.halves]
+        trained = adapter if None in self.folds else self.trained_as(adapter)
+        return [Trial(backbone=self.backbone, adapter=trained, seed=seed, fold=fold) for fold in self.folds]
 
     def trained_as(self, adapter: str | None) -> str | None:
         """The first of the combinations with the formula of this one."""
@@ -46,7 +46,7 @@ class Study:
         return self.record.judgements
 
     def runs(self, adapter: str | None) -> list[Outcome]:
-        """The runs of a configuration, by seed; what two halves have shown, as one."""
+        """The runs of a configuration, by seed; what the parts have shown, as one."""
         return [pooled([self.record.outcomes[trial] for trial in self._trials(adapter, seed)]) for seed in self.seeds]
 
     @property

@@ -1,6 +1,6 @@
 """Train a part of the norm-flags study and keep its record in docs/norm-flags/.
 
-    python scripts/norm_flags vit        # or dinov2, swinv2, bert: eight combinations of flags, three seeds, two halves
+    python scripts/norm_flags vit        # or dinov2, swinv2, bert: eight combinations of flags, three seeds
     python scripts/norm_flags practices  # the recipe, varied on the ViT
 
 What is proved of a configuration is written down before it is trained. Trainings that the record has are passed over;
@@ -18,7 +18,7 @@ from inarch.train.quiet import quiet
 
 from .record import FOLDER, Record
 from .subjects import SUBJECTS
-from .trials import HALVES, SEEDS, Judgement, Trial, adapter, judge, run
+from .trials import FIFTHS, HALVES, SEEDS, Judgement, Trial, adapter, judge, run
 
 SOUND, LOST = adapter(before=True, after=True, residual=True), adapter(before=True, after=False, residual=True)
 PRACTICE_SEEDS = SEEDS[:1]
@@ -41,13 +41,14 @@ def with_reduction(factor: int) -> str:
 
 
 def flag_trials(backbone: str, judgements: Sequence[Judgement]) -> list[Trial]:
-    """A head alone, and eight combinations with 400 examples held out, or one of each formula with a half."""
+    """A head alone, and eight combinations with 400 examples held out, or one of each formula with a part of all."""
     formulas = list({one.formula: one.adapter for one in reversed(judgements)}.values())[::-1]
     return [
-        Trial(backbone=backbone, adapter=config, seed=seed, half=half)
+        Trial(backbone=backbone, adapter=config, seed=seed, fold=fold)
+        for folds in ((None,), HALVES, FIFTHS)
         for seed in SEEDS
-        for half in (None, *HALVES)
-        for config in [*(combinations() if half is None else formulas), None]
+        for fold in folds
+        for config in [*(combinations() if fold is None else formulas), None]
     ]
 
 
@@ -90,5 +91,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         with quiet():
             record.outcomes[trial] = outcome = run(trial)
         record.write()
-        half = "" if trial.half is None else f" half {trial.half}"
-        print(f"{trial.adapter or 'head alone'} seed {trial.seed}{half}: {outcome.accuracy:.4f}", flush=True)
+        fold = "" if trial.fold is None else f" part {trial.fold[0] + 1} of {trial.fold[1]}"
+        print(f"{trial.adapter or 'head alone'} seed {trial.seed}{fold}: {outcome.accuracy:.4f}", flush=True)

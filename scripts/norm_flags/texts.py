@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch
 from backbones.language import NEW_TITLES, labelled_documents
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -44,18 +45,18 @@ def load_text_model(place: str) -> nn.Module:
         )
 
 
-def split(half: int | None) -> tuple[Texts, Texts]:
-    """Documents to train on, and those held out: 400 of their own, or this half of as many as there are digits."""
-    if half is None:
+def split(fold: tuple[int, int] | None) -> tuple[Texts, Texts]:
+    """Documents to train on, and those held out: 400 of their own, or this part of as many as there are digits."""
+    if fold is None:
         return (
             Texts(*labelled_documents(NUM_TRAINING, TRAINING_SEED)),
             Texts(*labelled_documents(NUM_HELD_OUT, HELD_OUT_SEED)),
         )
     words, labels = labelled_documents(NUM_ALL, SEED_OF_ALL)
-    by_label = labels.argsort(stable=True)
-    halves = [by_label[start::2].sort().values for start in (0, 1)]  # every label evenly, in the order written
-    train, held_out = (Texts(words[halves[index]], labels[halves[index]]) for index in (1 - half, half))
-    return train, held_out
+    index, number = fold
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+    is_held_out[labels.argsort(stable=True)[index::number]] = True  # every label evenly, in the order written
+    return Texts(words[~is_held_out], labels[~is_held_out]), Texts(words[is_held_out], labels[is_held_out])
 
 
 def train_texts(place: str, adapter: str | None, recipe: Recipe, train: Texts, held_out: Texts) -> list[dict[str, Any]]:

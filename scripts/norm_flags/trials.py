@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import inarch
 from inarch.data import load_data
-from inarch.data.examples import Examples, ImageData, hold_out
+from inarch.data.examples import Examples, ImageData, Target, hold_out
 from inarch.methods import read_config
 from inarch.train.demo import RECIPE
 from inarch.train.run import train_run
@@ -19,9 +20,12 @@ from .subjects import DIGITS, SUBJECTS, untrained
 
 FLAGS = ("original_ln_before", "original_ln_after", "residual_before_ln")
 SEEDS = (0, 1, 2)
-HALVES = (0, 1)
+Fold = tuple[int, int]
+"""A part of all examples that is held out: which, from 0, of how many equal ones."""
+HALVES: tuple[Fold, ...] = ((0, 2), (1, 2))
+FIFTHS: tuple[Fold, ...] = tuple((index, 5) for index in range(5))
 DIVIDING_SEED = 0
-"""Decides which of the digits are in which half."""
+"""Decides which of the digits are in which part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,8 @@ class Trial:
     backbone: str
     adapter: str | None
     seed: int
-    half: int | None = None
-    """Of the examples, the half that is held out; None holds out 400 of them."""
+    fold: Fold | None = None
+    """The part of the examples that is held out; None holds out 400 of them."""
     epochs: int = RECIPE.epochs
     learning_rate: float = RECIPE.learning_rate or 0.0
 
@@ -62,7 +66,9 @@ class Outcome:
     def from_dict(cls, data: dict[str, Any]) -> "Outcome":
         """The outcome this data describes."""
         lists = {key: tuple(data[key]) for key in ("accuracies", "losses", "training_losses")}
-        return cls(trial=Trial(**data["trial"]), num_held_out=data["num_held_out"], **lists)
+        fold = data["trial"]["fold"]
+        trial = Trial(**data["trial"] | {"fold": fold and (fold[0], fold[1])})
+        return cls(trial=trial, num_held_out=data["num_held_out"], **lists)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +123,7 @@ def run(trial: Trial) -> Outcome:
     subject = SUBJECTS[trial.backbone]
     recipe = RECIPE.replace(seed=trial.seed, epochs=trial.epochs, learning_rate=trial.learning_rate)
     if subject.data == "titles":
-        titles = texts.split(trial.half)
+        titles = texts.split(trial.fold)
         logged = texts.train_texts(subject.place, trial.adapter, recipe, *titles)
         return Outcome(
             trial=trial,
@@ -126,7 +132,7 @@ def run(trial: Trial) -> Outcome:
             losses=tuple(row["eval_loss"] for row in logged if "eval_loss" in row),
             training_losses=tuple(row["loss"] for row in logged if "loss" in row),
         )
-    images = _digits(trial.half)
+    images = _digits(trial.fold)
     with tempfile.TemporaryDirectory() as folder:
         record = train_run(
             recipe,
@@ -151,17 +157,28 @@ def _number(value: float | None) -> float:
 
 
 @cache
-def _digits(half: int | None) -> ImageData:
-    """The digits, with their own 400 held out, or one of two halves of all."""
+def _digits(fold: Fold | None) -> ImageData:
+    """The digits, with their own 400 held out, or a part of all."""
     images = load_data("digits")
     assert tuple(images.labels) == DIGITS
-    if half is None:
+    if fold is None:
         return images
-    parts = (images.train, images.validation)
+    sides = (images.train, images.validation)
     every = Examples(
-        [image for part in parts for image in part.images],
-        [target for part in parts for target in part.targets],
+        [image for side in sides for image in side.images],
+        [target for side in sides for target in side.targets],
         len(images.labels),
     )
-    halves = [every.pick(indices) for indices in hold_out(every.targets, 0.5, DIVIDING_SEED)]
-    return dataclasses.replace(images, train=halves[1 - half], validation=halves[half])
+    index, number = fold
+    parts = _parts(every.targets, number)
+    rest = sorted(one for other, part in enumerate(parts) if other != index for one in part)
+    return dataclasses.replace(images, train=every.pick(rest), validation=every.pick(parts[index]))
+
+
+def _parts(targets: Sequence[Target], number: int) -> list[list[int]]:
+    """Indices of equal parts, with every label evenly in each."""
+    if number == 1:
+        return [list(range(len(targets)))]
+    rest, last = hold_out(targets, 1 / number, DIVIDING_SEED)
+    others = _parts([targets[index] for index in rest], number - 1)
+    return [*([rest[index] for index in part] for part in others), last]
