@@ -10,10 +10,11 @@ from norm_flags.analysis import Study, pooled
 from norm_flags.cli import LOST, SOUND, combinations, flag_trials, main, practice_trials
 from norm_flags.record import Record
 from norm_flags.subjects import SUBJECTS
-from norm_flags.trials import HALVES, SEEDS, Judgement, Outcome, Trial, flags_of, judge
+from norm_flags.trials import FIFTHS, HALVES, SEEDS, Judgement, Outcome, Trial, flags_of, judge
 
 STUDIES = {study.backbone: study for study in page.studies()}
 FIRST = {study.backbone: study for study in page.studies((None,))}
+SECOND = {study.backbone: study for study in page.studies(HALVES)}
 
 
 def test_the_page_is_what_the_records_say():
@@ -23,9 +24,9 @@ def test_the_page_is_what_the_records_say():
 
 def test_the_records_are_complete():
     """Each holds every training, and no other."""
-    assert STUDIES.keys() == FIRST.keys() == SUBJECTS.keys()
+    assert STUDIES.keys() == FIRST.keys() == SECOND.keys() == SUBJECTS.keys()
     for name, study in STUDIES.items():
-        assert study.seeds == FIRST[name].seeds == SEEDS
+        assert study.seeds == FIRST[name].seeds == SECOND[name].seeds == SEEDS
         assert set(study.record.outcomes) == set(flag_trials(name, study.judgements))
     assert set(practice_trials()) == set(Record.read("practices").outcomes)
 
@@ -51,37 +52,43 @@ def test_one_formula_is_one_function_whatever_the_flags(name):
             assert dataclasses.replace(run, trial=again.trial) == again
 
 
-def test_every_example_is_held_out_once_and_never_trained_on():
-    for half in HALVES:
-        digits, other = trials._digits(half), trials._digits(1 - half)
+@pytest.mark.parametrize("folds", [HALVES, FIFTHS])
+def test_every_example_is_held_out_once_and_never_trained_on(folds):
+    seen, written = [], []
+    for fold in folds:
+        digits = trials._digits(fold)
         assert len(digits.train) + len(digits.validation) == texts.NUM_ALL
-        assert digits.validation.targets == other.train.targets
-        images = [[image.tobytes() for image in part.images] for part in (digits.train, digits.validation)]
-        assert images[1] == [image.tobytes() for image in other.train.images]
-        assert not set(images[0]) & set(images[1])  # no two scans are alike
-        train, held_out = texts.split(half)
-        assert len(train) + len(held_out) == texts.NUM_ALL
-        assert torch.equal(held_out.words, texts.split(1 - half)[0].words)
-        documents = [{tuple(row) for row in part.words.tolist()} for part in (train, held_out)]
-        assert not documents[0] & documents[1]
-        counts = torch.bincount(held_out.labels)
-        assert counts.max() - counts.min() <= 1
+        trained, held_out = ({i.tobytes() for i in part.images} for part in (digits.train, digits.validation))
+        assert not trained & held_out  # no two scans are alike
+        seen += held_out
+        documents, kept = texts.split(fold)
+        assert len(documents) + len(kept) == texts.NUM_ALL
+        trained, held_out = ({tuple(row) for row in part.words.tolist()} for part in (documents, kept))
+        assert not trained & held_out
+        written += held_out
+        for of_part, of_rest in (
+            (torch.tensor(digits.validation.targets), torch.tensor(digits.train.targets)),
+            (kept.labels, documents.labels),
+        ):
+            counts, others = torch.bincount(of_part, minlength=10), torch.bincount(of_rest, minlength=10)
+            assert (counts - (counts + others) / len(folds)).abs().max() <= 1
+    assert len(seen) == len(set(seen)) == len(written) == len(set(written)) == texts.NUM_ALL
 
 
-def test_two_halves_are_one_measurement_of_all_examples():
+def test_parts_are_one_measurement_of_all_examples():
     """Right answers are counted: 3 of 4 and 2 of 6 are 5 of 10, as are 1 of 4 and 4 of 6."""
 
     def halves(first, second, loss):
         rows = [(first, 4, 1.0), (second, 6, loss)]
         return [
             Outcome(
-                trial=Trial(backbone="vit", adapter=None, seed=0, half=half),
+                trial=Trial(backbone="vit", adapter=None, seed=0, fold=fold),
                 num_held_out=number,
                 accuracies=(0.0, right / number),
                 losses=(value,),
                 training_losses=(),
             )
-            for half, (right, number, value) in enumerate(rows)
+            for fold, (right, number, value) in zip(HALVES, rows, strict=True)
         ]
 
     one, other = pooled(halves(3, 2, 2.0)), pooled(halves(1, 4, 2.5))

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch
 from backbones.language import NEW_TITLES, labelled_documents
 from torch import Tensor, nn
 from torch.utils.data import Dataset
