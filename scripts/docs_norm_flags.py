@@ -16,7 +16,7 @@ from norm_flags.figure import draw, letters
 from norm_flags.record import FOLDER, Record
 from norm_flags.subjects import SUBJECTS
 from norm_flags.texts import NUM_ALL, NUM_TRAINING
-from norm_flags.trials import FIFTHS, HALVES, Fold, Judgement, Trial
+from norm_flags.trials import FIFTHS, HALVES, Fold, Judgement, Trial, flags_of
 from pages import write_or_check
 
 from inarch.train.demo import RECIPE
@@ -77,7 +77,7 @@ two halves, so that three epochs were {halves} steps instead of the {demo} of `m
 {fifths}. Before any training of the third was made it was decided that it would be this, once, for all four backbones
 alike, with the recipe, seeds and criteria of the others. All three stand on this page.
 
-One command each:
+One command each, which trains the unsound ones too, on purpose; a training takes some ten seconds on one core:
 
 ```sh
 {commands}
@@ -121,13 +121,14 @@ def page() -> str:
         HEAD,
         method,
         _summary(found),
+        _same_input([first, second, found]),
         *(_section(study) for study in found),
         _earlier(first, second, found),
         _repairs(found),
         _practices(found, practices),
         _not_measured(found),
     ]
-    return "\n".join(_filled(part.strip()) + "\n" for part in parts)
+    return "\n".join(_filled(part.strip()) + "\n" for part in parts if part)
 
 
 def _filled(text: str) -> str:
@@ -226,6 +227,29 @@ _RULE = "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 def _all_exceptions(found: list[Study]) -> str:
     return "".join(f" {text}" for study in found if (text := _exceptions(study)))
+
+
+def _same_input(measurements: list[list[Study]]) -> str:
+    """Of what misses in the last measurement, the pairs in which nothing but the wiring of the sum is repaired."""
+    said = []
+    for studies_of in zip(*measurements, strict=True):
+        last = studies_of[-1]
+        for one in _doubled(last):
+            fixes = [fix for fix in one.fixes if flags_of(fix)[0] != flags_of(one.adapter)[0]]
+            if last.agrees(one) or not fixes:
+                continue
+            gaps = [study.gaps(one, same_input=True) for study in studies_of]
+            counts = ", ".join(f"{sum(gap > 0 for gap in row)} of {len(row)}" for row in gaps)
+            other, kept = letters(fixes[0]), max(last.sound, key=last.mean)
+            weaker = last.mean(kept) - last.mean(fixes[0])
+            said.append(
+                f"**What that miss is.** {other} repairs the sum and gives the adapter another input too, `h` alone; "
+                f"sound as it is, on {last.backbone} it is the weaker adapter, {weaker:.1f} points behind "
+                f"{letters(kept)}. Where only the wiring is repaired, {letters(one.adapter)} is behind in {counts} "
+                f"pairs of the first, second and third measurement, in the third by {statistics.fmean(gaps[-1]):.1f} "
+                f"points on average and {min(gaps[-1]):.1f} at least."
+            )
+    return "\n\n".join(said)
 
 
 def _twins(study: Study) -> str:

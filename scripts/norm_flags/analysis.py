@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from .record import Record
-from .trials import FIFTHS, SEEDS, Fold, Judgement, Outcome, Trial
+from .trials import FIFTHS, SEEDS, Fold, Judgement, Outcome, Trial, flags_of
 
 LOST_POINTS, SOUND_POINTS = 15.0, 3.0
 
@@ -81,14 +81,19 @@ class Study:
         """How far the mean is behind that of the worst sound configuration."""
         return min(map(self.mean, self.sound)) - self.mean(adapter)
 
-    def pairs(self, one: Judgement) -> list[tuple[Outcome, Outcome]]:
-        """By function that a repair makes, where there are several, and by seed: the run as it is, and repaired."""
-        repaired = dict.fromkeys(map(self.trained_as, one.fixes))
+    def pairs(self, one: Judgement, *, same_input: bool = False) -> list[tuple[Outcome, Outcome]]:
+        """By function that a repair makes, where there are several, and by seed: the run as it is, and repaired.
+
+        `same_input` leaves out the repairs whose adapter reads something else, by `original_ln_before`.
+        """
+        reads = flags_of(one.adapter)[0]
+        fixes = [fix for fix in one.fixes if not same_input or flags_of(fix)[0] == reads]
+        repaired = dict.fromkeys(map(self.trained_as, fixes))
         return [pair for fix in repaired for pair in zip(self.runs(one.adapter), self.runs(fix), strict=True)]
 
-    def gaps(self, one: Judgement) -> list[float]:
+    def gaps(self, one: Judgement, *, same_input: bool = False) -> list[float]:
         """How many points a configuration is behind in each of its pairs."""
-        return [100 * (repaired.accuracy - run.accuracy) for run, repaired in self.pairs(one)]
+        return [100 * (fixed.accuracy - run.accuracy) for run, fixed in self.pairs(one, same_input=same_input)]
 
     def num_higher_losses(self, one: Judgement) -> int:
         """In how many of its pairs its loss on the held-out examples is the higher one."""
