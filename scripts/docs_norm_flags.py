@@ -306,11 +306,10 @@ def _exception(study: Study, one: Judgement) -> str:
     if one.verdict == "preserved":
         return f"{name}: it is {study.best - study.mean(one.adapter):.1f} points from the best, not {SOUND_POINTS:g}."
     gaps, size = study.gaps(one), len(study.seeds)
-    repaired = list(dict.fromkeys(map(study.trained_as, one.fixes)))
+    repaired = {study.trained_as(fix): fix for fix in reversed(one.fixes)}  # by function; the first of each names it
     behind = ", ".join(
         f"{letters(fix)} in {sum(gap > 0 for gap in gaps[size * number :][:size])}"
-        for number, fix in enumerate(repaired)
-        if fix
+        for number, fix in enumerate(reversed(repaired.values()))
     )
     return (
         f"{name}: of {size} seeds it is behind {behind}. The smallest gap is {min(gaps):.2f} points; an example is "
