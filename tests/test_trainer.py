@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import inarch
 from inarch.core.errors import SetupError, StateError
 from inarch.handle import attached
-from inarch.testing import PlainTransformer, tiny
+from inarch.testing import PlainTransformer, tiny, tiny_inputs
 from inarch.train import resume
 from inarch.train.trainer import AdapterTrainer
 
@@ -452,6 +452,28 @@ def test_a_model_of_no_library_is_trained_and_resumed(tmp_path):
     again = build()
     train(again)(resume_from_checkpoint=True)
     assert same(weights(again), weights(model))
+
+
+def test_tasks_are_told_by_a_column_of_the_data(tmp_path):
+    """`task_ids` goes through collator and loader as any tensor: an adapter learns from its rows as it does alone."""
+
+    def trained(setup, **more):
+        torch.manual_seed(0)
+        model = tiny("bert-classifier")
+        adapters = inarch.attach(model)
+        for name in "ab":
+            adapters.add(name, "seq_bn[reduction_factor=4,init_weights_seed=1]")
+        adapters.train(setup)
+        inputs = tiny_inputs("bert-classifier", batch=4)
+        rows = [{key: value[n] for key, value in inputs.items()} | {"labels": n % 2, **more} for n in range(4)]
+        AdapterTrainer(model, arguments(tmp_path, remove_unused_columns=False), train_dataset=rows).train()
+        return {name: {key: value.detach() for key, value in adapters[name].items()} for name in "ab"}
+
+    alone, told = trained("a"), trained(inarch.MultiTask("a", "b"), task_ids=0)
+    assert not all(torch.equal(value, alone["b"][key]) for key, value in alone["a"].items())  # b as it starts
+    for key in alone["a"]:
+        torch.testing.assert_close(told["a"][key], alone["a"][key], rtol=0, atol=1e-6)
+        assert torch.equal(told["b"][key], alone["b"][key])
 
 
 def test_one_of_several_gpus_is_used_with_a_word(tmp_path, caplog):
