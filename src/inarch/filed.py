@@ -179,6 +179,9 @@ class Filed(Headed):
         """Write the active setup, or another one, with all its adapters and fusion layers, into a folder.
 
         It holds `setup.json` and, below `adapters/`, what `save` writes for each of them.
+
+        Raises `SetupError` for no setup, or one that cannot run, and `StateError` where one of its adapters cannot be
+        written; the folder is as it was then.
         """
         chosen = self._setup if setup is None else setup
         if chosen is not None:

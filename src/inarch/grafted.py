@@ -134,7 +134,10 @@ class Grafted:
     def move(
         self, name: str, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Put one adapter and its task head on another device, or into another type."""
+        """Put one adapter and its task head on another device, or into another type.
+
+        Arguments: those of `nn.Module.to`; None leaves that as it is.
+        """
         with LOCK:
             self._require(name)
             heads = (self.model.get_submodule(path) for path in self._heads[name])
@@ -193,7 +196,7 @@ class Grafted:
 
     @contextmanager
     def using(self, setup: Setup | None, *, skip_layers: Iterable[int] = ()) -> Iterator[None]:
-        """Activate a setup, or none, for the length of a `with` block, as `activate` does.
+        """Activate a setup, or none, for the length of a `with` block, as `activate` does; raises as it does.
 
         Under checkpointing, layers run again in the backward pass, as they are then: call `backward` in the block.
         Where transformers does the checkpointing, another setup there is refused by name; torch's own `checkpoint`
@@ -242,7 +245,7 @@ class Grafted:
             yield
 
     def penalty(self) -> Tensor:
-        """What the trained fusion layers of the active setup add to the loss; zero where there are none.
+        """What the trained fusion layers of the active setup add to the loss, one number; zero where there are none.
 
         `AdapterTrainer` adds it by itself.
         """

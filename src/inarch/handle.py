@@ -152,7 +152,10 @@ def check(
 
 
 class Adapters(Filed):
-    """The adapters of one model. Made by `inarch.attach`."""
+    """The adapters of one model. Made by `inarch.attach`.
+
+    Each method raises `SetupError` for the name of an adapter that there is not, and on a handle that was detached.
+    """
 
     def __init__(self, model: nn.Module, sites: Sites, shapes: Inputs | None = None) -> None:
         super().__init__(model, sites, shapes)
@@ -170,7 +173,10 @@ class Adapters(Filed):
         data: Data | None = None,
         measure: bool = True,
     ) -> Report:
-        """What `inarch.check` does, for a configuration or, without one, for the active setup or the only adapter."""
+        """What `inarch.check` does, for a configuration or, without one, for the active setup or the only adapter.
+
+        Raises as it does.
+        """
         with LOCK:
             inputs = _batch(self.model, example_inputs) if measure else None
             if config is not None and loading.is_source(config):
@@ -277,6 +283,11 @@ class Adapters(Filed):
         """Give a `Fuse` its fusion layers, at the sites of its adapters. Returns their name, `block.name`.
 
         They are an adapter of their own: saved, loaded and removed by that name, and active as part of the `Fuse`.
+
+        Arguments: `config` is `dynamic_fusion`, `static_fusion` or one of their kind (AdapterFusion, Pfeiffer et al.
+        2021, arXiv 2005.00247).
+
+        Raises `SetupError` for anything but a `Fuse` of bottlenecks that are at the same sites.
         """
         with LOCK:
             if not isinstance(block, Fuse):
@@ -362,7 +373,10 @@ class Adapters(Filed):
     def share(self, adapters: Sequence[str]) -> None:
         """Let adapters of several tasks have the shared parameters of the first, trained by all of them (MTL-LoRA).
 
-        Each is saved whole; adapters that were loaded share again after a call of this.
+        Each is saved whole; adapters that were loaded share again after a call of this. (Yang et al. 2024, arXiv
+        2410.09437.)
+
+        Raises `SetupError` for adapters of other methods, or of several configurations.
         """
         with LOCK:
             for name in adapters:
@@ -496,6 +510,9 @@ class Adapters(Filed):
 
         Arguments: `head` says whether the model's task head is trained along, or names the modules that make it up;
         `fused=True` trains the adapters of a setup with a `Fuse` along, `embeddings=True` the active token embeddings.
+
+        Raises `SetupError` as `activate` does, for weights that are quantised or offloaded, for a head that the model
+        does not have, and while an adapter is merged; nothing is changed then.
         """
         with LOCK:
             self._refuse_merged("An adapter is trained on the base that it will be saved for")

@@ -108,6 +108,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
+        """The parameters of all modules, what several share counted once."""
         return sum(self._counts())
 
     def __str__(self) -> str:

@@ -25,7 +25,11 @@ Setup = Union[str, "Block"]
 
 @dataclass(frozen=True, slots=True, init=False)
 class Block(Sequence[Any]):
-    """A composition of adapters: the sequence of its `children`, which are adapter names and blocks."""
+    """A composition of adapters: the sequence of its `children`, which are adapter names and blocks.
+
+    Every block raises `SetupError` for no children, for a block that may not stand inside it, and for settings that do
+    not fit its children. What a model cannot run is refused where it is activated.
+    """
 
     children: tuple[Setup, ...]
     allowed: ClassVar[tuple[str, ...]] = ()
@@ -64,14 +68,15 @@ class Block(Sequence[Any]):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Stack(Block):
-    """Adapters one after the other: `Stack("language", "task")`."""
+    """Adapters one after the other: `Stack("language", "task")` (MAD-X, Pfeiffer et al. 2020, arXiv 2005.00052)."""
 
     allowed = ("Fuse", "Split", "Parallel", "BatchSplit", "Average", "MultiTask")
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Fuse(Block):
-    """Adapters side by side, combined by a trained attention over their outputs.
+    """Adapters side by side, combined by a trained attention over their outputs, for each token by itself
+    (AdapterFusion, Pfeiffer et al. 2021, arXiv 2005.00247, section 3.2).
 
     `name` is that of its fusion layers, which `Adapters.add_fusion` makes: by default those of the children, joined
     by `+`.
@@ -96,21 +101,27 @@ class Fuse(Block):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Parallel(Block):
-    """Each child sees its own copy of the batch; the output has one copy for each."""
+    """Each child sees its own copy of the batch: of B samples the output has B for each child, in their order."""
 
     allowed = ("Stack", "BatchSplit", "Average")
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class MultiTask(Block):
-    """Each child sees the rows whose task id is its position."""
+    """Each child sees the samples whose task id is its position, or its name: `model(**batch, task_ids=ids)`.
+
+    `ids` is a tensor (B,) of positions from 0, or a list of names.
+    """
 
     allowed = ("Stack", "Average", "Fuse")
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Split(Block):
-    """Each child sees its own tokens: `Split("a", "b", splits=[4, 13])`, or one number for equal parts."""
+    """Each child sees its own tokens: `Split("a", "b", splits=[4, 13])`, or one number for equal parts.
+
+    Here the first 4 tokens of each sequence and the next 13; sequences have as many tokens as `splits` adds up to.
+    """
 
     splits: tuple[int, ...]
     allowed = ("Split", "Stack", "BatchSplit", "Average")
@@ -125,7 +136,10 @@ class Split(Block):
 
 @dataclass(frozen=True, slots=True, init=False)
 class BatchSplit(Block):
-    """Each child sees its own rows of the batch: `BatchSplit("a", "b", batch_sizes=[2, 6])`."""
+    """Each child sees its own samples of the batch: `BatchSplit("a", "b", batch_sizes=[2, 6])`, or one number for all.
+
+    Here the first 2 samples and the next 6; a batch has as many samples as `batch_sizes` adds up to.
+    """
 
     batch_sizes: tuple[int, ...]
     allowed = ("Stack", "Split", "BatchSplit", "Average")

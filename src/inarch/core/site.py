@@ -145,6 +145,7 @@ class Site:
 
     @property
     def key(self) -> str:
+        """`{stack}.{layer}.{role}`, such as `image0.3.mlp`."""
         return f"{self.stack}.{self.layer}.{self.role}"
 
     def absolute(self, path: str) -> str:
