@@ -44,11 +44,33 @@ def prompted(model, *configs):
     return adapters
 
 
-def awake(adapters, name):
-    generator = torch.Generator().manual_seed(3)
+def awake(adapters, name, std=0.2, seed=3):
+    """Move an adapter's weights off their initial values."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * std)
+
+
+def active(model, config, **options):
+    """The handle of a model, with an active adapter `a` moved off its initial weights."""
+    adapters = inarch.attach(model)
+    adapters.add("a", config, **options)
+    awake(adapters, "a")
+    adapters.activate("a")
+    return adapters
+
+
+def check_merged_and_stored(model, adapters, name, folder):
+    """An active adapter `a` computes the same merged, and under another name when it was saved and loaded."""
+    found = output(model, name)
+    assert adapters.merge("a") < 1e-9
+    assert torch.allclose(output(model, name), found, atol=1e-10)
+    adapters.unmerge()
+    adapters.save("a", folder / "a")
+    adapters.load(folder / "a", name="b")
+    adapters.activate("b")
+    assert torch.equal(output(model, name), found)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from little_adapters import active
 from torch import nn
 
 import inarch
@@ -17,13 +18,7 @@ def attached(name, config):
     """A model in float64 with an active adapter `a` off its initial weights; and its inputs."""
     model = tiny(name).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(name).items()}
-    adapters = inarch.attach(model)
-    adapters.add("a", config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapters["a"].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
-    adapters.activate("a")
+    adapters = active(model, config)
     return model, inputs, adapters
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from little_adapters import active
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
@@ -19,13 +20,7 @@ from inarch.testing import tiny, tiny_inputs
 def attached(config):
     """A ViT in float64 with an active adapter `a` off its initial weights; and its inputs."""
     model = tiny("vit").double()
-    adapters = inarch.attach(model)
-    adapters.add("a", config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapters["a"].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
-    adapters.activate("a")
+    adapters = active(model, config)
     return model, {"pixel_values": tiny_inputs("vit")["pixel_values"].double()}, adapters
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate import dispatch_model
-from little_adapters import EVERY, awake, by_hand, grafted, output, rows_of
+from little_adapters import EVERY, awake, by_hand, check_merged_and_stored, grafted, output, rows_of
 from torch import nn
 
 import inarch
@@ -33,13 +33,7 @@ def test_dora_is_equation_5_and_leaves_the_bias_alone(name, tmp_path):
     awake(adapters, "a")
     found = output(model, name)
     assert torch.allclose(output(by_hand(model, adapters, "dora", change), name), found, atol=1e-10)
-    assert adapters.merge("a") < 1e-9
-    assert torch.allclose(output(model, name), found, atol=1e-10)
-    adapters.unmerge()
-    adapters.save("a", tmp_path / "a")
-    adapters.load(tmp_path / "a", name="b")
-    adapters.activate("b")
-    assert torch.equal(output(model, name), found)
+    check_merged_and_stored(model, adapters, name, tmp_path)
 
 
 def test_no_gradient_goes_through_the_norm():

@@ -1,6 +1,7 @@
 """The front door: the names a user may rely on, and what importing them costs."""
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -60,6 +61,28 @@ def test_the_exported_names_are_these():
     modules = [name for name in public if isinstance(getattr(inarch, name), types.ModuleType)]
     assert modules == []
     assert sorted(inarch.__all__) == EXPORTS
+
+
+def silent(found):
+    """The public methods and properties of a class of ours that say nothing of themselves."""
+    for key, value in inspect.getmembers(found):
+        function = value.fget if isinstance(value, property) else value
+        is_ours = inspect.isroutine(function) and (getattr(function, "__module__", "") or "").startswith("inarch")
+        if is_ours and not key.startswith("_") and not inspect.getdoc(getattr(found, key)):
+            yield f"{found.__name__}.{key}"
+
+
+def test_every_public_name_of_an_export_says_what_it_does():
+    found = [getattr(inarch, name) for name in EXPORTS]
+    assert all(map(inspect.getdoc, found))
+    assert [name for one in found if isinstance(one, type) for name in silent(one)] == []
+
+    class Mute:
+        said = property(lambda _: None, doc="Something.")
+        unsaid = property(lambda _: None)
+
+    Mute.unsaid.fget.__module__ = Mute.said.fget.__module__ = "inarch.mute"
+    assert list(silent(Mute)) == ["Mute.unsaid"]
 
 
 def test_type_checkers_and_users_get_a_name_from_the_same_module():

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from little_adapters import awake
 from torch import nn
 
 import inarch
@@ -26,13 +27,6 @@ def model():
 @pytest.fixture
 def inputs():
     return tiny_inputs("vit-classifier")
-
-
-def awake(adapters, name, std=0.1):
-    """Move an adapter's weights so that it changes the output."""
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn_like(parameter) * std)
 
 
 def test_attaching_changes_nothing_and_gives_the_same_handle_again(model, inputs):

@@ -8,20 +8,13 @@ import pickle
 
 import pytest
 import torch
+from little_adapters import active, awake
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import inarch
 from inarch import Average, ConfigError
 from inarch.methods import read_config
 from inarch.testing import perturb, tiny, tiny_inputs
-
-
-def awake(adapters, name, seed=3, std=0.2):
-    """Move an adapter's weights off their initial values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 @torch.no_grad()
@@ -34,11 +27,7 @@ def still(model, name):
 def adapted(name, config, **options):
     """A tiny model with an active adapter that is awake."""
     model = tiny(name)
-    adapters = inarch.attach(model)
-    adapters.add("a", config, **options)
-    awake(adapters, "a")
-    adapters.activate("a")
-    return model, adapters
+    return model, active(model, config, **options)
 
 
 def mistral(implementation="sdpa"):

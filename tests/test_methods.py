@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from little_adapters import awake
 
 import inarch
 from inarch import Stack
@@ -22,14 +23,6 @@ def output(model, name, **changes):
 def still(model, name):
     """The output without a graph: attention kernels may differ in the last bit between the two."""
     return output(model, name)
-
-
-def awake(adapters, name, std=0.2):
-    """Move an adapter's weights off their initial values."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "t5"])

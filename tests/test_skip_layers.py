@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from little_adapters import active
 
 import inarch
 from inarch.testing import tiny, tiny_inputs
@@ -19,12 +20,7 @@ def output(model, name):
 def test_skipped_layers_run_as_the_adapter_of_other_layers_alone(name, skipped, config):
     """Against an adapter that has nothing in these layers, with the same weights elsewhere."""
     model = tiny(name)
-    adapters = inarch.attach(model)
-    adapters.add("a", config)
-    with torch.no_grad():
-        for parameter in adapters["a"].values():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    adapters.activate("a")
+    adapters = active(model, config)
     whole = output(model, name)
     with adapters.using("a", skip_layers=skipped):
         assert adapters.skipped == tuple(skipped)

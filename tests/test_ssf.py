@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from little_adapters import awake
 from torch import nn
 
 import inarch
@@ -15,12 +16,9 @@ def attached(name, config, *names):
     model = tiny(name).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(name).items()}
     adapters = inarch.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    for key in names or ("a",):
+    for seed, key in enumerate(names or ("a",)):
         adapters.add(key, config)
-        for parameter in adapters[key].values():
-            with torch.no_grad():
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
+        awake(adapters, key, seed=seed)
     return model, inputs, adapters
 
 

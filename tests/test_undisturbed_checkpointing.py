@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from little_adapters import awake
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -19,9 +20,7 @@ def trainable(name):
     model = tiny(name)
     adapters = inarch.attach(model)
     adapters.add("a", CONFIG)
-    with torch.no_grad():
-        for parameter in adapters["a"].values():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    awake(adapters, "a")
     adapters.train("a")
     return model.train(), adapters
 

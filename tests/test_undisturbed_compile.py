@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from little_adapters import awake
 from torch._dynamo.utils import counters
 
 import inarch
@@ -23,13 +24,6 @@ def nothing_compiled():
     counters.clear()
     yield
     torch.compiler.reset()
-
-
-def awake(adapters, name, std=0.2):
-    """Move an adapter's weights off their initial values."""
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn_like(parameter) * std)
 
 
 def small(name):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from little_adapters import active
 from torch import nn
 from torch.export import Dim, export
 
-import inarch
 from inarch.testing import tiny, tiny_inputs
 
 CONFIGS = ["double_seq_bn[original_ln_before=True]", "adapter_plus", "par_bn|lora[init_weights=bert]"]
@@ -24,12 +24,7 @@ class Last(nn.Module):
 
 def adapted(name, config):
     model = tiny(name)
-    adapters = inarch.attach(model)
-    adapters.add("a", config)
-    with torch.no_grad():
-        for parameter in adapters["a"].values():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    adapters.activate("a")
+    adapters = active(model, config)
     return model, adapters
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from little_adapters import awake
 
 import inarch
 from inarch.testing import perturb, tiny, tiny_inputs
@@ -45,13 +46,6 @@ def write(model, inputs, **options):
     torch.manual_seed(5)
     length = {"max_new_tokens": 6, "min_new_tokens": 6, "max_length": None, "min_length": None}
     return model.generate(**inputs, **length, pad_token_id=0, **options)
-
-
-def awake(adapters, name, std=0.3):
-    """Move an adapter's weights off their initial values."""
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn_like(parameter) * std)
 
 
 @pytest.fixture(params=MODELS)

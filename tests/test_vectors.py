@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from little_adapters import awake
 from torch import nn
 
 import inarch
@@ -22,13 +23,6 @@ def attached(name, config):
     adapters.add("a", config)
     awake(adapters, "a")
     return model, inputs, adapters
-
-
-def awake(adapters, name, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapters[name].values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
 
 
 def out(model, inputs):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from little_adapters import EVERY, awake, by_hand, grafted, output
+from little_adapters import EVERY, awake, by_hand, check_merged_and_stored, grafted, output
 
 import inarch
 from inarch.testing import tiny
@@ -34,13 +34,7 @@ def test_vera_is_two_vectors_between_two_matrices(name, tmp_path):
 
     fake = type("Fake", (), {"sites": adapters.sites, "tensors": lambda _, n: adapters[n]})()
     assert torch.allclose(output(by_hand(model, fake, "vera", change), name), found, atol=1e-10)
-    assert adapters.merge("a") < 1e-9
-    assert torch.allclose(output(model, name), found, atol=1e-10)
-    adapters.unmerge()
-    adapters.save("a", tmp_path / "a")
-    adapters.load(tmp_path / "a", name="b")
-    adapters.activate("b")
-    assert torch.equal(output(model, name), found)
+    check_merged_and_stored(model, adapters, name, tmp_path)
 
 
 def test_only_vectors_are_trained_and_counted():
