@@ -32,6 +32,7 @@ _HIERA = {
 }
 _SAM3 = {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
 _PE = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [56, 56], "ref_feat_shape": [4, 4]}
+_GEMMA4_TOWERS = {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}}
 _FOUR_AXES = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 16, "indexer_compress_ratio": 4
@@ -57,6 +58,13 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
     "glm4v": {"text_config.rope_parameters": _HALF_ROTATED},
     "glm46v": {"text_config.rope_parameters": _HALF_ROTATED},
     "step3p7": {"text_config.sliding_window": 64},
+    # Released ones have towers.
+    "gemma4": _GEMMA4_TOWERS,
+    "embedding_gemma2": _GEMMA4_TOWERS,
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision"},
+        "audio_config": {"model_type": "gemma4_unified_audio"},
+    },
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 31, "text_config.num_experts_per_tok": 2},
     "diffusion_gemma": {
@@ -197,6 +205,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "fast_vlm": {"vision_config.hidden_size": 3072},
     # The vocabularies of images and sounds lie at the end of the text's, and the tower of timm is as wide as it is.
+    "gemma4_unified": {"vision_config.output_proj_dims": 64},
     "gemma3n": {"vision_config.hidden_size": 2048, "vision_config.vocab_offset": 64, "audio_config.vocab_offset": 192},
     "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 48, 96]},
     "dots3_note": {"audio_config.adapter_in_dim": 64},

@@ -153,6 +153,12 @@ FACTORIES: Mapping[str, Factory] = {
     "gemma3n_audio": lambda m: _kwargs(
         audio_mel=ramp(1, 64, m.config.input_feat_size), audio_mel_mask=torch.zeros(1, 64, dtype=torch.bool)
     ),
+    "gemma4": lambda m: _gemma4(m.config, _gemma4_image(m.vision_tower, "image_position_ids"), ramp(1, 64, 128), image=4, sound=16),
+    "embedding_gemma2": lambda m: _gemma4(m.config, _gemma4_image(m.vision_tower, "image_position_ids"), ramp(1, 64, 128), image=4, sound=16),
+    "gemma4_unified": lambda m: _gemma4(
+        m.config, _gemma4_image(m, "image_position_ids", m.config.vision_config.model_patch_size, across=2),
+        ramp(1, 2, m.config.audio_config.audio_embed_dim), image=4, sound=2,
+    ),
     "gemma4_audio": lambda m: _kwargs(
         input_features=ramp(1, 64, 128), attention_mask=torch.ones(1, 64, dtype=torch.bool)
     ),
@@ -345,11 +351,22 @@ FACTORIES: Mapping[str, Factory] = {
 }  # fmt: skip
 
 
-def _gemma4_image(model: nn.Module, positions: str) -> Inputs:
-    """Patches of an image of 6 x 6, with the place of each."""
-    side = model.config.patch_size
-    grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), dim=-1).reshape(1, 36, 2)
-    return _kwargs(pixel_values=ramp(1, 36, 3 * side**2), **{positions: grid})
+def _gemma4_image(model: nn.Module, positions: str, side: int = 0, *, across: int = 6) -> Inputs:
+    """Patches of an image, so many in each direction, with the place of each; `side` is that of a patch, if not the
+    model's."""
+    side = side or model.config.patch_size
+    places = torch.arange(across)
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).reshape(1, across**2, 2)
+    return _kwargs(pixel_values=ramp(1, across**2, 3 * side**2), **{positions: grid})
+
+
+def _gemma4(config: Any, pixels: Inputs, features: Tensor, *, image: int, sound: int) -> Inputs:
+    """A text with an image and a sound, of which the model makes so many vectors."""
+    tokens = torch.full((1, image), config.image_token_id), torch.full((1, sound), config.audio_token_id)
+    return _kwargs(
+        input_ids=torch.cat([_ids(1, 3), tokens[0], _ids(1, 2), tokens[1], _ids(1, 3)], 1), use_cache=False,
+        input_features=features, input_features_mask=torch.ones(features.shape[:2], dtype=torch.bool), **pixels.kwargs,
+    )  # fmt: skip
 
 
 def _diffusion_gemma(model: nn.Module) -> Inputs:
