@@ -297,6 +297,35 @@ def test_a_tower_without_any_sum_is_named():
     assert sites.refused == ("`other.0`, `other.1` (Replaced): an attention, and no sum that adds it to a stream",)
 
 
+class Optional(nn.Module):
+    """Two towers without anything in common, of which one runs where there is something for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = PlainTransformer(16, 1, 2)
+        self.other = nn.ModuleList([Joined(lambda x, h, _: x + h), Joined(lambda x, h, _: x + h)])
+        self.heads = nn.ModuleList([nn.Linear(16, 3), nn.Linear(16, 3)])
+
+    def forward(self, x, y=None):
+        for layer in self.other if y is not None else ():
+            y = layer(y)
+        return self.one(x) if y is None else self.one(x) + y.mean()
+
+
+def test_a_tower_that_the_inputs_do_not_reach_is_named(caplog):
+    left_alone = "`other` (2 of Joined): did not run in the probe; to adapt it, pass `example_inputs=` that reach it"
+    model, x = Optional(), torch.randn(1, 4, 16)
+    adapters = inarch.attach(model, example_inputs=x)
+    assert adapters.sites.refused == (left_alone,)
+    assert f"Parts of Optional get no adapters: {left_alone}. All are listed in" in caplog.text
+    adapters.detach()
+    caplog.clear()
+    adapters = inarch.attach(model, example_inputs=(x, x))
+    assert adapters.sites.refused == ()
+    assert {site.layer_path for site in adapters.sites} == {"one.blocks.0", "other.0", "other.1"}
+    assert not caplog.records
+
+
 class TwoWay(GradientCheckpointingLayer):
     """Tokens look at an image, then the image looks at them; the tokens' sum is limited before its norm."""
 

@@ -36,7 +36,7 @@ from .sharing import share, unshare
 from .sites import Inputs, given_inputs, probe, synthesise
 from .tensors import copy_into
 from .trainable import check_trainable
-from .witness import verify_attached
+from .witness import tell_left_alone, verify_attached
 
 Unsound = Literal["refuse", "allow"]
 
@@ -73,6 +73,8 @@ def attach(
                 "copy a part of it after that."
             )
         sites = probe(model, layout=layout, example_inputs=example_inputs)
+        if layout is None:
+            tell_left_alone(sites)
         if not any(parameter.is_meta for parameter in model.parameters()):
             verify_attached(model, sites, example_inputs)
         shapes = None if example_inputs is None else given_inputs(example_inputs).to("meta")

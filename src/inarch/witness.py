@@ -42,6 +42,18 @@ def verify(model: nn.Module, sites: Sites, args: tuple[Any, ...], kwargs: Mappin
         raise SiteError(join_problems(problems))
 
 
+def tell_left_alone(sites: Sites) -> None:
+    """Warn of what a probe has found and no adapter can reach, such as a tower that the inputs did not."""
+    if sites.refused:
+        more = f", and {len(sites.refused) - 1} more" if len(sites.refused) > 1 else ""
+        logger.warning(
+            "Parts of %s get no adapters: %s%s. All are listed in `adapters.sites.refused`.",
+            sites.model_class,
+            sites.refused[0],
+            more,
+        )
+
+
 def verify_attached(model: nn.Module, sites: Sites, example_inputs: Any) -> None:
     """Watch one real forward: a short one, and where that does not show that all is well, one that surely is right."""
     likely = likely_inputs(model) if example_inputs is None else None

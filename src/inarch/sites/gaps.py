@@ -177,15 +177,27 @@ def _unused(graph: Graph, layers: dict[Branch, Layer]) -> Iterator[str]:
         yield f"{', '.join(paths)} ({layer_class}): nothing uses the results of {', '.join(unused)}"
 
 
+def _may_be_layer(graph: Graph, path: str, module: nn.Module) -> bool:
+    """Whether an item of a list, in which nothing ran, has several weights, as a layer has."""
+    return (
+        isinstance(graph.model.get_submodule(parent_path(path)), nn.ModuleList)
+        and len(tree(module)) > 1
+        and any(parameter.dim() > 1 for parameter in module.parameters())
+        and not any(id(part) in graph.ran for part in module.modules())
+    )
+
+
 def _never_run(graph: Graph, layers: list[Layer]) -> Iterator[str]:
     """Lists of layers that the forward did not reach: their branches are unknown."""
     classes = {type(layer.scope.module) for layer in layers if layer.number is None}
+    known = tuple(f"{layer.path}." for layer in layers)
     idle: dict[str, list[str]] = defaultdict(list)
     inside = "."
     for path, module in graph.model.named_modules():
         if id(module) in graph.ran or path.startswith(inside):
             continue
-        if type(module) in classes or is_checkpointed(module):
+        is_layer = type(module) in classes or is_checkpointed(module)
+        if is_layer or (not path.startswith(known) and _may_be_layer(graph, path, module)):
             idle[parent_path(path)].append(type(module).__name__)
             inside = f"{path}."
     for path, names in idle.items():
