@@ -4,6 +4,7 @@ What is written is read again by our own reader of that format, and must be the 
 the reader knows of that library's habits holds here too. What comes out otherwise is refused.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..methods import AdapterConfig, Placement, method_of, placements
 from ..methods.bottleneck import BottleneckConfig
 from ..methods.lora import LoRAConfig
 from .adapterhub_config import translate
-from .adapterhub_fused import asked_thirds
+from .adapterhub_fused import THIRDS, are_stacked, asked_thirds
 from .adapterhub_names import TOWERS, Place
 from .adapterhub_record import RECORD
 from .adapterhub_sites import Stack, Stacks, known_towers, match_stacks
@@ -52,9 +53,11 @@ def write_adapterhub(
         raise _refusal(name, f"the model type `{sites.model_type}`, whose modules have no names there,")
     stacks = match_stacks(known_towers(sites.model_type, name), sites, name)
     settings = _settings(part, stacks)
-    written: dict[str, Tensor] = {}
-    for placement in placements(part, sites):
-        written |= _written(name, part, placement, stacks, tensors)
+    pieces: dict[str, list[Tensor]] = defaultdict(list)
+    for placement in sorted(placements(part, sites), key=_third):
+        for key, tensor in _written(name, part, placement, stacks, tensors).items():
+            pieces[key].append(tensor)
+    written = {key: torch.cat(found) if len(found) > 1 else found[0] for key, found in pieces.items()}
     again = translate(settings, stacks, RECORD, later=False)
     if _computing(again.parts[0]) != _computing(part):
         different = [key for key, value in _computing(part).items() if _computing(again.parts[0]).get(key) != value]
@@ -75,16 +78,22 @@ def write_adapterhub(
     return written, record
 
 
+def _third(placement: Placement) -> int:
+    """The order in which updates of a fused projection lie one below the other."""
+    return THIRDS.index(placement.role) if placement.role in THIRDS else 0
+
+
 def _refusal(name: str, got: str) -> StateError:
     return StateError(
-        "An adapter is written for the library `adapters` where that computes the same, bottlenecks and LoRA on "
-        f"projections of their own; got {got} in `{name}`. Save it as it is."
+        "An adapter is written for the library `adapters` where that computes the same, bottlenecks and LoRA; got "
+        f"{got} in `{name}`. Save it as it is."
     )
 
 
 def _computing(part: Config) -> dict[str, Any]:
-    """The fields that decide what is computed."""
+    """The fields that decide what is computed, which the order of projections does not."""
     values = part.to_dict()
+    values |= {"attn_matrices": sorted(values["attn_matrices"])} if "attn_matrices" in values else {}
     return {key: value for key, value in values.items() if not key.startswith("init_weights")}
 
 
@@ -139,11 +148,13 @@ def _leaves(part: BottleneckConfig | LoRAConfig, head: str) -> tuple[str, ...]:
 
 
 def _path(stack: Stack, placement: Placement) -> str | None:
-    """The path of a module in its layer there; None where it has none of its own."""
+    """The path of a module in its layer there, or of the fused one that it is a third of; None where it has none."""
     tower, role = stack.tower, placement.role
     places: Mapping[str, Place] = tower.linears if role else tower.bottlenecks
     roles = (role,) if role else ()
     paths = [path for path, place in places.items() if place.kind == placement.site.kind and place.roles == roles]
+    if not paths and role in THIRDS and are_stacked(placement.site):
+        paths = [path for path, place in places.items() if place.kind == placement.site.kind and role in place.roles]
     if len(paths) > 1:  # one for each form that an MLP may have: the gated one is the last
         paths = paths[-1:] if "gate" in placement.site.projections else paths[:1]
     return paths[0] if paths else None
