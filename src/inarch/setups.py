@@ -52,7 +52,10 @@ def save(handle: Handle, folder: str | os.PathLike[str], setup: Setup | None) ->
             drafts = {name: open_drafts.enter_context(drafted(target)) / name for name, target in targets.items()}
             record = open_drafts.enter_context(drafted(place / state.SETUP)) / state.SETUP
             for name, draft in drafts.items():
-                handle.save(name, draft)
+                try:
+                    handle.save(name, draft)
+                except StateError as error:
+                    raise StateError(str(error).replace(str(draft), str(targets[name]))) from None
             state.write_setup(record, to_data(setup))
             state.once(partial(put, drafts, record), spread=any(map(is_sharded, handle.model.parameters())))
     except OSError as error:
