@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from inarch.cli import app
 from inarch.core.errors import StateError
-from inarch.core.records import FindingRecord, RunRecord, VerdictRecord, read_record
+from inarch.core.records import FindingRecord, MonitorRecord, RunRecord, VerdictRecord, read_record
 from inarch.report import Entry, read_entries, write_report
-from inarch.report.charts import _apart, charts
+from inarch.report.charts import _apart, _side_by_side, charts
 from inarch.report.draw import colours
 from inarch.report.drawing import grafts
 from inarch.report.entries import differing
@@ -115,8 +115,9 @@ def test_no_text_of_a_record_becomes_a_part_of_the_page():
     found, expected = (Page(render(one, title=one[0].name)) for one in records)
 
     def shapes(page):
-        drawn = {"path", "g", "line"}  # the lengths of texts decide which lines there are
-        return [(tag, sorted(attributes)) for tag, attributes in page.elements if tag not in drawn]
+        drawn = {"path", "g", "line", "wbr"}  # the lengths of texts decide which lines there are
+        told = [(tag, one) for tag, one in page.elements if tag not in drawn and one.get("class") != "whole"]
+        return [(tag, sorted(attributes)) for tag, attributes in told]
 
     assert shapes(found) == shapes(expected)
     assert found.words.count("{{ 1 + 1 }}") == expected.words.count("harmless")
@@ -207,6 +208,25 @@ def test_equal_results_share_a_label():
     against = charts(entries(*same))[2].svg
     assert re.findall(r">([\d, ]+)</text>", against)[-2:] == ["1, 2", "3"]
     assert set(re.findall(r'data-run="(\d+)"', against)) == {"1", "2", "3"}
+
+
+def test_points_of_one_size_stand_side_by_side_where_they_would_cover_each_other():
+    rows = [(10.0, 0.5, 0.5), (10.0, 0.51, 0.51), (10.0, 0.9, 0.9), (20.0, 0.5, 0.5), (10.0, 0.5, 0.5)]
+    assert _side_by_side(rows, 0.05) == [-0.5, 0.5, -0.5, 0.0, -0.5]
+    close = [little.run(value, trainable=1000) for value in (0.9, 0.901, 0.5)]
+    against = charts(entries(*close))[2].svg
+    places = re.findall(r'<path data-run="(\d)"[^>]*transform="translate\(([\d.]+),', against)
+    assert len(dict(places)) == 3 and dict(places)["1"] != dict(places)["2"]
+    assert "those of one size side by side" in against
+
+
+def test_an_unsound_run_that_learns_is_not_shown_as_if_all_were_well():
+    seen = MonitorRecord(verdict="learning", reason="the loss falls")
+    lost = replace(little.unsound(), monitor=seen)
+    assert '<span class="verdict unsound">unsound</span> <span class="verdict not-judged">learning' in render(
+        entries(lost)
+    )
+    assert '<span class="verdict sound">learning' in render(entries(replace(little.run(), monitor=seen)))
 
 
 def test_seeds_are_explained_where_there_are_some():

@@ -106,9 +106,9 @@ def test_a_filter_leaves_the_runs_that_it_names(open_page):
     assert left == [number]
     assert len(shown(page, ".finding")) == len(shown(page, ".again .more")) == len(shown(page, ".graft")) == 1
     page.get_by_label("Verdict").select_option("")
-    page.get_by_label("learning rate", exact=True).select_option("0.01")
+    page.get_by_label("Learning rate", exact=True).select_option("0.01")
     assert shown(page, names) == ["lr-2"]
-    page.get_by_label("learning rate", exact=True).select_option("")
+    page.get_by_label("Learning rate", exact=True).select_option("")
     page.get_by_label("Search").fill("LR-")
     assert shown(page, names) == ["lr-1", "lr-2", "lr-3"]
     page.get_by_label("Search").fill("")

@@ -71,7 +71,7 @@ def _teller() -> "Iterator[Audience]":
 
         def begin(self, way: "Way", report: "Report | None", num_runs: int) -> None:
             say()
-            say(way.title if way.adapter in (None, way.title) else f"{way.title}: {way.adapter}", style="bold")
+            say(way.key if way.adapter in (None, way.key) else f"{way.key}: {way.adapter}", style="bold")
             _say_verdict(report)
             self.num_runs = num_runs
             self.task = bars.add_task("training", total=None)
@@ -115,7 +115,7 @@ def _say_result(result: "DemoResult", *, has_page: bool) -> None:
     say()
     rows = [
         (
-            outcome.way.title,
+            outcome.way.key,
             "yes" if outcome.report is None or outcome.report.sound else "no",
             _percent(outcome.accuracy),
             _percent(outcome.best_accuracy),

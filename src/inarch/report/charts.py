@@ -130,11 +130,16 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
     low, high = _padded([row[key] for row in rows for key in ("low", "high")], share=is_share(metric))
     least, most = min(row["x"] for row in rows), max(row["x"] for row in rows)
     scale = {"type": "log", "domain": [least / 1.6, most * 1.6], "nice": False}
+    places = _side_by_side([(row["x"], row["low"], row["high"]) for row in rows], (high - low) / 12)
+    columns = max(places) - min(places) + 1
+    step = (most / least * 1.6**2) ** min(0.12, 0.8 / columns)  # a share of the width, which is logarithmic
+    for row, place in zip(rows, places, strict=True):
+        row["x"] *= step**place
 
     x = {
         "field": "x",
         "type": "quantitative",
-        "title": "trained parameters",
+        "title": "trained parameters" + (", those of one size side by side" if columns > 1 else ""),
         "scale": scale,
         "axis": {"format": "~s", "grid": False, "values": _round_numbers(least / 1.6, most * 1.6)},
     }
@@ -175,6 +180,24 @@ def _against_parameters(entries: Sequence[Entry], metric: str) -> Chart | None:
     title = f"{words(metric).capitalize()} against trained parameters"
     summary = f"{title}. {'; '.join(row['tip'] for row in rows[:MAX_LABELS])}."
     return Chart(title=title, summary=summary, svg=svg(spec))
+
+
+def _side_by_side(rows: Sequence[tuple[float, float, float]], gap: float) -> list[float]:
+    """How many columns to the right of its x each row stands, so that those of one x do not cover each other.
+
+    Arguments: `rows` are x and the limits of y; what is closer than `gap` would touch. Equal rows stand at one place.
+    """
+    columns: dict[float, list[list[tuple[float, float]]]] = {}
+    places: dict[tuple[float, float, float], int] = {}
+    for x, low, high in sorted(set(rows)):
+        taken = columns.setdefault(x, [])
+        free = (n for n, column in enumerate(taken) if all(low - upper >= gap for _, upper in column))
+        place = next(free, len(taken))
+        if place == len(taken):
+            taken.append([])
+        taken[place].append((low, high))
+        places[x, low, high] = place
+    return [places[row] - (len(columns[row[0]]) - 1) / 2 for row in rows]
 
 
 def _number_axis(name: str, low: float, high: float) -> Spec:

@@ -42,6 +42,12 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def headed(name: str) -> str:
+    """A name of a program as a heading."""
+    found = words(name)
+    return found[:1].upper() + found[1:]
+
+
 def shown(value: Value, metric: str = "") -> str:
     """A number for people; a share as a percentage."""
     if isinstance(value, bool):

@@ -22,7 +22,7 @@ from ..core.errors import StateError
 from ..core.records import FindingRecord, StudyRecord, TrialRecord, VerdictRecord
 from ..version import __version__
 from .charts import charts
-from .draw import colours, shown, words
+from .draw import colours, headed, shown, words
 from .drawing import grafts
 from .entries import Entry, Value, differing
 
@@ -84,8 +84,14 @@ def render(entries: Sequence[Entry], *, title: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"colours": colours(entries), "shown": shown, "words": words}
-    environment.globals |= {"breakable": _breakable, "coded": _coded, "duration": _duration, "short": _short}
+    environment.globals |= {"colours": colours(entries), "headed": headed, "shown": shown, "words": words}
+    environment.globals |= {
+        "breakable": _breakable,
+        "by_word": _by_word,
+        "coded": _coded,
+        "duration": _duration,
+        "short": _short,
+    }
     # The style and the script are the package's own; nothing of a record is in them.
     own = {name: Markup(environment.loader.get_source(environment, name)[0]) for name in ("page.css", "page.js")}  # type: ignore[union-attr]  # noqa: S704
     return environment.get_template("page.html").render(
@@ -217,5 +223,11 @@ def _coded(text: str) -> Markup:
 
 
 def _breakable(text: str) -> Markup:
-    """A configuration that may be broken after its commas, where a line is full."""
-    return Markup("").join(escape(piece) + Markup("<wbr>") for piece in re.split(r"(?<=,)", text))
+    """A configuration that may be broken after its commas and its bracket, where a line is full."""
+    return Markup("<wbr>").join(map(escape, re.split(r"(?<=[,\[|])", text)))
+
+
+def _by_word(command: str) -> Markup:
+    """A command whose options are not broken at their hyphens."""
+    word = Markup('<span class="whole">{}</span>')
+    return Markup(" ").join(map(word.format, command.split(" ")))

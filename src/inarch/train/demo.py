@@ -54,7 +54,7 @@ class Way:
     """One of the ways to adapt the backbone."""
 
     key: str
-    title: str
+    """Its name, and that of its folder."""
     trains: Trains
     adapter: str | None
     repeats: bool = False
@@ -62,9 +62,9 @@ class Way:
 
 
 WAYS = (
-    Way(key="head_only", title="head only", trains="head", adapter=None),
-    Way(key="seq_bn", title="seq_bn", trains="adapter", adapter=SOUND, repeats=True),
-    Way(key="unsound", title="seq_bn, unsound", trains="adapter", adapter=UNSOUND),
+    Way(key="head_only", trains="head", adapter=None),
+    Way(key="seq_bn", trains="adapter", adapter=SOUND, repeats=True),
+    Way(key="unsound", trains="adapter", adapter=UNSOUND),
 )
 
 
@@ -207,7 +207,7 @@ def run_demo(
             shutil.copytree(draft / SOUND / "seed-0" / ADAPTER, draft / ADAPTER)
             reload = stage.reload()
             title = "One small backbone that knows letters, three ways to teach it digits"
-            draw_curves([Curve(o.way.title, o.curves) for o in outcomes], draft / CURVES, title=title)
+            draw_curves([Curve(o.way.key, o.curves) for o in outcomes], draft / CURVES, title=title)
             result = DemoResult(
                 folder=target,
                 outcomes=outcomes,

@@ -29,6 +29,14 @@
     choose(); // a browser may have kept what was typed
   }
 
+  // What is wider than its place says so.
+  const measure = () => {
+    for (const place of all(".scroll")) place.classList.toggle("wider", place.scrollWidth > place.clientWidth + 1);
+  };
+  addEventListener("resize", measure);
+  document.addEventListener("toggle", measure, true);
+  measure();
+
   // The table of runs is sorted by a click on a heading.
   const table = document.getElementById("table");
   const body = table.tBodies[0];
