@@ -20,6 +20,7 @@ from little_runs import save_model, save_pictures
 from throwaway_postgres import find_programs, serve
 
 from inarch.cli import main
+from inarch.cli.sweep import _plan
 from inarch.core.errors import InarchError, StateError
 from inarch.core.records import RunRecord, SeedsRecord, TrialRecord, read_record, read_study
 from inarch.methods import read_config
@@ -28,7 +29,7 @@ from inarch.sweep.run import run_study, sampler_of
 from inarch.sweep.space import Space
 from inarch.sweep.storage import MOST_DEATHS, Board, Claim, Taken, storage_url
 from inarch.sweep.study import StudyConfig
-from inarch.sweep.trial import Audience, Trials
+from inarch.sweep.trial import Ahead, Audience, Trials
 from inarch.train.recipe import Recipe
 
 needs_postgres = pytest.mark.skipif(
@@ -473,7 +474,7 @@ def test_the_table_says_which_did_what(sweep, tmp_path):
     assert "1 finished, 2 refused, 1 repeated" in out
     assert "2 training steps, 25% of the 8 that train every configuration to its end" in out
     assert "best: trial 0, original_ln_after=yes, residual_before_ln=yes: accuracy" in out
-    assert err.splitlines()[0] == "4 trials"
+    assert re.fullmatch(r"4 trials; \d+ steps of training at most\.", err.splitlines()[0])
     assert "trial 2  original_ln_after=no, residual_before_ln=yes  refused by the check" in err
     # Going on with what is over prints the same; so does the record.
     none = {"model": None, "data": None, "adapter": None, "device": None, "epochs": None, "batch-size": None}
@@ -481,6 +482,15 @@ def test_the_table_says_which_did_what(sweep, tmp_path):
     code, printed, err = sweep("--resume", "--json", **none)
     assert (code, err) == (0, "")
     assert json.loads(printed) == read_study(tmp_path / "study").to_dict()
+
+
+def test_a_study_says_what_is_ahead():
+    ahead = Ahead(seeds=3, steps=3168, unsound=True)
+    assert _plan(8, 0, ahead) == (
+        "8 trials, each with 3 seeds; 3,168 steps of training at most. What is proved unsound is trained too: this "
+        "study asks for it, to show what becomes of it."
+    )
+    assert _plan(1, 1, Ahead(seeds=1, steps=0, unsound=False)) == "1 trial, 1 of them over."
 
 
 def pasted(page):

@@ -180,8 +180,8 @@ def refused(result, tmp_path, code=1):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "nobody/nothing"}, "or the id of a model on the Hub that can be reached"),
-        ({"model": "no such name!"}, "got `no such name!`: Repo id must use alphanumeric"),
+        ({"model": "nobody/nothing"}, "got `nobody/nothing`: no such folder is here"),
+        ({"model": "no such name!"}, "is here, and the Hub gave none: Repo id must use"),
         ({"adapter": "seq_bn[reduction_fctor=4]"}, "Did you mean `reduction_factor`?"),
         ({"adapter": "seq_bnn"}, "Did you mean `seq_bn`?"),
         ({"adapter": "seq_bn[reduction_factor=-1]"}, "must be more than 0; got -1"),

@@ -15,7 +15,8 @@ import inarch
 from inarch.core.errors import ConfigError, DataError, StateError
 from inarch.core.records import RunRecord, SeedsRecord, read_record
 from inarch.data import load_data
-from inarch.train.models import load_model
+from inarch.train.known import known_data, sample_batch
+from inarch.train.models import load_model, load_processor
 from inarch.train.predict import load_predictor
 from inarch.train.recipe import DataConfig, Recipe
 from inarch.train.resume import latest
@@ -60,6 +61,28 @@ def test_a_run_leaves_an_adapter_that_predicts_what_was_measured(tmp_path, model
     losses = -np.log(rows[np.arange(len(targets)), targets])
     assert record.results["loss"] == pytest.approx(losses.mean(), rel=1e-4)
     assert record.results["accuracy"] > 0.6
+
+
+def test_images_are_looked_at_once_and_what_is_known_of_them_is_told(tmp_path, model, pictures, monkeypatch):
+    taken = []
+
+    def counted(examples, processor, number=None):
+        taken.append(number)
+        return sample_batch(examples, processor, number)
+
+    class Listener(TrainerCallback):
+        known = None
+
+        def on_known(self, data):
+            self.known = data
+
+    monkeypatch.setattr("inarch.train.run.sample_batch", counted)
+    listener, processor = Listener(), load_processor(str(model))
+    train_run(QUICK.replace(epochs=1), model, pictures, CONFIG, tmp_path / "run", callbacks=[listener])
+    images = load_data(pictures)
+    assert listener.known == known_data(sample_batch(images.train, processor), processor, images.labels)
+    train_run(QUICK.replace(epochs=1), model, pictures, None, tmp_path / "head", trains="head")
+    assert taken == [None, 1]
 
 
 def test_the_record_says_what_was_done(tmp_path, model, pictures):
@@ -388,7 +411,7 @@ def test_a_run_is_resumed_with_its_own_options_and_data(tmp_path, model, picture
     record = read_record(tmp_path)
     fewer = {**record.data, "labels": ["red"]}
     (tmp_path / "run.json").write_text(json.dumps({**record.to_dict(), "data": fewer}))
-    with pytest.raises(DataError, match=r"got other `labels` in .*: 3 labels, .* instead of 1 labels"):
+    with pytest.raises(DataError, match=r"got other `labels` in .*: 3 labels, .* instead of 1 label,"):
         train_run(QUICK, model, pictures, CONFIG, tmp_path, resume=True)
 
 

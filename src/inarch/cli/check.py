@@ -141,11 +141,12 @@ class _Images:
     @classmethod
     def read(cls, model: str, data: str) -> "_Images":
         from ..data import load_data
-        from ..train.known import known_data
+        from ..train.known import known_data, sample_batch
         from ..train.models import load_processor
 
         images, processor = load_data(data), load_processor(model)
-        return cls(images.train, processor, known_data(images.train, processor, images.labels))
+        known = known_data(sample_batch(images.train, processor), processor, images.labels)
+        return cls(images.train, processor, known)
 
     def batch(self, size: int) -> dict[str, Any]:
         """What the model is called with, for that many of the images."""

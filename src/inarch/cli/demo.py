@@ -11,6 +11,7 @@ import typer
 
 from ..core.interrupt import importing
 from ..core.records import REPORT
+from ..core.table import counted
 from .output import err, note, out, program, say, say_table
 from .report import make_report
 
@@ -136,7 +137,7 @@ def _say_result(result: "DemoResult", *, has_page: bool) -> None:
     shares = f"probabilities differ by at most {most:.0e}" if most else "every probability is identical"
     say(
         f"In a fresh process the adapter ({result.adapter_bytes / 1e3:.0f} kB) predicts {same} labels for "
-        f"{reload.num_images} images; {shares}."
+        f"{counted(reload.num_images, 'image')}; {shares}."
     )
     say()
     folder = result.folder

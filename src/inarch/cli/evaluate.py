@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.interrupt import importing
+from ..core.table import counted
 from ..train.recipe import DataConfig
 from .guard import Misused, lacking
 from .options import configured, made_from
@@ -81,7 +82,7 @@ def _draw(result: "Evaluation", picture: Path) -> None:
 
 def _say_result(result: "Evaluation") -> None:
     say(
-        f"accuracy {result.accuracy * 100:.2f} % on {result.num_images:,} images of {result.data}, "
+        f"accuracy {result.accuracy * 100:.2f} % on {counted(result.num_images, 'image')} of {result.data}, "
         f"mean F1 {result.macro_f1:.4f}",
         style="bold",
     )

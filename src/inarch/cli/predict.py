@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 import typer
 
 from ..core.interrupt import importing
+from ..core.table import counted
 from .guard import Misused
 from .output import note, out, progress
 
@@ -72,9 +73,9 @@ def predict(
             writer = _Lines(file, [str(path) for path in found], predictor.labels, has_several=has_several)
         number = _write(results, writer, file, batch_size, lambda done: report(done, len(found)))
     if output is not None:
-        note(f"Wrote {number:,} predictions to {output}")
+        note(f"Wrote {counted(number, 'prediction')} to {output}")
     if number < len(found):
-        note(f"Left out {len(found) - number:,} of {len(found):,} images", style="yellow")
+        note(f"Left out {len(found) - number:,} of {counted(len(found), 'image')}", style="yellow")
 
 
 def _write(results: Iterator["Prediction"], writer: "_Writer", file: TextIO, batch_size: int, report: Any) -> int:

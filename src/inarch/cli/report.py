@@ -8,6 +8,7 @@ import typer
 from ..core.errors import InarchError
 from ..core.interrupt import importing
 from ..core.records import REPORT
+from ..core.table import counted
 from .output import say
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def report(
         output = folder / REPORT if len(runs) == 1 else Path(REPORT)
     number = make_report(runs, output, title=title)
     size = output.stat().st_size
-    say(f"Wrote {output}: {number} run{'s' if number > 1 else ''}, {size / 1e3:.0f} kB")
+    say(f"Wrote {output}: {counted(number, 'run')}, {size / 1e3:.0f} kB")
 
 
 def make_report(runs: "Sequence[Path]", output: Path, *, title: str = "") -> int:

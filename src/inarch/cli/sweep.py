@@ -12,6 +12,7 @@ import typer
 from ..core.errors import ConfigError, InarchError, StateError
 from ..core.interrupt import importing
 from ..core.records import STUDY, StudyRecord, TrialRecord, nothing_to_resume, read_study
+from ..core.table import counted
 from ..sweep.study import StudyConfig, read_study_file
 from ..train.recipe import DataConfig, Recipe
 from .guard import ERROR, lacking
@@ -19,13 +20,16 @@ from .options import configured, in_options, made_from
 from .output import err, note, say, say_json, say_table
 
 if TYPE_CHECKING:
-    from ..sweep.trial import Audience
+    from ..sweep.trial import Ahead, Audience
 
 VARY_HELP = (
     "A field of the adapter or of the recipe and its values: `reduction_factor=4,16,64`, "
     "`learning_rate=1e-4..1e-2:log`, `adapter=seq_bn,lora`, or a field alone that is true or false. Repeat it."
 )
-STUDY_HELP = "A ready study, as `norm-flags`, or a JSON file: what other options do not say."
+STUDY_HELP = (
+    "A ready study, as `norm-flags`: the eight combinations of three flags, with three seeds each, the unsound ones "
+    "trained on purpose; minutes for `demo`. Or a JSON file: what other options do not say."
+)
 STORAGE_HELP = (
     "Where the study is kept: `postgresql://USER@HOST/DATABASE` lets the same command on several machines work on one "
     "study. [default: a file in the output folder]"
@@ -156,9 +160,12 @@ def _teller(*, shown: bool) -> "Iterator[Audience]":
 
         is_waiting = False
 
-        def begin(self, total: int, done: int) -> None:
+        ahead = 0
+
+        def begin(self, total: int, done: int, ahead: "Ahead") -> None:
             bars.update(study, total=total, completed=done)
-            console.print(Text(f"{total} trials" + (f", {done} of them over" if done else "")))
+            self.ahead = ahead.steps
+            console.print(Text(_plan(total, done, ahead)))
 
         def judged(self, trial: TrialRecord) -> None:
             bars.reset(training, description=f"trial {trial.number}", total=None, visible=True)
@@ -171,14 +178,28 @@ def _teller(*, shown: bool) -> "Iterator[Audience]":
             bars.update(training, visible=False)
             bars.advance(study)
             bars.console.print(Text(_line(trial)))
+            if self.ahead and trial.steps:  # the first that was trained shows how long the rest takes
+                minutes = trial.seconds / trial.steps * (self.ahead - trial.steps) / 60
+                bars.console.print(Text(f"at this pace the others take {max(1, round(minutes))} min at most"))
+                self.ahead = 0
 
         def wait(self, running: int) -> None:
             if not self.is_waiting:
-                console.print(Text(f"Waiting for {running} trials of other workers."))
+                console.print(Text(f"Waiting for {counted(running, 'trial')} of other workers."))
             self.is_waiting = True
 
     with bars:
         yield Teller()
+
+
+def _plan(total: int, done: int, ahead: "Ahead") -> str:
+    """What the study is about to do, as it is told before it begins."""
+    words = counted(total, "trial") + (f", {done} of them over" if done else "")
+    words += f", each with {ahead.seeds} seeds" if ahead.seeds > 1 else ""
+    words += f"; {ahead.steps:,} steps of training at most" if ahead.steps else ""
+    if ahead.unsound:
+        words += ". What is proved unsound is trained too: this study asks for it, to show what becomes of it"
+    return f"{words}."
 
 
 def _line(trial: TrialRecord) -> str:

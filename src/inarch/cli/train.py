@@ -10,6 +10,7 @@ import typer
 from ..core.errors import ConfigError, InarchError
 from ..core.interrupt import importing
 from ..core.records import EpochRecord, RunRecord, SeedsRecord
+from ..core.table import counted
 from ..train.folder import RunFolder
 from ..train.recipe import DataConfig, Recipe
 from .check import CONFIG_HELP, say_report
@@ -19,6 +20,8 @@ from .output import err, fail, note, say, say_json, say_table
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from ..check import Data
 
 DEFAULT_ADAPTER = "seq_bn[reduction_factor=16]"
 OUTPUT_HELP = "Folder for the adapter, the checkpoints and the record of the run."
@@ -189,7 +192,6 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
     from ..check import Training
     from ..handle import attached
     from ..train.callbacks import epochs_of
-    from ..train.known import known_data
 
     class Shown(TrainerCallback):
         """Prints what happens: the verdict as a result, the rest beside the results."""
@@ -200,9 +202,13 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
             self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
             self.task = self.bar.add_task("training", total=None)
             self.is_first = True
+            self.data: Data | None = None
 
         def say(self, text: str) -> None:
             self.bar.console.print(Text(text))  # above the bar
+
+        def on_known(self, data: "Data") -> None:
+            self.data = data
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             handle = attached(rest["model"])
@@ -211,9 +217,7 @@ def _shown(num_seeds: int, stack: ExitStack) -> "TrainerCallback":
             if handle is not None and self.is_first:
                 # What a batch shows of the initial weights says nothing of a run that goes on.
                 training = Training(learning_rate=args.learning_rate)
-                dataset = rest["train_dataloader"].dataset.samples
-                data = known_data(dataset.examples, dataset.preprocessing, _labels(rest["model"]))
-                say_report(handle.check(training=training, data=data, measure=state.global_step == 0))
+                say_report(handle.check(training=training, data=self.data, measure=state.global_step == 0))
             self.is_first = False
             if num_seeds > 1:
                 self.say(f"seed {args.seed}")
@@ -245,7 +249,7 @@ def _data_line(model: Any, train: Any) -> str:
     labels = _labels(model)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     several = ", several an image" if model.config.problem_type == "multi_label_classification" else ""
-    return f"{len(train.dataset):,} images to train on; {len(labels)} labels{several}: {shown}"
+    return f"{counted(len(train.dataset), 'image')} to train on; {counted(len(labels), 'label')}{several}: {shown}"
 
 
 def _labels(model: Any) -> list[str]:

@@ -33,3 +33,8 @@ def layers(numbers: list[int]) -> str:
     """`[0, 1, 2]` as "layers 0-2", `[3]` as "layer 3"."""
     distinct = sorted(set(numbers))
     return f"layer{'s' if len(distinct) > 1 else ''} {ranges(distinct)}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, in words: `1 image`, `1,397 images`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

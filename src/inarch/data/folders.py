@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError
+from ..core.table import counted
 from .examples import Examples, ImageData, divide, quoted
 from .images import (
     IMAGE_SUFFIXES,
@@ -142,7 +143,7 @@ def _check_classes(root: Path, images: dict[str, list[Path]], *, taught: bool) -
     if not images:
         loose = sum(_is_image(path) for path in _entries(root))
         raise DataError(
-            f"A folder of images must have a folder for each class; got {f'{loose} images' if loose else 'none'} "
+            f"A folder of images must have a folder for each class; got {counted(loose, 'image') if loose else 'none'} "
             f"in `{root}`. Sort the images into `{root}/CLASS/`, or name their labels in a CSV with `labels=`."
         )
     empty = [name for name, paths in images.items() if not paths]

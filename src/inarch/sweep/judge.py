@@ -56,7 +56,7 @@ class Bench:
         self.model = describe_model(model, network, None)
         processor = load_processor(model)
         self.batch = sample_batch(images.train, processor, NUM_IMAGES)
-        self.data = known_data(images.train, processor, images.labels)
+        self.data = known_data(sample_batch(images.train, processor), processor, images.labels)
 
     def warn(self, config: AdapterConfig, recipe: Recipe) -> None:
         """Say what is wrong with the study as a whole, whatever configuration it tries."""

@@ -28,7 +28,7 @@ from .pruning import Hyperband
 from .space import Space, encode
 from .storage import Board, Claim, Taken, optuna, storage_url
 from .study import StudyConfig
-from .trial import Audience, Deferred, Trials
+from .trial import Ahead, Audience, Deferred, Trials
 
 TRIALS = "trials"
 OWN = (STUDY, TRIALS, REPORT, "study.db", "study.db-journal", "study.db.lock")
@@ -218,9 +218,15 @@ class _Worker:
 
     def work(self) -> StudyRecord:
         audience = self.trials.audience
-        self._write("running")
+        begun = self._write("running")
         records = self.board.records()
-        audience.begin(len(records), sum(one.status not in ("waiting", "running") for one in records))
+        study = self.trials.study
+        ahead = Ahead(
+            seeds=study.seeds,
+            steps=max(0, (begun.steps_in_full or 0) - begun.steps),
+            unsound=study.allow_unsound or not study.check,
+        )
+        audience.begin(len(records), sum(one.status not in ("waiting", "running") for one in records), ahead)
         while True:
             claim = self.board.claim(partial(sampler_of, self.trials.study), later=self._later())
             if claim is not None:

@@ -33,10 +33,22 @@ ADAPTER_NAME = "adapter"
 _OVER = ("finished", "diverged", "stopped")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """What a study is about to do."""
+
+    seeds: int
+    """With how many each configuration is trained."""
+    steps: int
+    """Of training, if none is given up and none is refused."""
+    unsound: bool
+    """Whether configurations that are proved to lose the pre-trained function are trained all the same."""
+
+
 class Audience:
     """Told what goes on. Does nothing unless a subclass does."""
 
-    def begin(self, total: int, done: int) -> None:
+    def begin(self, total: int, done: int, ahead: "Ahead") -> None:
         """`done` of `total` trials of the study are over."""
 
     def judged(self, trial: TrialRecord) -> None:

@@ -15,21 +15,24 @@ NUM_IMAGES = 32
 """Enough to see the range of the pixel values without reading all images."""
 
 
-def sample_batch(examples: Examples, processor: Any, number: int) -> dict[str, Tensor]:
+def sample_batch(examples: Examples, processor: Any, number: int | None = None) -> dict[str, Tensor]:
     """Some of the examples, from all over them: `pixel_values` of shape (number, C, H, W), and `labels`.
 
-    Where there are fewer, some are there several times.
+    Where there are fewer, some are there several times. Without a number they are as many as `known_data` wants.
     """
+    number = number or min(NUM_IMAGES, len(examples))
     dataset = ImageDataset(examples, processor, cache_bytes=0)
     return collate([dataset[index * len(examples) // number] for index in range(number)])
 
 
-def known_data(examples: Examples, processor: Any, labels: Sequence[str]) -> Data:
+def known_data(batch: dict[str, Tensor], processor: Any, labels: Sequence[str]) -> Data:
     """The images of a training, as far as the rules of a check ask.
+
+    Arguments: `batch` is a `sample_batch`, which `processor` made.
 
     A processor that is set not to normalise says that its model does not expect it: no range is told then.
     """
-    pixels = sample_batch(examples, processor, min(NUM_IMAGES, len(examples)))["pixel_values"]
+    pixels = batch["pixel_values"]
     normalises = getattr(getattr(processor, "processor", processor), "do_normalize", True) is not False
     return Data(
         labels=tuple(labels),

@@ -21,10 +21,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from ..check import Training
+from ..check import Data, Training
 from ..core.drafts import replace_folder
 from ..core.errors import ConfigError, DataError, SetupError, SiteError, StateError
 from ..core.records import RunRecord, SeedsRecord, SiteRecord, Status
+from ..core.table import counted
 from ..data import load_data
 from ..data.examples import ImageData
 from ..handle import Adapters, Unsound, attach
@@ -123,7 +124,7 @@ def train_run(
     - `unsound`: `allow` takes a configuration that provably does not keep the pre-trained function.
     - `resume`: go on with the run in the folder; `overwrite`: replace it.
     - `callbacks`: of the transformers trainer, for example to show progress. One with a method `on_verdict` is given
-      the monitor when its verdict changes.
+      the monitor when its verdict changes, one with a method `on_known` what the rules of a check know of the images.
     - `command`: the command line, for the record.
     - `images`: what `data` describes, where that is loaded already.
 
@@ -232,9 +233,14 @@ class _Run:
         set_seed(self.job.recipe.seed)
         network = load_model(self.job.model, self.images.labels, task=self.images.task)
         processor = load_processor(self.job.model)
-        check_taken(network, sample_batch(self.images.train, processor, 1), self.job.model)
+        batch = sample_batch(self.images.train, processor, 1 if self.job.adapter is None else None)
+        check_taken(network, batch, self.job.model)
         handle = _make_trainable(network, self.job)
-        record = earlier or self._new_record(network, handle, processor)
+        data = known_data(batch, processor, self.images.labels)
+        for one in self.callbacks:
+            if hasattr(one, "on_known"):
+                one.on_known(data)
+        record = earlier or self._new_record(network, handle, data)
         ledger = Ledger(
             self.folder, dataclasses.replace(record, status="running", job=self.job.to_dict(), finished=None)
         )
@@ -290,14 +296,14 @@ class _Run:
             self.processes.agree(lambda: _write_result(self.job.name, self.folder, network, handle, processor))
         return self.processes.agree(lambda: ledger.update(trainer.state, status))
 
-    def _new_record(self, network: nn.Module, handle: Adapters | None, processor: Any) -> RunRecord:
+    def _new_record(self, network: nn.Module, handle: Adapters | None, data: Data) -> RunRecord:
         job = self.job
         precision = resolve_precision(job.recipe, self.processes.state.device)
         report = None
         if handle is not None:
             report = handle.check(
                 training=Training(learning_rate=job.recipe.rate(job.trains)),
-                data=known_data(self.images.train, processor, self.images.labels),
+                data=data,
                 measure=False,
             )
         return RunRecord(
@@ -378,7 +384,7 @@ def _label_prior(images: ImageData) -> list[float]:
 
 
 def _brief(value: object) -> str:
-    return f"{len(value)} labels, {str(value)[:80]}" if isinstance(value, list) else repr(value)
+    return f"{counted(len(value), 'label')}, {str(value)[:80]}" if isinstance(value, list) else repr(value)
 
 
 def _make_trainable(network: nn.Module, job: Job) -> Adapters | None:
