@@ -142,7 +142,7 @@ def test_findings_of_older_records_are_shown_as_the_lines_they_are():
     record = little.run(verdict=VerdictRecord(sound=False, findings=("error unsound-wiring at mlp: lost.",)), sites=())
     found = page(record)
     assert "error unsound-wiring at mlp: lost." in found.words
-    assert "findings of level error" in found.words
+    assert "finding of level error" in found.words
     assert "This record knows of no site: no place for an adapter was found in the model" in found.words
     assert "Point at a site" not in found.words
 

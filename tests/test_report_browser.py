@@ -161,6 +161,13 @@ def test_nothing_is_wider_than_a_telephone(open_page):
     assert not page.locator(".chart.full .drawn-wide").is_visible()
 
 
+def test_a_table_that_goes_on_beside_the_screen_says_so(open_page):
+    told = """[...document.querySelectorAll(".scroll")].filter((one) => one.clientWidth).map((one) => [
+        one.scrollWidth > one.clientWidth + 1, getComputedStyle(one, "::before").content.includes("Scroll")])"""
+    found = [tuple(one) for viewport in (PHONE, DESKTOP) for one in open_page(viewport).evaluate(told)]
+    assert set(found) == {(True, True), (False, False)}
+
+
 def test_all_is_readable_without_scripts(open_page):
     page = open_page(java_script_enabled=False)
     text = page.inner_text("main")
