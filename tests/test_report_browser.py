@@ -162,8 +162,9 @@ def test_nothing_is_wider_than_a_telephone(open_page):
 
 
 def test_a_table_that_goes_on_beside_the_screen_says_so(open_page):
-    told = """[...document.querySelectorAll(".scroll")].filter((one) => one.clientWidth).map((one) => [
-        one.scrollWidth > one.clientWidth + 1, getComputedStyle(one, "::before").content.includes("Scroll")])"""
+    told = """new Promise((told) => requestAnimationFrame(() => requestAnimationFrame(() => told(
+        [...document.querySelectorAll(".scroll")].filter((one) => one.checkVisibility()).map((one) => [
+            one.scrollWidth > one.clientWidth + 1, getComputedStyle(one, "::before").content.includes("Scroll")])))))"""
     found = [tuple(one) for viewport in (PHONE, DESKTOP) for one in open_page(viewport).evaluate(told)]
     assert set(found) == {(True, True), (False, False)}
 

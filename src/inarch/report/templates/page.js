@@ -30,12 +30,11 @@
   }
 
   // What is wider than its place says so.
-  const measure = () => {
-    for (const place of all(".scroll")) place.classList.toggle("wider", place.scrollWidth > place.clientWidth + 1);
-  };
-  addEventListener("resize", measure);
-  document.addEventListener("toggle", measure, true);
-  measure();
+  const measured = new ResizeObserver((seen) => {
+    for (const place of new Set(seen.map((one) => one.target.closest(".scroll"))))
+      place.classList.toggle("wider", place.scrollWidth > place.clientWidth + 1);
+  });
+  for (const part of all(".scroll, .scroll > table")) measured.observe(part);
 
   // The table of runs is sorted by a click on a heading.
   const table = document.getElementById("table");
