@@ -99,6 +99,18 @@ def test_the_judge_sees_a_tower_that_does_not_run(monkeypatch):
     assert record.reason == "the inputs reach every tower; got none for vision_tower (CLIPVisionModel)"
 
 
+def test_the_judge_sees_a_tower_that_the_configuration_leaves_out():
+    class TextOnly:
+        sub_configs = dict.fromkeys(("text_config", "audio_config"))
+        text_config, audio_config = object(), None
+
+    model = nn.Module()
+    model.config = TextOnly()
+    assert judge._left_out(model) == ["audio_config (not configured)"]
+    model.config.audio_config = object()
+    assert judge._left_out(model) == []
+
+
 def test_the_oracle_counts_from_source_and_names():
     layer = tiny_model("llama").layers[0]
     ran = set(layer.modules())

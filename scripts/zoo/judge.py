@@ -95,7 +95,7 @@ def _judge(record: Record) -> None:
     ran = _watch(model, inputs)
     found = _outputs(model, inputs)
     before = _frozen(model, inputs)
-    record.idle = ran.idle
+    record.idle = [*ran.idle, *_left_out(model)]
     record.stage = "attach"
     hooks = _count_hooks(model)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -194,6 +194,13 @@ def _watch(model: nn.Module, inputs: Inputs) -> _Ran:
     return _Ran(
         frozenset(reached), frozenset(ran), [f"{path} ({type(model.get_submodule(path)).__name__})" for path in idle]
     )
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Parts that the configuration may have, and has not: their towers are nowhere to be reached."""
+    kind = type(model.config)
+    names = getattr(kind, "sub_configs_defaults", None) or getattr(kind, "sub_configs", {})
+    return [f"{name} (not configured)" for name in names if getattr(model.config, name, None) is None]
 
 
 # -------------------------------------------------------------------- outputs

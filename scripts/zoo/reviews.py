@@ -61,7 +61,7 @@ REVIEWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 
 IDLE: Mapping[str, Mapping[str, str]] = {
-    # Towers that `forward` does not call; `refused` names their layers, or they have none.
+    # Towers that `forward` does not call, where `refused` names their layers, or they have none; parts not configured.
     "chameleon": {"vqmodel": "an image tokenizer of convolutions"},
     "emu3": {"vqmodel": "an image tokenizer of convolutions"},
     "janus": {"vqmodel": "an image tokenizer of convolutions, for generation"},
@@ -92,6 +92,8 @@ IDLE: Mapping[str, Mapping[str, str]] = {
         "model.semantic_tokenizer_encoder": "an encoder of convolutions, for generation",
     },
     "musicgen": {"audio_encoder": "a codec of convolutions"},
+    "dpt": {"backbone_config": "hybrid models have one in the place of these layers"},
+    "esm": {"esmfold_config": "settings of the class that folds proteins"},
     "musicgen_melody": {"audio_encoder": "a codec of convolutions"},
 }
 
