@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import inarch
@@ -276,6 +277,24 @@ def test_what_the_library_cannot_run_is_not_read(tmp_path):
     written(tmp_path / "x", settings(inv_adapter="glow"), adapters)
     with pytest.raises(inarch.StateError, match="a coupling that the library itself cannot run"):
         adapters.load(tmp_path / "x")
+
+
+def test_a_folder_for_places_that_a_model_does_not_have_is_refused_as_a_folder(tmp_path):
+    """With the error of folders, as everything that does not fit: a decoder has no text that it only reads."""
+    adapters = inarch.attach(tiny("bert-classifier"))
+    adapters.add("a", "seq_bn_inv[non_linearity=tanh]")
+    written(tmp_path / "x", settings(), adapters)
+    config = tiny("bert-classifier").config
+    config.is_decoder = config.add_cross_attention = True
+    decoder = inarch.attach(
+        transformers.BertModel(config),
+        example_inputs=tiny_inputs("bert") | {"encoder_hidden_states": torch.randn(2, 3, 32)},
+    )
+    with pytest.raises(
+        inarch.StateError, match="that has its places; got `.*x` for BertModel: `invertible` acts on the"
+    ):
+        decoder.load(tmp_path / "x")
+    assert decoder.names == ()
 
 
 def test_entries_are_read_off_the_model_and_are_no_part_of_a_layout():

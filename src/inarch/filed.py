@@ -17,6 +17,7 @@ from . import head_files, loading, publish, saving, setups, state
 from .admission import check_name, check_setup, check_word
 from .bank import Modules
 from .compose import Setup
+from .core.errors import ConfigError, StateError
 from .grafted import LOCK
 from .headed import Headed
 from .heads import path_of
@@ -150,7 +151,13 @@ class Filed(Headed):
         for head in given.values():
             self._check_new_head(head, overwrite=overwrite)
         wanted = {**self._heads.tensors(found.head), **self._heads.tensors_of(fresh)}
-        sound = self._judge(name, found.config).sound
+        try:
+            sound = self._judge(name, found.config).sound
+        except ConfigError as error:
+            raise StateError(
+                f"An adapter is loaded into a model that has its places; got `{found.folder}` for "
+                f"{type(self.model).__name__}: {error}"
+            ) from None
         modules = built(found, self.model, self.sites, wanted)
         self._try(name, found.config, modules)
         heads = {given[head]: module for head, module in fresh.items()}
