@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+import inarch
 from inarch.train.models import load_model
 
 from .texts import load_text_model
@@ -52,3 +53,9 @@ SUBJECTS = {
 def untrained(name: str) -> nn.Module:
     """A backbone to be looked at, loaded once."""
     return SUBJECTS[name].load()
+
+
+@cache
+def sites_of(name: str) -> inarch.Sites:
+    """Its sites, found once for all that is asked of them."""
+    return inarch.probe(untrained(name))

@@ -16,7 +16,7 @@ from inarch.train.demo import RECIPE
 from inarch.train.run import train_run
 
 from . import texts
-from .subjects import DIGITS, SUBJECTS, untrained
+from .subjects import DIGITS, SUBJECTS, sites_of, untrained
 
 FLAGS = ("original_ln_before", "original_ln_after", "residual_before_ln")
 SEEDS = (0, 1, 2)
@@ -98,7 +98,7 @@ def flags_of(config: str) -> tuple[bool, ...]:
 
 def judge(backbone: str, config: str) -> Judgement:
     """Prove a configuration. The groups of a backbone's sites are of one kind, so they share formula and verdict."""
-    report = inarch.check(untrained(backbone), config, measure=False)
+    report = inarch.check(untrained(backbone), config, layout=sites_of(backbone), measure=False)
     (formula,) = {str(group.proof.formula.adapted) for group in report.sites}
     (verdict,) = {group.proof.verdict for group in report.sites}
     found = [finding for finding in report.findings if finding.code == "unsound-wiring"]
