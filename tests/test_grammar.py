@@ -55,7 +55,7 @@ def test_words_need_no_quotes():
         ("seq_bm", "Did you mean `seq_bn`"),
         ("seq_bn[reduction_facto=8]", "Did you mean `reduction_factor`"),
         ("lora|lora", "must differ; got `lora` twice"),
-        ("missing.json", "must be readable JSON"),
+        ("missing.json", "A configuration file must be there; got nothing at `missing.json`. Give a preset"),
     ],
 )
 def test_a_broken_string_is_refused_with_the_place(text, message):
