@@ -116,7 +116,7 @@ def _sites():
         ("[" * 100_000, "nest at most 20 deep"),
         ("lora[r=" + "9" * 5000 + "]", "must be an integer; got '9{100,}"),
         ("x" * 100_000, "begins with a preset"),
-        ("\0.json", "must be readable JSON"),
+        ("\0.json", "must be there; got nothing at"),
         ("lora[r=2000000]", "must be at most 1.04858e\\+06; got 2000000"),
         ("lora[init_weights_seed=-1]", "must be at least 0; got -1"),
     ],

@@ -449,9 +449,16 @@ def test_a_taken_name_is_refused_and_can_be_overwritten(saved):
     assert adapters.load(folder, overwrite=True) == "task"
 
 
-@pytest.mark.parametrize("source", ["nowhere/at/all", "./nowhere", "somebody/unknown-adapter"])
-def test_a_source_that_is_not_there_is_refused(source):
-    with pytest.raises(StateError, match="neither|no folder here"):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/at/all", "`nowhere/at/all`, where nothing is. Give the folder"),
+        ("./nowhere", "`./nowhere`, where nothing is. Give the folder"),
+        ("somebody/unknown-adapter", "no such folder is here, and the Hub could not be reached"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(source, message):
+    with pytest.raises(StateError, match=message):
         inarch.attach(tiny("vit")).load(source)
 
 
