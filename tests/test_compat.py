@@ -228,6 +228,7 @@ def test_what_is_active_reads_as_its_block():
         (lambda m, _: m.average_adapter("c", ["a"], combine_strategy="x"), "`combine_strategy` is .*`lora_delta_w_svd"),
         (lambda m, _: m.average_adapter("c", ["a"], svd_rank=2), "`svd_rank` cuts off .* `lora_delta_w_svd`"),
         (lambda m, _: m.add_adapter("c", "seq_bn[original_ln_after=False]"), r"attach\(model\).add\(name, config, un"),
+        (lambda m, _: (m.inarch.heads.h.to("meta"), m.train_adapter("a")), r"call .*\.train\(name, head=False\)`"),
         (lambda m, path: m.load_adapter(path), "Give the folder of one adapter|as `save_adapter` writes it"),
         (lambda m, path: m.load_adapter_setup(path), "as `save_adapter_setup` writes it.*; `load_adapter` reads that"),
         (lambda m, _: m.share_parameters([]), r"`share_parameters\(\[\.\.\.\]\)`"),

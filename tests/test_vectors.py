@@ -283,3 +283,18 @@ def test_what_it_prints():
     text = str(adapters.check())
     assert "w + d, b + d" in text
     assert "b + d" in text
+
+
+def test_a_functional_call_differentiates_by_the_base_below_an_adapter_of_biases():
+    """`torch.func.grad`, inside of which no tensor may be told whether it requires gradients; against `autograd`."""
+    model, inputs, adapters = attached("vit", "bitfit")
+    adapters.activate("a")
+    key, weight = next((k, v) for k, v in model.named_parameters() if k.endswith("layernorm_before.weight"))
+    weight.requires_grad_(True)
+
+    def loss(value):
+        return torch.func.functional_call(model, {key: value}, kwargs=inputs)[0].square().sum()
+
+    (expected,) = torch.autograd.grad(out(model, inputs).square().sum(), weight)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), expected)

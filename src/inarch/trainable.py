@@ -19,13 +19,14 @@ def check_trainable(model: nn.Module, own: Mapping[str, nn.Parameter], head: Map
             raise SetupError(
                 f"A task head is trained in floating point; got quantised weights at `{key}` of "
                 f"{type(model).__name__}. Leave it out of the quantisation (`llm_int8_skip_modules`, "
-                "`modules_to_not_convert`), or pass `head=False`."
+                "`modules_to_not_convert`), or pass `head=False` to `train`."
             )
     for key, parameter in (*own.items(), *head.items()):
         if parameter.is_meta and not is_skeleton(model):
             raise SetupError(
                 f"What is trained stays in memory; got offloaded weights at `{key}` of {type(model).__name__}. Add or "
-                "load adapters after the model is offloaded, and keep the task head in memory, or pass `head=False`."
+                "load adapters after the model is offloaded, and keep the task head in memory, or pass `head=False` to "
+                "`train`."
             )
 
 

@@ -147,7 +147,8 @@ class WeightSlot(nn.Module):
         for name, (value, is_trained) in self._before.pop().items():
             _shadow(module, name, value)
             # Accelerate, which takes offloaded ones away, gives the new one the flag of the effective one.
-            _registered(module, name).requires_grad_(is_trained)
+            if _registered(module, name).requires_grad != is_trained:
+                _registered(module, name).requires_grad_(is_trained)
         self._lock.release()
 
     def _effective(self, module: nn.Module, name: str) -> Tensor:

@@ -25,6 +25,7 @@ WORDS: dict[str, str] = {
     "to `save_setup`": "to `save_adapter_setup`",
     "`head=False`": "`with_head=False`",
     "Load with `head=False`": f"Call {_OURS}load_setup(folder, head=False)`",
+    "pass `head=False` to `train`": f"call {_OURS}train(name, head=False)`",
     'pass `other_base="allow"`': f'call {_OURS}load(folder, other_base="allow")`',
     'pass `unsound="allow"` to `add`': f'call {_OURS}add(name, config, unsound="allow")`',
     "pass a `tolerance`": f"call {_OURS}merge(name, tolerance=...)`",
