@@ -91,8 +91,9 @@ def test_a_folder_with_something_else_is_left_alone(stored, tmp_path):
     assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_head_of_other_labels_goes_to_adapterhub_and_back(tmp_path):
-    """The model's own head, made for labels that the base by itself does not have."""
+@pytest.mark.parametrize(("kind", "config"), [("adapterhub", "seq_bn[init_weights=mam_adapter]"), ("peft", "lora")])
+def test_a_head_of_other_labels_goes_there_and_back(kind, config, tmp_path):
+    """The model's own head, made for labels that the base by itself does not have; PEFT keeps only how many."""
     place, labels = tmp_path / "base", ("left", "right", "neither", "both", "unknown")
     tiny(NAME).save_pretrained(place)
     model = type(tiny(NAME)).from_pretrained(
@@ -100,12 +101,13 @@ def test_a_head_of_other_labels_goes_to_adapterhub_and_back(tmp_path):
         num_labels=5, ignore_mismatched_sizes=True,
     )  # fmt: skip
     adapters = inarch.attach(model)
-    adapters.add("a", "seq_bn[init_weights=mam_adapter]")
+    adapters.add("a", config)
     adapters.train("a")
     adapters.save("a", tmp_path / "ours")
-    for source, target, kind in (("ours", "theirs", "adapterhub"), ("theirs", "back", "inarch")):
-        result = run("convert", tmp_path / source, tmp_path / target, "--to", kind, "--model", place)
+    for source, target, to in (("ours", "theirs", kind), ("theirs", "back", "inarch")):
+        result = run("convert", tmp_path / source, tmp_path / target, "--to", to, "--model", place)
         assert result.exit_code == 0 and "Warning" not in result.output, result.output
     wanted, found = (load_file(tmp_path / folder / "adapter.safetensors") for folder in ("ours", "back"))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
-    assert read_record(tmp_path / "back")["head"]["labels"] == list(labels)
+    kept = list(labels) if kind == "adapterhub" else [f"LABEL_{number}" for number in range(5)]
+    assert read_record(tmp_path / "back")["head"]["labels"] == kept

@@ -193,6 +193,8 @@ def named_base(folder: Path) -> str:
 
 def head_labels(folder: Path) -> tuple[str, ...]:
     """The labels of the task head in an adapter folder, in their order; none where it holds none, or does not say."""
+    if convert.is_peft(folder):
+        return convert.peft_head.own_head_labels(folder)
     if not state.is_adapter(folder):
         return convert.adapterhub_record.own_head_labels(folder)
     head = state.read_record(folder).get("head") or {}

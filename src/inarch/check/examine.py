@@ -171,7 +171,11 @@ def model_facts(
         flexible_head=next(iter(flexible)) if len(flexible) == 1 else "",
         random_frozen=_random_frozen(model, head, spread, head_parameters, apart=bool(flexible)),
         adapter_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        base_trainable=tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in special),
+        base_trainable=tuple(
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in special and ".inarch." not in name  # those are other adapters'
+        ),
         adapter_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) in own})),
         batch_norms_in_training=tuple(_active_batch_norms(model)),
         dropouts_in_training=sum(

@@ -2,6 +2,7 @@
 
 from . import adapterhub_record as adapterhub_record
 from . import peft as peft
+from . import peft_head as peft_head
 from . import peft_record as peft_record
 from .adapterhub import Converted as Converted
 from .adapterhub import StoredHead as StoredHead

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..core.site import Sites
 from ..methods import AdapterConfig, OutOfRange
 from .peft_family import check_family
-from .peft_head import Head, head_tensors, take_heads
+from .peft_head import CLASSIFIERS, Head, head_tensors, take_heads
 from .peft_ia3 import read_ia3
 from .peft_lora import read_lora
 from .peft_names import Names
@@ -114,7 +114,7 @@ def read(
     )
 
 
-_CLASSIFYING, _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS"), frozenset({"classifier", "score"})
+_CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
 """For these tasks PEFT writes both names into `modules_to_save` by itself, of which a model has one."""
 
 
@@ -129,6 +129,6 @@ def _idle(record: Mapping[str, Any], adapted: list[str], heads: Mapping[str, Hea
             if not any(path == name or path.endswith(f".{name}") for path in adapted)
         ]
     held = [name for name in saved if any(head.stored.endswith(name) for head in heads.values())]
-    own = _CLASSIFIERS if record.get("task_type") in _CLASSIFYING and not _CLASSIFIERS.isdisjoint(held) else frozenset()
+    own = CLASSIFIERS if record.get("task_type") in _CLASSIFYING and not CLASSIFIERS.isdisjoint(held) else frozenset()
     idle += [f"modules_to_save: {name}" for name in saved if name not in held and name not in own]
     return tuple(idle)

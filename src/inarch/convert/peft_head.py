@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..core.errors import StateError
+from .adapterhub_record import read_json
+from .peft_record import RECORD, SAFE, TORCH
 from .peft_source import Source, own_path
+from .weights import read_weights
+
+CLASSIFIERS = frozenset({"classifier", "score"})
+"""What transformers calls the head of a classifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +23,23 @@ class Head:
 
     stored: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def own_head_labels(folder: Path) -> tuple[str, ...]:
+    """Labels for the head of a classifier in a folder, named as transformers names those that have no name.
+
+    PEFT keeps none: the head's last map has a row for each. None where no head, or no last map, can be told.
+    """
+    saved = CLASSIFIERS.intersection(read_json(folder / RECORD).get("modules_to_save") or ())
+    maps = {
+        key: tensor
+        for key, tensor in (read_weights(folder, SAFE, TORCH).items() if saved else ())
+        if key.endswith(".weight") and tensor.ndim == 2 and "lora_" not in key and saved.intersection(key.split("."))
+    }
+    if len(maps) > 1:
+        maps = {key: tensor for key, tensor in maps.items() if key.endswith(".out_proj.weight")}
+    rows = [len(tensor) for tensor in maps.values()]
+    return tuple(f"LABEL_{number}" for number in range(rows[0])) if len(rows) == 1 else ()
 
 
 def take_heads(source: Source, stored: dict[str, Tensor]) -> dict[str, Head]:
