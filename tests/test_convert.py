@@ -109,5 +109,10 @@ def test_a_head_of_other_labels_goes_there_and_back(kind, config, tmp_path):
         assert result.exit_code == 0 and "Warning" not in result.output, result.output
     wanted, found = (load_file(tmp_path / folder / "adapter.safetensors") for folder in ("ours", "back"))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    words = ("convert", tmp_path / "theirs", tmp_path / "named", "--to", "inarch", "--model", place, "--labels")
+    assert run(*words, ",".join(labels)).exit_code == 0
+    assert read_record(tmp_path / "named")["head"]["labels"] == list(labels)
+    refused = run(*words, "left,right", "--overwrite")
+    assert refused.exit_code == 1 and "got 2 in `--labels` for 5" in " ".join(refused.output.split())
     kept = list(labels) if kind == "adapterhub" else [f"LABEL_{number}" for number in range(5)]
     assert read_record(tmp_path / "back")["head"]["labels"] == kept

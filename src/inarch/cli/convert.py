@@ -35,6 +35,13 @@ def convert(
     other_base: Annotated[
         bool, typer.Option("--other-base", help="Take an adapter that was made on a base with other weights.")
     ] = False,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="The labels of its task head by number, commas between, for a folder that names none, as PEFT's.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the destination.")] = False,
 ) -> None:
     """Write an adapter of one library in the format of another, so that it computes the same there."""
@@ -55,12 +62,23 @@ def convert(
                 f"An adapter is converted with its base model; got a folder that names none, `{source}`. Name it with "
                 "`--model`."
             )
-        network = with_own_weights(base, head_labels(folder) if head else ())
+        network = with_own_weights(base, _named(labels, head_labels(folder)) if head else ())
         adapters = attach(network)
         name = adapters.load(folder, head=head, other_base="allow" if other_base else "refuse")
     processor = _processor(network, base) if to is Target.inarch else None
     adapters.save(name, destination, head=head, format=to.value, processor=processor)
     say(f"{name} for {adapters.sites.model_class}, in the format {to.value}, is in {destination}", style="bold")
+
+
+def _named(given: str | None, stored: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels of a task head: those that are given, where there are as many as stored ones."""
+    names = stored if given is None else tuple(name.strip() for name in given.split(","))
+    if stored and len(names) != len(stored):
+        raise StateError(
+            f"The labels of a task head are as many as it tells apart; got {len(names)} in `--labels` for "
+            f"{len(stored)}. Give one for each, by number."
+        )
+    return names
 
 
 def _processor(network: Any, base: str) -> Any:
