@@ -21,6 +21,8 @@ from .report import Report, report
 logger = logging.getLogger(__name__)
 
 _PLACEHOLDER = "LABEL_"
+_GRAFTED = ".inarch."
+"""What the paths of all that was put into a model have in them."""
 
 
 class Subject(Protocol):
@@ -174,14 +176,14 @@ def model_facts(
         base_trainable=tuple(
             name
             for name, p in model.named_parameters()
-            if p.requires_grad and id(p) not in special and ".inarch." not in name  # those are other adapters'
+            if p.requires_grad and id(p) not in special and _GRAFTED not in name  # those are other adapters'
         ),
         adapter_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) in own})),
         batch_norms_in_training=tuple(_active_batch_norms(model)),
         dropouts_in_training=sum(
             1
             for path, module in model.named_modules()
-            if isinstance(module, nn.Dropout) and module.training and module.p > 0 and ".inarch." not in path
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0 and _GRAFTED not in path
         ),
         in_training=model.training,
         attached=attached,
